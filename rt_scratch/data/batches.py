@@ -1,0 +1,99 @@
+"""Which tokens a step trains on, and how a split is cut up to be scored.
+
+Training batches are pure functions of (seed, step): a resumed run continues the same order with
+nothing stored. Evaluation scores every token exactly once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+
+from rt_scratch.config import UserError
+
+
+def random_windows(split: np.ndarray, n_tokens: int, batch: int, seed: int, step: int,
+                   hop: int = 1) -> np.ndarray:
+    """B windows of T tokens of a text split:  (B, T) int32.
+
+    Starts are uniform over the multiples of `hop` that leave room for a window. hop 1, every
+    start, is the usual choice; hop T cuts the text into non-overlapping windows; the released
+    WikiText-103 problem makes an example every 3 tokens (hop 3), its other text problems examples
+    of about T tokens that do not overlap. UserError when the split is shorter than a window.
+    """
+    if len(split) < n_tokens:
+        raise UserError(f"the text has {len(split)} tokens, fewer than the {n_tokens} of one "
+                        "window: give a longer text or a smaller --seq-len")
+    rng = _generator(seed, step, purpose=0)
+    starts = hop * rng.integers(0, (len(split) - n_tokens) // hop + 1, batch)
+    return np.stack([split[s : s + n_tokens] for s in starts]).astype(np.int32)
+
+
+def shuffled_images(split: np.ndarray, batch: int, seed: int, step: int):
+    """B images of an (N, T) split, each seen once per epoch:  (B, T) int32, (B,) their indices.
+
+    Image number step B + i of the run is entry (step B + i) mod N of the permutation of its epoch,
+    so epochs follow each other without a gap, also inside a batch.
+    """
+    n = len(split)
+    if n == 0:
+        raise UserError("the split has no images")
+    place = step * batch + np.arange(batch)
+    index = np.array([_permutation(n, seed, p // n)[p % n] for p in place.tolist()])
+    return split[index].astype(np.int32), index
+
+
+def eval_windows(split: np.ndarray, n_tokens: int, batch: int, stride: int = 0,
+                 limit: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches (B, T) int32 tokens, (B, T) float32 weights: 1 where the token is scored, else 0.
+
+    Text, stride 0: windows that follow each other. Text, 0 < stride < T: windows every `stride`
+    tokens; each scores its last `stride` tokens, the first all, so that a token has at least
+    T - stride tokens of context (but for the first T). Either way each token is scored once; the
+    last window is filled up with id 0 at weight 0. Images (N, T): one per row, `stride` unused.
+    Batches always have B rows; spare rows have weight 0. `limit`: only the first windows (0: all).
+    """
+    if split.ndim == 2 and split.shape[1] != n_tokens:
+        raise UserError(f"images have {split.shape[1]} values, --seq-len is {n_tokens}")
+    stride = stride or n_tokens
+    if not 0 < stride <= n_tokens:
+        raise UserError(f"--stride {stride}: must be from 1 to --seq-len {n_tokens}")
+    n_windows = count_windows(split, n_tokens, stride, limit)
+    for first in range(0, n_windows, batch):
+        tokens = np.zeros((batch, n_tokens), np.int32)
+        weights = np.zeros((batch, n_tokens), np.float32)
+        for row, window in enumerate(range(first, min(first + batch, n_windows))):
+            if split.ndim == 2:
+                part, scored_from = split[window], 0
+            else:
+                part = split[window * stride : window * stride + n_tokens]
+                scored_from = n_tokens - stride if window else 0
+            tokens[row, : len(part)] = part
+            weights[row, scored_from : len(part)] = 1
+        yield tokens, weights
+
+
+def count_windows(split: np.ndarray, n_tokens: int, stride: int = 0, limit: int = 0) -> int:
+    """Number of windows that `eval_windows` makes: 1 + ceil((n - T) / stride) for text."""
+    if split.ndim == 2:
+        n_windows = len(split)
+    elif len(split) == 0:
+        n_windows = 0
+    else:
+        n_windows = 1 + -(-max(len(split) - n_tokens, 0) // (stride or n_tokens))
+    return min(n_windows, limit) if limit else n_windows
+
+
+def _generator(seed, step, purpose):
+    """An independent stream for each (seed, step, purpose): Philox is a function of its counter.
+
+    A step has 2^128 values of its own before it would reach those of the next.
+    """
+    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, step, 0]))
+
+
+@lru_cache(maxsize=2)  # a batch touches at most two epochs, unless it is larger than the split
+def _permutation(n, seed, epoch):
+    return _generator(seed, epoch, purpose=1).permutation(n)

@@ -1,0 +1,71 @@
+"""`stdlib`: the bytes of the Python standard library's own .py files, which every machine has.
+
+Files are joined in the order of their path, with a newline between two. Whole files are held out,
+chosen by a hash of the path alone, so that the same file falls in the same split everywhere. The
+text itself differs between Python versions: the protocol names version and checksum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+
+from rt_scratch.config import UserError
+from rt_scratch.data.dataset import Dataset, byte_dataset
+
+# Not the library (packages), not code a person wrote (generated tables and help texts), or tests.
+SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test",
+           "encodings", "pydoc_data"}
+MIN_FILES = 50  # a full library has more than 500
+
+
+def load(folder: Path | None = None) -> Dataset:
+    """Splits train / valid / test of about 90 / 5 / 5 % of the files of this Python.
+
+    `folder`, where the caller names one, is not used. UserError when Python keeps no sources on
+    disk (zipped and embedded ones).
+    """
+    return load_folder(Path(sysconfig.get_paths()["stdlib"]))
+
+
+def load_folder(root: Path) -> Dataset:
+    """The same, from any folder that holds a standard library."""
+    parts = {"train": [], "valid": [], "test": []}
+    paths = source_files(root)
+    if len(paths) < MIN_FILES:
+        raise UserError(f"{root}: only {len(paths)} .py files of the standard library (a zipped or "
+                        "embedded Python?); give a text file instead: train.py FILE")
+    for path in paths:
+        try:
+            parts[split_of(path)].append((root / path).read_bytes())
+        except OSError as e:
+            raise UserError(f"{root / path}: cannot be read ({e.strerror})") from e
+    texts = {split: b"\n".join(files) for split, files in parts.items()}
+    digest = hashlib.sha256(b"".join(texts.values())).hexdigest()
+    counts = ", ".join(f"{split} {len(text):,} bytes in {len(parts[split])} files"
+                       for split, text in texts.items())
+    protocol = (f"bits per byte on whole held-out files of the Python {platform.python_version()} "
+                f"standard library; {counts}; sha256 {digest[:12]}")
+    return byte_dataset("stdlib", {s: np.frombuffer(t, np.uint8) for s, t in texts.items()},
+                        protocol)
+
+
+def source_files(root: Path) -> list[str]:
+    """Relative paths, with /, of the .py files under root, sorted."""
+    found = []
+    for folder, below, files in os.walk(root):
+        below[:] = [d for d in below if d not in SKIPPED and not d.startswith("config-")]
+        found += [(Path(folder) / f).relative_to(root).as_posix() for f in files
+                  if f.endswith(".py") and not f.startswith("_sysconfigdata")]
+    return sorted(found)
+
+
+def split_of(path: str) -> str:
+    """'valid' for 5 % of all paths, 'test' for 5 %, else 'train'."""
+    bucket = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") % 20
+    return {0: "valid", 1: "test"}.get(bucket, "train")

@@ -1,0 +1,138 @@
+"""Batches: pure functions of (seed, step); every token scored exactly once."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rt_scratch.config import UserError
+from rt_scratch.data.batches import count_windows, eval_windows, random_windows, shuffled_images
+
+
+def test_windows_are_pieces_of_the_text():
+    text = np.arange(1000, dtype=np.uint16)
+    windows = random_windows(text, 17, 64, seed=3, step=5)
+    assert windows.shape == (64, 17)
+    assert windows.dtype == np.int32
+    assert (windows - windows[:, :1] == np.arange(17)).all()
+
+
+def test_windows_depend_on_seed_and_step_alone():
+    text = np.arange(100_000)
+    a = random_windows(text, 4, 8, seed=0, step=7)
+    random_windows(text, 4, 8, seed=0, step=8)
+    assert (random_windows(text, 4, 8, seed=0, step=7) == a).all()
+    starts = {(seed, step): tuple(random_windows(text, 4, 8, seed, step)[:, 0])
+              for seed in range(5) for step in range(50)}
+    assert len(set(starts.values())) == 250
+    everything = np.concatenate(list(starts.values()))
+    assert len(np.unique(everything)) > 0.98 * everything.size  # steps do not share their draws
+    assert abs(everything.mean() - 50_000) < 3_000  # 29,000 / sqrt(2000) is 650
+
+
+def test_every_start_can_be_drawn_and_none_other():
+    text = np.arange(12)
+    starts = random_windows(text, 5, 2000, seed=1, step=0)[:, 0]
+    assert sorted(set(starts)) == list(range(8))
+    starts = random_windows(text, 5, 2000, seed=1, step=0, hop=3)[:, 0]
+    assert sorted(set(starts)) == [0, 3, 6]
+    assert set(random_windows(text, 12, 9, seed=1, step=0)[:, 0]) == {0}
+
+
+def test_text_shorter_than_a_window():
+    with pytest.raises(UserError, match="12 tokens, fewer than the 13"):
+        random_windows(np.arange(12), 13, 1, seed=0, step=0)
+
+
+@pytest.mark.parametrize("n, batch", [(10, 3), (7, 7), (5, 13), (1, 4), (64, 1)])
+def test_each_image_once_per_epoch(n, batch):
+    split = np.arange(n * 2, dtype=np.uint8).reshape(n, 2)
+    order = []
+    for step in range(-(-3 * n // batch)):
+        tokens, index = shuffled_images(split, batch, seed=4, step=step)
+        assert (tokens == split[index]).all()
+        assert tokens.dtype == np.int32
+        order += index.tolist()
+    for epoch in range(3):
+        assert sorted(order[epoch * n : (epoch + 1) * n]) == list(range(n))
+    if n > 6:
+        assert order[:n] != order[n : 2 * n]
+        assert order[:n] != list(range(n))
+
+
+def test_image_order_can_be_resumed():
+    split = np.arange(40, dtype=np.uint8).reshape(20, 2)
+    late = shuffled_images(split, 6, seed=1, step=1000)[1]
+    shuffled_images(split, 6, seed=2, step=3)
+    assert (shuffled_images(split, 6, seed=1, step=1000)[1] == late).all()
+
+
+@given(n=st.integers(1, 60), t=st.integers(1, 20), batch=st.integers(1, 4), data=st.data())
+def test_each_token_is_scored_once_with_its_context(n, t, batch, data):
+    stride = data.draw(st.integers(0, t))
+    text = np.arange(1, n + 1)  # distinct, so that a token tells its place; 0 is only filling
+    scored = []
+    windows = 0
+    for tokens, weights in eval_windows(text, t, batch, stride):
+        assert tokens.shape == weights.shape == (batch, t)
+        assert tokens.dtype == np.int32
+        assert weights.dtype == np.float32
+        assert set(np.unique(weights)) <= {0, 1}
+        windows += int(tokens.any(1).sum())
+        for row, weight in zip(tokens, weights, strict=True):
+            places = np.flatnonzero(weight)
+            scored += row[places].tolist()
+            for place in places:
+                assert row[place] > 0
+                context = row[:place]
+                assert (context == np.arange(row[place] - place, row[place])).all()
+                if row[place] > t:
+                    assert place >= t - (stride or t)
+    assert scored == text.tolist()
+    assert windows == count_windows(text, t, stride)
+
+
+def test_first_windows_only():
+    text = np.arange(1, 101)
+    weights = sum(w.sum() for _, w in eval_windows(text, 10, 4, limit=3))
+    assert weights == 30
+    weights = sum(w.sum() for _, w in eval_windows(text, 10, 4, stride=2, limit=3))
+    assert weights == 14
+    assert count_windows(text, 10, limit=1000) == 10
+    assert count_windows(text[:0], 10) == 0
+    assert list(eval_windows(text[:0], 10, 2)) == []
+
+
+def test_images_are_scored_once():
+    split = np.arange(5 * 12, dtype=np.uint8).reshape(5, 12)
+    batches = list(eval_windows(split, 12, 2))
+    rows = np.concatenate([tokens for tokens, _ in batches])
+    weights = np.concatenate([w for _, w in batches])
+    assert (rows[:5] == split).all()
+    assert weights.sum() == split.size
+    assert (weights[5] == 0).all()
+    assert sum(w.sum() for _, w in eval_windows(split, 12, 2, limit=3)) == 36
+
+
+def test_impossible_strides_and_sizes():
+    with pytest.raises(UserError, match="--stride 11"):
+        next(eval_windows(np.arange(100), 10, 1, stride=11))
+    with pytest.raises(UserError, match="--stride -1"):
+        next(eval_windows(np.arange(100), 10, 1, stride=-1))
+    with pytest.raises(UserError, match="12 values"):
+        next(eval_windows(np.zeros((3, 12), np.uint8), 10, 1))
+
+
+def test_memory_mapped_text_is_not_read_whole(tmp_path):
+    """A sparse file of 3 GB, far more than a test should touch, is cut without loading it."""
+    path = tmp_path / "big"
+    n = 3_000_000_000
+    with open(path, "wb") as f:
+        f.truncate(n)
+        f.seek(n - 5)
+        f.write(b"abcde")
+    text = np.memmap(path, np.uint8, "r")
+    assert random_windows(text, 100, 2, seed=0, step=0).shape == (2, 100)
+    tokens, weights = next(eval_windows(text, 8, 1, limit=1))
+    assert weights.sum() == 8
+    assert count_windows(text, 1000) == 3_000_000

@@ -1,0 +1,160 @@
+"""stdlib and own text files: splits, units, scores, and what the user may get wrong."""
+
+import math
+import os
+
+import numpy as np
+import pytest
+
+from rt_scratch.config import UserError
+from rt_scratch.data import DATASETS, codec, load, score
+from rt_scratch.data import stdlib as stdlib_module
+
+
+def make_library(root, n=80):
+    for i in range(n):
+        folder = root / f"pack{i % 7}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"mod{i}.py").write_bytes(b"x = %d\n" % i)
+    for skipped in ("site-packages", "test", "pack0/tests", "__pycache__"):
+        (root / skipped).mkdir(parents=True)
+        (root / skipped / "not_me.py").write_bytes(b"SKIPPED")
+    (root / "pack1" / "readme.txt").write_bytes(b"SKIPPED")
+    (root / "_sysconfigdata_x.py").write_bytes(b"SKIPPED")
+
+
+def test_stdlib_of_this_python():
+    data = load("stdlib")
+    sizes = {split: len(tokens) for split, tokens in data.splits.items()}
+    total = sum(sizes.values())
+    assert total > 3_000_000
+    assert 0.01 < sizes["valid"] / total < 0.12
+    assert 0.01 < sizes["test"] / total < 0.12
+    assert b"def " in data.decode(data.splits["valid"])
+    assert (data.unit, data.vocab_size, data.pad_id, data.kind) == ("bits/byte", 256, -1, "text")
+    assert f"{total - sizes['valid'] - sizes['test']:,}" in data.protocol
+    assert load("stdlib").protocol == data.protocol  # the same text every time
+
+
+def test_stdlib_holds_out_whole_files(tmp_path):
+    make_library(tmp_path)
+    data = stdlib_module.load_folder(tmp_path)
+    lines = {split: data.decode(tokens).replace(b"\n\n", b"\n").split(b"\n")
+             for split, tokens in data.splits.items()}
+    seen = sorted(line for part in lines.values() for line in part if line)
+    assert seen == sorted(b"x = %d" % i for i in range(80))  # each file once, whole, in one split
+    for split, part in lines.items():
+        want = [p for p in stdlib_module.source_files(tmp_path)
+                if stdlib_module.split_of(p) == split]
+        assert [line for line in part if line] == [
+            b"x = " + p.split("mod")[1].removesuffix(".py").encode() for p in want]
+
+
+def test_stdlib_split_never_changes():
+    """Pinned: another hash would move held-out files into training."""
+    shares = [stdlib_module.split_of(f"m{i}.py") for i in range(4000)]
+    assert {path: stdlib_module.split_of(path) for path in PINNED_SPLITS} == PINNED_SPLITS
+    assert 150 < shares.count("valid") < 250
+    assert 150 < shares.count("test") < 250
+
+
+PINNED_SPLITS = {
+    "argparse.py": "train",
+    "_sitebuiltins.py": "valid",
+    "asyncio/mixins.py": "test",
+    "asyncio/tasks.py": "train",
+    "asyncio/base_subprocess.py": "valid",
+}
+
+
+def test_python_without_sources(tmp_path):
+    make_library(tmp_path, n=3)
+    with pytest.raises(UserError, match="zipped or embedded"):
+        stdlib_module.load_folder(tmp_path)
+    with pytest.raises(UserError, match="zipped or embedded"):
+        stdlib_module.load_folder(tmp_path / "python311.zip")
+
+
+def test_text_file(tmp_path):
+    content = bytes(np.random.default_rng(0).integers(0, 256, 1234, np.uint8))
+    path = tmp_path / "my.txt"
+    path.write_bytes(content)
+    data = load(str(path))
+    assert b"".join(data.splits[s].tobytes() for s in ("train", "valid", "test")) == content
+    assert [len(data.splits[s]) for s in ("train", "valid", "test")] == [1110, 63, 61]
+    assert data.name == "my.txt"
+    assert data.decode(data.encode(content)) == content
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "0 bytes"), (b"too short", "9 bytes"), (None, "no such file")])
+def test_bad_text_file(tmp_path, content, message):
+    path = tmp_path / "my.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load(str(path))
+
+
+def test_folder_is_not_text(tmp_path):
+    with pytest.raises(UserError, match="folder"):
+        load(str(tmp_path))
+
+
+@pytest.mark.skipif(os.name == "nt" or not hasattr(os, "geteuid") or os.geteuid() == 0,
+                    reason="every file can be read by this user")
+def test_unreadable_text_file(tmp_path):
+    path = tmp_path / "my.txt"
+    path.write_bytes(b"x" * 1000)
+    path.chmod(0)
+    with pytest.raises(UserError, match="cannot be read"):
+        load(str(path))
+
+
+def test_unknown_name_lists_the_datasets():
+    with pytest.raises(UserError, match="enwik9.*stdlib"):
+        load("enwik9")
+
+
+def test_data_dir_with_a_text_file_is_an_error(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"x" * 1000)
+    with pytest.raises(UserError, match="--data-dir"):
+        load(str(tmp_path / "a.txt"), data_dir=tmp_path)
+
+
+def test_vocabulary_must_fit(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"x" * 1000)
+    assert load(str(tmp_path / "a.txt"), vocab_size=256).vocab_size == 256
+    with pytest.raises(UserError, match="256 token values, not 300"):
+        load(str(tmp_path / "a.txt"), vocab_size=300)
+
+
+def test_table_names_real_modules():
+    import importlib
+
+    for module, about in DATASETS.values():
+        assert callable(importlib.import_module(f"rt_scratch.data.{module}").load)
+        assert about
+
+
+def test_scores(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"x" * 1000)
+    data = load(str(tmp_path / "a.txt"))
+    assert score(50 * math.log(2) * 3, 50, data, "valid") == pytest.approx(3)
+    assert score(900 * math.log(7), 900, data._replace(unit="ppl/token"), "train") == (
+        pytest.approx(7))
+    assert score(900 * math.log(2), 900, data._replace(unit="bits/dim"), "train") == (
+        pytest.approx(1))
+    words = data._replace(unit="ppl/word", units={"train": 300})
+    assert score(300 * math.log(5), 900, words, "train") == pytest.approx(5)
+    assert score(100 * math.log(5), 300, words, "train") == pytest.approx(5)  # a third of it
+    assert math.isnan(score(math.nan, 900, words, "train"))
+    assert score(1e9, 900, words, "train") == math.inf
+
+
+def test_codec_of_bytes():
+    encode, decode = codec(None)
+    everything = bytes(range(256))
+    assert encode(everything).tolist() == list(range(256))
+    assert decode(encode(everything)) == everything
+    assert decode([104, 105]) == b"hi"
