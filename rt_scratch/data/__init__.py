@@ -3,7 +3,8 @@
 A dataset is one file in this folder with a function `load(folder) -> Dataset` (and
 `download(folder)` where there is something to download), and one line in `DATASETS`.
 Reading order: dataset.py (what a dataset is), stdlib.py and text.py (the two simplest),
-batches.py.
+batches.py, then enwik8, wikitext103, pg19 (with tokenizer.py), cifar10, imagenet64 (with
+images.py); files.py, cache.py and download.py are plumbing.
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ __all__ = ["DATASETS", "Dataset", "codec", "download", "load", "score"]
 
 DATASETS = {  # name: (module in this folder, what it is)
     "stdlib": ("stdlib", "bytes of the Python standard library's own source files"),
+    "enwik8": ("enwik8", "100 MB of Wikipedia, bytes"),
+    "wikitext103": ("wikitext103", "Wikipedia articles, words"),
+    "pg19": ("pg19", "books before 1919, subwords"),
+    "cifar10": ("cifar10", "32 x 32 images of 10 classes"),
+    "imagenet64": ("imagenet64", "64 x 64 images of 1000 classes"),
 }
 
 

@@ -20,7 +20,8 @@ class Dataset(NamedTuple):
     splits: dict[str, np.ndarray]     # train, valid, test; text: (n,) integers, images: (N, T)
                                       # uint8, row-major list of R, G, B. Often memory-mapped
     protocol: str                     # one line to print with every score
-    labels: dict[str, np.ndarray] | None = None  # class of each image
+    labels: dict[str, np.ndarray] | None = None  # class of each image, 0 .. n_classes - 1
+    n_classes: int = 0
     pad_id: int = -1                  # -1: every token counts, which is so for all of these
     units: dict[str, int] | None = None  # words of the original text, where unit is 'ppl/word'
     image_shape: tuple[int, int, int] | None = None  # (height, width, 3)

@@ -1,17 +1,107 @@
-"""Finding and reading the official files."""
+"""Finding and reading the official files: in a folder, in a zip or in a tar.
+
+Archives are read member by member, never unpacked: a member is looked up by its own name, so what
+paths an archive claims cannot matter, and no half-unpacked folder can be left behind.
+"""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
-from pathlib import Path
+import lzma
+import tarfile
+import zipfile
+import zlib
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from rt_scratch.config import UserError
 
 CHUNK = 1 << 20  # bytes read at a time: enough to keep a disk busy, nothing to memory
+
+DAMAGE = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, lzma.LZMAError, zlib.error,
+          EOFError)
+
+
+class Place(NamedTuple):
+    """Where an official file is: a file on disk, or a member of an archive."""
+
+    path: Path
+    member: str | None = None
+
+
+def find(folder: Path, names: list[str], subfolders=(), archives=()) -> dict[str, Place]:
+    """Those of the official files `names` that are there.
+
+    Looks in `folder`, its `subfolders`, then in those of its files that are named in `archives`;
+    the first place that has a file counts. UserError when folder is none.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; --data-dir names the folder with the data, "
+                        "--download fetches it")
+    found = {}
+    for place in (folder, *(folder / s for s in subfolders)):
+        for name in names:
+            if (place / name).is_file():
+                found.setdefault(name, Place(place / name))
+    for archive in (folder / a for a in archives):
+        if len(found) < len(names) and archive.is_file():
+            members = {PurePosixPath(m).name: m for m in member_names(archive)}
+            for name in members.keys() & set(names):
+                found.setdefault(name, Place(archive, members[name]))
+    return found
+
+
+def missing(folder: Path, dataset: str, wanted: str) -> UserError:
+    """The error for data that is not there."""
+    return UserError(f"{folder}: no {wanted} here; `python -m rt_scratch.data {dataset} "
+                     "--download` fetches it, --data-dir says where it is")
+
+
+def member_names(archive: Path) -> list[str]:
+    """Paths of the ordinary files in a zip or tar."""
+    with _reading(archive):
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(archive) as z:
+                return [i.filename for i in z.infolist() if not i.is_dir()]
+        with tarfile.open(archive) as t:
+            return [m.name for m in t if m.isreg()]
+
+
+@contextmanager
+def opened(place: Place):
+    """A binary stream of an official file; UserError where the archive turns out damaged."""
+    with _reading(place.path):
+        if place.member is None:
+            with open(place.path, "rb") as f:
+                yield f
+        elif place.path.suffix == ".zip":
+            with zipfile.ZipFile(place.path) as z, z.open(place.member) as f:
+                yield f
+        else:
+            with tarfile.open(place.path) as t, t.extractfile(place.member) as f:
+                yield f
+
+
+@contextmanager
+def _reading(path):
+    try:
+        yield
+    except DAMAGE as e:
+        raise UserError(f"{path}: damaged or cut short ({e}); remove it and fetch it again") from e
+
+
+def chunks(stream):
+    """Pieces of a binary stream."""
+    while chunk := stream.read(CHUNK):
+        yield chunk
 
 
 def sha256_of(path: Path) -> str:
     """Hexadecimal sha256 of a file of any size."""
     digest = hashlib.sha256()
     with open(path, "rb") as f:
-        while chunk := f.read(CHUNK):
+        for chunk in chunks(f):
             digest.update(chunk)
     return digest.hexdigest()

@@ -1,0 +1,40 @@
+"""python -m rt_scratch.data NAME: fetch a dataset, encode it once, say what it is."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from rt_scratch.config import UserError
+from rt_scratch.data import DATASETS, download, load
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code: 0, or 2 after one line that says what is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rt_scratch.data", description="Fetch, check and encode a dataset.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(f"  {name:12} {about}" for name, (_, about) in DATASETS.items()))
+    parser.add_argument("name", help="a dataset of the list below, or a text file")
+    parser.add_argument("--data-dir", metavar="DIR",
+                        help="folder of the official files (default: data/NAME)")
+    parser.add_argument("--download", action="store_true",
+                        help="fetch the official files into that folder first")
+    parser.add_argument("--vocab-size", type=int, default=0, metavar="V",
+                        help="subwords to train, where that can be chosen (pg19)")
+    flags = parser.parse_args(arguments)
+    try:
+        if flags.download:
+            download(flags.name, flags.data_dir)
+        data = load(flags.name, flags.data_dir, flags.vocab_size)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    print(f"{data.name}: {data.protocol}")
+    for split, tokens in data.splits.items():
+        print(f"{split:6} {tokens.size:,} tokens, {tokens.dtype}{list(tokens.shape)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""WikiText-103: Wikipedia articles, already cut into words by its authors.
+
+Tokens are the words between spaces and one end-of-line token for every line, empty ones included;
+that gives the official counts (217,646 valid, 245,569 test). The vocabulary is that of train, most
+frequent first, then in the order of their bytes; `<unk>` is a word like others. WikiText-2 and any
+other wiki.{train,valid,test}.tokens are read the same way, and the protocol says which it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from rt_scratch.config import UserError
+from rt_scratch.data.cache import ArrayFile, cached, smallest_type
+from rt_scratch.data.dataset import Dataset
+from rt_scratch.data.download import Source, fetch
+from rt_scratch.data.files import find, missing, opened, sha256_of
+
+EOS, UNK = b"<eos>", b"<unk>"
+FILES = {split: f"wiki.{split}.tokens" for split in ("train", "valid", "test")}
+PLACES = [  # (subfolders, archives) of one edition each
+    ((), ()),
+    (("wikitext-103",), ("wikitext-103-v1.zip",)),
+    (("wikitext-2",), ("wikitext-2-v1.zip",)),
+]
+SOURCE = Source(
+    "wikitext-103-v1.zip",
+    ("https://wikitext.smerity.com/wikitext-103-v1.zip",  # the other address often refuses
+     "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-103-v1.zip"), 190_229_076,
+    "sha256:242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590")
+OFFICIAL = {  # sha1 of the files
+    "b7497e2dfe77e72cfef5e3dbc61b7b53712ac211": "WikiText-103 train",
+    "c326ac59dc587676d58c422eb8a03e119582f92b": "WikiText-103 valid",
+    "8a5befc548865cec54ed4273cf87dbbad60d1e47": "WikiText-103 test",
+    "0418625c8b4da6e4b5c7a0b9e78d4ae8f7ee5422": "WikiText-2 valid",
+    "c7b8ce0aa086fb34dab808c5c49224211eb2b172": "WikiText-2 test",
+}
+PIECE = 1 << 20  # tokens kept in memory before they are written
+
+
+def load(folder: Path) -> Dataset:
+    """From the three files or the official zip; UserError on missing files and empty splits."""
+    for subfolders, archives in PLACES:
+        found = find(folder, list(FILES.values()), subfolders, archives)
+        if len(found) == len(FILES):
+            break
+    else:
+        raise missing(folder, "wikitext103", f"{', '.join(FILES.values())} or {SOURCE.name}")
+    recipe = {"line": EOS.decode(), "unknown": UNK.decode(), "order": "frequency, bytes"}
+    data = cached(folder, "wikitext103", "wikitext103", recipe,
+                  {place.path for place in found.values()}, lambda new: _encode(found, new))
+    codec_file = data.folder / "vocab.txt"
+    encode, decode = word_codec(codec_file)
+    counts = "; ".join(
+        f"{split} {len(data.arrays[split]):,} tokens "
+        f"({OFFICIAL.get(sha1, f'not a WikiText-103 file, sha1 {sha1[:12]}')})"
+        for split, sha1 in data.info["sha1"].items())
+    protocol = (f"perplexity per word-level token, end-of-line tokens counted; {counts}; "
+                f"V {data.info['words']:,} of train, sha256 {sha256_of(codec_file)[:12]}")
+    return Dataset("wikitext103", "text", data.info["words"], "ppl/token", data.arrays, protocol,
+                   encode=encode, decode=decode, codec_file=codec_file)
+
+
+def download(folder: Path) -> None:
+    """The official zip, from its author's mirror or the original address."""
+    fetch(SOURCE, folder)
+
+
+def word_codec(path: str | Path):
+    """(encode, decode) with the words of a vocab.txt, one a line, in the order of their ids.
+
+    encode cuts at white space, maps unknown words to <unk> and each newline to <eos>. decode
+    writes a space after each word, so that decode(a + b) = decode(a) + decode(b), and
+    encode(decode(ids)) gives the ids again.
+    """
+    words = Path(path).read_bytes().split(b"\n")
+    ids = {word: i for i, word in enumerate(words)}
+    if EOS not in ids or UNK not in ids:
+        raise UserError(f"{path}: not a list of words with {EOS.decode()} and {UNK.decode()}")
+    shown = [b"\n" if word == EOS else word + b" " for word in words]
+
+    def encode(text: bytes) -> np.ndarray:
+        tokens = []
+        for i, line in enumerate(text.split(b"\n")):
+            tokens += [ids[EOS]] * (i > 0) + [ids.get(w, ids[UNK]) for w in line.split()]
+        return np.array(tokens, smallest_type(len(words)))
+
+    def decode(tokens) -> bytes:
+        return b"".join([shown[t] for t in np.asarray(tokens).tolist()])
+
+    return encode, decode
+
+
+def _encode(found, new):
+    counts, sha1 = Counter(), {}
+    for line in _lines(found[FILES["train"]], "counting words"):
+        counts.update(line.split())
+        counts[EOS] += 1
+    counts.setdefault(UNK, 0)
+    words = sorted(counts, key=lambda w: (-counts[w], w))
+    (new / "vocab.txt").write_bytes(b"\n".join(words))
+    ids = {word: i for i, word in enumerate(words)}
+    for split, name in FILES.items():
+        digest = hashlib.sha1()
+        with ArrayFile(new / f"{split}.npy", smallest_type(len(words))) as out:
+            tokens = []
+            for line in _lines(found[name], f"encoding {split}"):
+                digest.update(line)
+                tokens += [ids.get(w, ids[UNK]) for w in line.split()]
+                tokens.append(ids[EOS])
+                if len(tokens) > PIECE:
+                    out.append(tokens)
+                    tokens = []
+            out.append(np.array(tokens, int))
+        if out.n == 0:
+            raise UserError(f"{found[name].path}: {name} is empty")
+        sha1[split] = digest.hexdigest()
+    return {"words": len(words), "sha1": sha1}
+
+
+def _lines(place, what):
+    """Lines of a file, their newline included."""
+    with opened(place) as stream, tqdm(unit="B", unit_scale=True, desc=what, disable=None) as bar:
+        for line in stream:
+            bar.update(len(line))
+            yield line
