@@ -15,7 +15,7 @@ from pathlib import Path
 from rt_scratch.config import UserError
 from rt_scratch.data.dataset import Dataset, codec, score
 
-__all__ = ["DATASETS", "Dataset", "codec", "download", "load", "score"]
+__all__ = ["DATASETS", "Dataset", "codec", "fetch", "load", "score"]
 
 DATASETS = {  # name: (module in this folder, what it is)
     "stdlib": ("stdlib", "bytes of the Python standard library's own source files"),
@@ -54,8 +54,8 @@ def load(name: str, data_dir: str | Path | None = None, vocab_size: int = 0) -> 
     return data
 
 
-def download(name: str, data_dir: str | Path | None = None) -> None:
-    """Fetch the official files of `name` into data_dir (default data/NAME); see download.py."""
+def fetch(name: str, data_dir: str | Path | None = None) -> None:
+    """Download the official files of `name` into data_dir (default data/NAME); see download.py."""
     if name not in DATASETS:
         raise UserError(f"{name}: not a dataset; there are {', '.join(DATASETS)}")
     module = _module(name)

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from rt_scratch.config import UserError
-from rt_scratch.data import DATASETS, download, load
+from rt_scratch.data import DATASETS, fetch, load
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     try:
         if flags.download:
-            download(flags.name, flags.data_dir)
+            fetch(flags.name, flags.data_dir)
         data = load(flags.name, flags.data_dir, flags.vocab_size)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

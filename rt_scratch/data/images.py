@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rt_scratch.config import UserError
 from rt_scratch.data.cache import ArrayFile, smallest_type
 
 SPLITS = ("train", "valid", "test")
@@ -24,7 +25,8 @@ def write_images(new: Path, batches: Iterable[tuple[str, np.ndarray, np.ndarray 
     """Write batches of ('train' or 'test', pixels (k, width), labels (k,) or None) as arrays.
 
     The official data have no third split: image i of train goes to valid where i mod `every` is
-    every - 1, which is the same share of each class whatever their order. Returns the counts.
+    every - 1, which is the same share of each class whatever their order. Returns the
+    counts; UserError when a split is empty.
     """
     seen = 0
     with ExitStack() as stack:
@@ -46,7 +48,12 @@ def write_images(new: Path, batches: Iterable[tuple[str, np.ndarray, np.ndarray 
                 pixels_of[name].append(pixels[rows])
                 if labels is not None:
                     labels_of[name].append(labels[rows])
-    return {split: file.n for split, file in pixels_of.items()}
+    counts = {split: file.n for split, file in pixels_of.items()}
+    for split, n in counts.items():
+        if n == 0:
+            raise UserError(f"no images for {split}: the files hold {seen} images of train, "
+                            f"{counts['test']} of test")
+    return counts
 
 
 def take_labels(arrays: dict[str, np.ndarray]):

@@ -101,7 +101,7 @@ def _listing(name):
                     md5 = base64.b64decode(item["md5Hash"]).hex()
                     books.append(Source(item["name"], (ADDRESS + item["name"],),
                                         int(item["size"]), f"md5:{md5}"))
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise UserError(f"{LISTING}: the list of books is not in the form expected "
                             f"({e!r})") from e
         token = page.get("nextPageToken", "")
