@@ -1,0 +1,561 @@
+"""The CUDA kernels without a GPU: executed on the CPU against the plain functions, and compiled.
+
+The launchers of rt_scratch.kernels.cuda run on NumPy arrays here, with the kernels' own source
+compiled by g++ and cuBLAS written out in NumPy (tests/cuda). Threads take their turns forwards and
+backwards: a kernel that lacks a barrier cannot give the same bits both ways.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "cuda"))
+
+import nvrtc_check  # noqa: E402
+import run_on_cpu  # noqa: E402
+
+from rt_scratch import attention, layers, routing  # noqa: E402
+from rt_scratch.kernels import cuda, gemm  # noqa: E402
+
+FILES = sorted({kernel.file for kernel in cuda.kernels().values()})
+HAVE_COMPILER = pytest.mark.skipif(run_on_cpu.compiler() is None, reason="g++ is not installed")
+NO_NVRTC = nvrtc_check.missing()
+HAVE_NVRTC = pytest.mark.skipif(NO_NVRTC is not None, reason=str(NO_NVRTC))
+
+try:
+    import ml_dtypes
+
+    DTYPES = ["float32", "float16", ml_dtypes.bfloat16]
+except ImportError:
+    DTYPES = ["float32", "float16",
+              pytest.param(None, marks=pytest.mark.skip(reason="ml_dtypes is not installed"))]
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float16", "bfloat16"])
+
+
+@pytest.fixture(params=[False, True], ids=["forwards", "backwards"])
+def on_cpu(request, monkeypatch):
+    if run_on_cpu.compiler() is None:
+        pytest.skip("g++ is not installed")
+    run_on_cpu.install(monkeypatch, request.param)
+
+
+def normal(*shape, dtype="float32", seed=0, spread=1.0):
+    """Seeded normal numbers that `dtype` holds exactly."""
+    x = spread * np.random.default_rng([seed, *shape]).standard_normal(shape)
+    return x.astype(dtype)
+
+
+def epsilon(dtype):
+    return {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}[np.dtype(dtype).name]
+
+
+def plain(function, *arguments, dtype=np.float64):
+    """The reference on copies of the arguments in another floating type."""
+    def convert(x):
+        if isinstance(x, tuple):
+            return tuple(map(convert, x))
+        if not isinstance(x, np.ndarray) or x.dtype.kind in "iub":
+            return x
+        return x.astype(dtype)
+
+    return getattr(function, "reference", function)(*map(convert, arguments))
+
+
+def assert_close(got, truth, working=None, factor=2, dtype=None):
+    """`got` is as near to the float64 truth as `working`, the same in float32, times a factor.
+
+    Besides, the largest entry's rounding in `dtype` (that of got) is allowed. NaN fails.
+    """
+    got = np.asarray(got)
+    assert got.shape == truth.shape
+    error = np.abs(got.astype(np.float64) - truth)
+    allowed = 2 * epsilon(dtype or got.dtype) * np.abs(truth).max(initial=1e-30)
+    if working is not None:
+        allowed += factor * np.abs(working - truth).max(initial=0)
+    assert (error <= allowed).all(), f"error {np.nanmax(error)} above {allowed}"
+
+
+# ------------------------------------------------------------------------------------ LayerNorm
+
+@each_dtype
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5, 64), (7, 1023), (2, 33), (70, 40)], ids=str)
+def test_layer_norm(on_cpu, shape, dtype):
+    x, dy = (normal(*shape, dtype=dtype, seed=seed, spread=3) for seed in (0, 1))
+    gain, bias = normal(shape[-1], seed=2), normal(shape[-1], seed=3)
+    y, cache = cuda.layer_norm(x, gain, bias)
+    truth, true_cache = plain(layers.layer_norm, x, gain, bias)
+    working, working_cache = plain(layers.layer_norm, x, gain, bias, dtype=np.float32)
+    assert y.dtype == x.dtype and cache[2].dtype == np.float32 and cache[3].shape[-1] == 1
+    assert_close(y, truth, working)
+    true_gradients = plain(layers.layer_norm_backward, dy, true_cache)
+    working_gradients = plain(layers.layer_norm_backward, dy, working_cache, dtype=np.float32)
+    for got, *others in zip(cuda.layer_norm_backward(dy, cache), true_gradients,
+                            working_gradients, strict=True):
+        assert_close(got, *others, factor=3, dtype=dtype)
+
+
+@each_dtype
+def test_normalize(on_cpu, dtype):
+    x, dn = normal(2, 3, 5, 16, dtype=dtype), normal(2, 3, 5, 16, dtype=dtype, seed=1)
+    strided = np.swapaxes(x, 1, 2)
+    n, cache = cuda.normalize(strided)
+    truth, true_cache = plain(layers.normalize, strided)
+    assert_close(n, truth, plain(layers.normalize, strided, dtype=np.float32)[0])
+    dn = np.swapaxes(dn, 1, 2)
+    expected = plain(layers.normalize_backward, dn, true_cache)
+    assert_close(cuda.normalize_backward(dn, cache), expected, factor=3)
+
+
+# ----------------------------------------------------------------------------- GEGLU and dropout
+
+@each_dtype
+@pytest.mark.parametrize("size", [1, 7, 8, 1027, 4096])
+def test_geglu(on_cpu, size, dtype):
+    a, b, dy = (normal(size, dtype=dtype, seed=i, spread=2) for i in range(3))
+    y, cache = cuda.geglu(a, b)
+    assert_close(y, plain(layers.geglu, a, b)[0], plain(layers.geglu, a, b, dtype=np.float32)[0])
+    truth = plain(layers.geglu_backward, dy, cache)
+    working = plain(layers.geglu_backward, dy, cache, dtype=np.float32)
+    for got, *others in zip(cuda.geglu_backward(dy, cache), truth, working, strict=True):
+        assert_close(got, *others, factor=3)
+
+
+def test_geglu_of_misaligned_arrays(on_cpu):
+    """Views that do not begin at a multiple of 16 bytes are read one entry at a time."""
+    a, b = normal(65)[1:], normal(66, seed=1)[2:]
+    assert_close(cuda.geglu(a, b)[0], plain(layers.geglu, a, b)[0])
+
+
+def test_geglu_far_from_zero(on_cpu):
+    a = np.array([-1e30, -20, 20, 1e10, np.inf, np.nan], np.float32)
+    b = np.ones(6, np.float32)
+    with np.errstate(all="ignore"):
+        expected = layers.geglu.reference(a, b)[0]
+    np.testing.assert_allclose(cuda.geglu(a, b)[0], expected, rtol=1e-6)
+
+
+def philox_numpy(counter, key):
+    """Philox4x32-10 (Salmon et al. 2011): counter (n, 4), key (2,) uint32 -> (n, 4) uint32."""
+    counter = [counter[:, i].astype(np.uint64) for i in range(4)]
+    key = [int(k) for k in key]
+    low = np.uint64(0xFFFFFFFF)
+    for _ in range(10):
+        first, second = counter[0] * np.uint64(0xD2511F53), counter[2] * np.uint64(0xCD9E8D57)
+        counter = [(second >> np.uint64(32)) ^ counter[1] ^ np.uint64(key[0]), second & low,
+                   (first >> np.uint64(32)) ^ counter[3] ^ np.uint64(key[1]), first & low]
+        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return np.stack(counter, axis=1).astype(np.uint32)
+
+
+@pytest.mark.parametrize("counter, key, expected", [
+    ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    ([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0],
+     [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]),
+])
+def test_philox_known_answers(counter, key, expected):
+    """The known answers published with Random123."""
+    got = philox_numpy(np.array([counter], np.uint32), key)
+    assert got[0].tolist() == expected
+
+
+@each_dtype
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_draws_philox(on_cpu, rate, dtype):
+    key = (0x123456789ABCDEF0, 7, 0xFFFFFFFE)
+    x = np.ones((5, 1001), dtype)
+    y, cache = cuda.dropout(x, (rate, key))
+    counters = np.zeros((-(-x.size // 8), 4), np.uint32)
+    counters[:, 0], counters[:, 2], counters[:, 3] = np.arange(len(counters)), key[1], key[2]
+    words = philox_numpy(counters, (key[0] & 0xFFFFFFFF, key[0] >> 32))
+    halves = np.stack([words & 0xFFFF, words >> 16], axis=2).reshape(-1)[: x.size]
+    keep = (halves >= round(rate * 65536)).reshape(x.shape)
+    assert np.array_equal(np.asarray(y, np.float32) != 0, keep)
+    assert_close(y, keep / (1 - round(rate * 65536) / 65536))
+    mask = layers.dropout_mask(np, x.shape, rate, key, np.float64)
+    assert np.array_equal(mask != 0, keep)
+    assert cache == (rate, key)
+
+
+def test_no_dropout(on_cpu):
+    x = normal(3)
+    assert cuda.dropout(x, None)[0] is x and cuda.dropout(x, (0.0, (1, 2, 3)))[0] is x
+
+
+# --------------------------------------------------------------------------------- cross-entropy
+
+@each_dtype
+@pytest.mark.parametrize("rows, vocabulary", [(1, 1), (5, 256), (9, 37), (3, 1500)])
+def test_linear_cross_entropy(on_cpu, monkeypatch, rows, vocabulary, dtype):
+    monkeypatch.setattr(cuda, "CHUNK_ENTRIES", 4 * vocabulary)  # two or three chunks
+    width = 12
+    x, w = normal(rows, width, dtype=dtype), normal(width, vocabulary, dtype=dtype, seed=1)
+    b, weights = normal(vocabulary, seed=2), np.abs(normal(rows, seed=3))
+    weights[rows // 2] = 0
+    targets = np.random.default_rng(0).integers(0, vocabulary, rows)
+    loss, cache = cuda.linear_cross_entropy(x, w, b, targets, weights)
+    truth, true_cache = plain(layers.linear_cross_entropy, x, w, b, targets, weights)
+    assert_close(loss, truth, dtype="float32")
+    assert_close(cache[-1], true_cache[-1], dtype="float32")
+    gradients = cuda.linear_cross_entropy_backward(1.5, cache)
+    for got, true in zip(gradients, plain(layers.linear_cross_entropy_backward, 1.5, true_cache),
+                         strict=True):
+        assert_close(got, true, dtype=dtype, working=true * (1 + 2 * epsilon(dtype)))
+
+
+def test_cross_entropy_of_large_logits(on_cpu):
+    """No overflow, and NaN is not hidden."""
+    x, w = np.ones((2, 1), np.float32), np.array([[1e4, -1e4, 3e4]], np.float32)
+    zeros, targets, ones = np.zeros(3, np.float32), np.array([0, 2]), np.ones(2, np.float32)
+    loss, cache = cuda.linear_cross_entropy(x, w, zeros, targets, ones)
+    assert loss == 2e4
+    assert all(np.isfinite(d).all() for d in cuda.linear_cross_entropy_backward(1.0, cache))
+    w[0, 1] = np.nan
+    assert np.isnan(cuda.linear_cross_entropy(x, w, zeros, targets, ones)[0])
+
+
+# -------------------------------------------------------------------------------------- attention
+
+def masks(shape, queries, keys):
+    """Name -> mask, each broadcasting to (*shape, queries, keys)."""
+    rng = np.random.default_rng(0)
+    causal = np.arange(keys) - (keys - queries) <= np.arange(queries)[:, None]
+    some = rng.random((*shape, queries, keys)) < 0.6
+    some[0, 0, 0] = False  # some rows see nothing
+    return {"causal": causal, "per block": causal & (rng.random((shape[-1], queries, keys)) < 0.8),
+            "per head": causal & (rng.random((shape[1], 1, queries, keys)) < 0.8),
+            "by key": causal & (rng.random((*shape, 1, keys)) < 0.8), "full": some & causal}
+
+
+@each_dtype
+@pytest.mark.parametrize("queries, keys, distances, rate, which", [
+    (3, 300, 300, 0.1, "causal"),
+    *[(*sizes, which) for which in ("causal", "per block", "per head", "by key", "full")
+      for sizes in [(4, 4, 4, 0.0), (4, 12, 12, 0.25), (5, 5, 9, 0.0), (1, 1, 1, 0.0),
+                    (6, 12, 0, 0.5)]],
+])
+def test_attend(on_cpu, monkeypatch, queries, keys, distances, rate, which, dtype):
+    monkeypatch.setattr(cuda, "CHUNK_ENTRIES", 5 * queries * keys)  # chunks of five blocks
+    shape, width = (2, 2, 3), 8
+    q, do = (normal(*shape, queries, width, dtype=dtype, seed=i) for i in (0, 1))
+    k, v = (normal(*shape, keys, width, dtype=dtype, seed=i) for i in (2, 3))
+    tables = [normal(distances, width, dtype=dtype, seed=i) for i in (4, 5)]
+    rel_k, rel_v = tables if distances else (None, None)
+    mask = masks(shape, queries, keys)[which]
+    dropped = (rate, (123, 4, 5)) if rate else None
+    arguments = (q, k, v, rel_k, rel_v, mask, 0.5, dropped)
+    o, cache = cuda.attend(*arguments)
+    truth, true_cache = plain(attention.attend, *arguments)
+    working, working_cache = plain(attention.attend, *arguments, dtype=np.float32)
+    assert o.dtype == q.dtype
+    assert_close(o, truth, working)
+    assert_close(cache[-1], true_cache[-1], working_cache[-1])
+    gradients = cuda.attend_backward(do, cache)
+    true_gradients = plain(attention.attend_backward, do, true_cache)
+    working_gradients = plain(attention.attend_backward, do, working_cache, dtype=np.float32)
+    for got, true, work in zip(gradients, true_gradients, working_gradients, strict=True):
+        if true is None:
+            assert got is None
+        else:
+            assert_close(got, true, work, factor=3)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("tokens, block, lookback", [(12, 4, 1), (13, 4, 2), (5, 5, 0)])
+def test_attend_by_rule(on_cpu, tokens, block, lookback, window):
+    """A Band sees what the mask of local_attention shows."""
+    b, h, width = 2, 2, 4
+    segments = np.sort(np.random.default_rng(0).integers(0, 3, (b, h, tokens)), axis=-1)
+    q, k, v = (normal(b, h, tokens, width, seed=i) for i in range(3))
+    queries = attention._split(q, block)
+    keys, values = (attention._windows(x, block, lookback) for x in (k, v))
+    mask = attention._local_mask(q, tokens, block, lookback, segments, window)
+    band = cuda.Band(queries.shape[2], tokens, lookback * block, window or tokens, segments)
+    expected = cuda.attend(queries, keys, values, None, None, mask, 1.0)[0]
+    got = cuda.attend(queries, keys, values, None, None, band, 1.0)[0]
+    assert np.array_equal(attention._join(got, tokens), attention._join(expected, tokens))
+    mask = attention._local_mask(q, tokens, block, lookback, None, window)
+    expected = cuda.attend(queries, keys, values, None, None, mask, 1.0)[0]
+    band = band._replace(segment=None)
+    got = cuda.attend(queries, keys, values, None, None, band, 1.0)[0]
+    assert np.array_equal(attention._join(got, tokens), attention._join(expected, tokens))
+
+
+def test_attend_shows_nan(on_cpu):
+    """One NaN logit makes its whole row NaN, as in the plain function."""
+    q, k, v = (normal(1, 1, 4, 8, seed=i) for i in range(3))
+    q[0, 0, 2, 0] = np.nan
+    o = cuda.attend(q, k, v, None, None, np.tri(4, dtype=bool), 1.0, (0.5, (1, 2, 3)))[0]
+    assert np.isnan(o[0, 0, 2]).all() and np.isfinite(o[0, 0, [0, 1, 3]]).all()
+
+
+# ---------------------------------------------------------------------------------------- routing
+
+@pytest.mark.parametrize("rows, tokens, window", [
+    (3, 64, 16), (1, 1, 1), (2, 1023, 37), (1, 1023, 1023), (2, 5, 1), (1, 20000, 777),
+])
+@pytest.mark.parametrize("values", ["normal", "ties", "equal"])
+def test_top_members(on_cpu, rows, tokens, window, values):
+    scores = normal(rows, tokens)
+    if values == "ties":
+        scores = np.round(scores * 2) / 2  # with both zeros
+    if values == "equal":
+        scores[:] = -1.5
+    got = cuda.top_members(scores, window)
+    assert got.dtype == np.int32
+    assert np.array_equal(got, routing.top_members.reference(scores, window))
+
+
+def test_top_members_of_odd_values(on_cpu):
+    scores = [np.nan, -np.inf, 1e-40, 0, -0.0, np.inf, -1e-40, 3, -3, np.nan]
+    scores = np.array([scores], np.float32)
+    for window in range(1, 11):
+        expected = routing.top_members.reference(scores, window)
+        assert np.array_equal(cuda.top_members(scores, window), expected), window
+
+
+def test_top_members_of_a_long_row(on_cpu):
+    scores = normal(1, 131072)
+    expected = routing.top_members.reference(scores, 1000)
+    assert np.array_equal(cuda.top_members(scores, 1000), expected)
+
+
+@pytest.mark.parametrize("shape, clusters", [
+    ((2, 3, 100), 5), ((1, 1, 1), 1), ((1, 2, 5000), 1024), ((1, 1, 33000), 7), ((2, 1, 513), 1),
+])
+def test_by_cluster(on_cpu, shape, clusters):
+    winner = np.random.default_rng(0).integers(0, clusters, shape)
+    order = cuda.by_cluster(winner)
+    assert order.dtype == np.int32
+    assert np.array_equal(order, routing.by_cluster.reference(winner))
+    assert np.array_equal(cuda.inverse(order), np.argsort(order, axis=-1))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "uint8", "int64"])
+@pytest.mark.parametrize("width", [1, 3, 8, 64])
+def test_gather(on_cpu, width, dtype):
+    """Bytes are moved as they are, also from heads that lie between tokens."""
+    x = normal(2, 5, 3, width, spread=50).astype(dtype).swapaxes(1, 2)  # (B, H, T, D), strided
+    index = np.random.default_rng(0).integers(0, 5, (2, 3, 4, 7))
+    got = cuda.gather(x, index)
+    assert got.dtype == x.dtype and np.array_equal(got, routing.gather(x, index))
+    contiguous = np.ascontiguousarray(x)
+    assert np.array_equal(cuda.gather(contiguous, index), got)
+
+
+@each_dtype
+@pytest.mark.parametrize("clusters, window, tokens, width", [
+    (4, 8, 30, 16), (1, 1, 1, 1), (3, 100, 300, 40), (7, 13, 29, 130),
+])
+def test_scatter(on_cpu, clusters, window, tokens, width, dtype):
+    b, h = 2, 3
+    rows = normal(b, h, clusters, window, width, dtype=dtype)
+    index = routing.top_members.reference(normal(b, h, clusters, tokens, seed=1), window)
+    out, (_, times) = cuda.scatter_mean(rows, index, tokens)
+    expected, (_, expected_times) = plain(routing.scatter_mean, rows, index, tokens)
+    assert out.dtype == rows.dtype and times.dtype == rows.dtype
+    assert np.array_equal(times.astype(np.float64), expected_times)
+    assert_close(out, expected)
+    expected = plain(routing.scatter_sum, rows, index, tokens)
+    assert_close(cuda.scatter_sum(rows, index, tokens), expected)
+
+
+@each_dtype
+@pytest.mark.parametrize("size, width, segments", [
+    (1, 1, 1), (50, 7, 10), (1000, 33, 3), (300, 300, 1000), (129, 4, 1),
+])
+def test_segment_sum(on_cpu, size, width, segments, dtype):
+    rows = normal(size, width, dtype=dtype)
+    index = np.random.default_rng(0).integers(0, segments, size)
+    expected = np.zeros((segments, width))
+    np.add.at(expected, index, rows.astype(np.float64))
+    got = cuda.segment_sum(rows, index, segments)
+    assert got.dtype == rows.dtype
+    assert_close(got, expected, factor=4, working=expected * (1 + epsilon("float32")))
+
+
+@each_dtype
+@pytest.mark.parametrize("b, h, tokens, width, clusters", [
+    (2, 2, 700, 5, 9), (1, 1, 1, 1, 1), (1, 2, 60, 64, 200),
+])
+def test_cluster_statistics(on_cpu, b, h, tokens, width, clusters, dtype):
+    x = normal(b, h, tokens, width, dtype=dtype)
+    winner = np.random.default_rng(0).integers(0, clusters, (b, h, tokens))
+    counts, sums = cuda.cluster_statistics(x, winner, clusters)
+    true_counts, true_sums = plain(routing.cluster_statistics, x, winner, clusters)
+    assert np.array_equal(counts, true_counts)
+    assert_close(sums, true_sums, dtype="float32", factor=4,
+                 working=true_sums * (1 + epsilon("float32")))
+
+
+# --------------------------------------------------------------------------------------- launcher
+
+def test_launch_refuses_what_cupy_would_misread(on_cpu):
+    x, y = np.ones(8, np.float32), np.empty(8, np.float32)
+    arguments = [x, x, y, 8]
+    cuda.launch("geglu", (1,), (32,), *arguments)
+    for at, wrong, message in [(1, x.astype(np.float16), "b_n is float16"),
+                               (0, np.ones(16, np.float32)[::2], "a_n is not contiguous"),
+                               (0, np.ones(8, np.float64), "a_n is float64"),
+                               (3, np.array(8), "size is an array")]:
+        bad = [*arguments]
+        bad[at] = wrong
+        with pytest.raises(TypeError, match=message):
+            cuda.launch("geglu", (1,), (32,), *bad)
+    with pytest.raises(TypeError, match="takes 4 arguments"):
+        cuda.launch("geglu", (1,), (32,), x, x, y)
+
+
+def test_every_kernel_is_launched():
+    """No kernel without a launcher, hence none without a test."""
+    text = Path(cuda.__file__).read_text()
+    assert len(cuda.kernels()) > 15
+    for name in cuda.kernels():
+        assert f'"{name}"' in text, name
+
+
+def test_every_kernel_is_declared_as_the_launcher_reads_it():
+    for file in FILES:
+        assert cuda.source(file).count("__global__") == len(cuda.declarations(file)), file
+
+
+# ------------------------------------------------------------------------------------------- GEMM
+
+Q, K = normal(2, 3, 5, 4), normal(2, 3, 7, 4, seed=1)
+TALL = normal(2, 5, 3, 4, seed=2)  # (B, T, H, D)
+PRODUCTS = {
+    "batches": (Q, np.ascontiguousarray(K.swapaxes(-1, -2))),
+    "b transposed": (Q, K.swapaxes(-1, -2)),
+    "a transposed": (Q.swapaxes(-1, -2), Q),
+    "both transposed": (Q[..., :4, :].swapaxes(-1, -2), K[..., :4].swapaxes(-1, -2)[..., :4, :]),
+    "one matrix for all": (Q, normal(4, 6)),
+    "one transposed for all": (Q, normal(6, 4).T),
+    "one left for all": (normal(6, 5), Q),
+    "column slices": (Q[..., :2], K[..., 2:].swapaxes(-1, -2)),
+    "heads between tokens": (TALL[0].swapaxes(0, 1), TALL[0].transpose(1, 2, 0)),
+    "broadcast view": (Q, np.broadcast_to(normal(4, 6), (2, 3, 4, 6))),
+    "two-dimensional": (normal(5, 4), normal(4, 6)),
+    "rows": (normal(1, 4), normal(4, 1)),
+    "outer": (normal(5, 1), normal(1, 6)),
+    "a column of a matrix": (normal(5, 4)[:, 1:2], normal(1, 6)),
+    "one by one": (normal(2, 1, 1), normal(2, 1, 1)),
+    "every other batch": (Q.reshape(6, 5, 4)[::2], K.reshape(6, 7, 4)[1::2].swapaxes(-1, -2)),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_gemm_plan(name):
+    """No product here needs a copy, and cuBLAS would compute it."""
+    a, b = PRODUCTS[name]
+    expected = (a.astype(np.float64) @ b.astype(np.float64)).astype(np.float32)
+    if name == "both transposed":
+        assert gemm.plan(a, b, expected)[:2] == (gemm.TRANSPOSED, gemm.TRANSPOSED)
+    c = np.full(expected.shape, np.nan, np.float32)
+    run_on_cpu.cublas(gemm.plan(a, b, c), a, b, c, 1.0, 0.0)
+    np.testing.assert_allclose(c, expected, rtol=1e-5, atol=1e-6, equal_nan=False)
+
+
+def test_gemm_folds_a_shared_matrix_into_one_product():
+    assert gemm.plan(Q, normal(4, 6), np.empty((2, 3, 5, 6), np.float32)).batch == 1
+
+
+@pytest.mark.parametrize("a, b, c", [
+    (TALL.swapaxes(1, 2), TALL.transpose(0, 2, 3, 1), np.empty((2, 3, 5, 5))),  # two strides
+    (Q[..., ::2], K[..., ::2].swapaxes(-1, -2), np.empty((2, 3, 5, 7))),        # neither contiguous
+    (Q, K, np.empty((2, 3, 5, 7))),                                            # shapes
+    (Q, K.swapaxes(-1, -2), np.empty((2, 3, 7, 5)).swapaxes(-1, -2)),          # columns of c
+    (Q, K[:1, :2].swapaxes(-1, -2), np.empty((2, 3, 5, 7))),                   # batches
+    (Q, K.swapaxes(-1, -2), np.broadcast_to(np.empty((5, 7)), (2, 3, 5, 7))),  # one c for all
+])
+def test_gemm_plan_refuses(a, b, c):
+    with pytest.raises(ValueError):
+        gemm.plan(a, b, c)
+
+
+@each_dtype
+def test_matmul(on_cpu, dtype):
+    a, b = TALL.astype(dtype).swapaxes(1, 2), TALL.astype(dtype).transpose(0, 2, 3, 1)
+    expected = a.astype(np.float64) @ b.astype(np.float64)
+    got = gemm.matmul(a, b)  # two strides: copied first
+    assert got.dtype == a.dtype
+    assert_close(got, expected)
+    out = np.ones(expected.shape, np.float32)
+    assert gemm.matmul(a, b, out=out, alpha=2.0, beta=-1.0) is out
+    assert_close(out, 2 * expected - 1, working=(2 * expected - 1) * (1 + 1e-6), dtype="float32")
+    assert gemm.matmul(a, b, dtype=np.float32).dtype == np.float32
+
+
+def test_matmul_of_nothing(on_cpu):
+    assert gemm.matmul(np.ones((3, 0), np.float32), np.ones((0, 2), np.float32),
+                       out=np.ones((3, 2), np.float32), beta=0.5).tolist() == [[0.5, 0.5]] * 3
+    assert gemm.matmul(np.ones((0, 3), np.float32), np.ones((3, 2), np.float32)).shape == (0, 2)
+    fresh = gemm.matmul(np.ones((3, 0), np.float32), np.ones((0, 2), np.float32))
+    assert fresh.tolist() == [[0, 0]] * 3
+
+
+@pytest.mark.parametrize("a, b, out", [("float64", "float64", "float64"),
+                                       ("float32", "float16", "float32"),
+                                       ("float32", "float32", "float16")])
+def test_matmul_refuses_other_types(a, b, out):
+    with pytest.raises(TypeError, match="matrix product"):
+        gemm.matmul(np.ones((2, 2), a), np.ones((2, 2), b), out=np.ones((2, 2), out))
+
+
+# ---------------------------------------------------------------------- compiled for real GPUs
+
+REGISTERS = 64  # per thread; four blocks of 256 threads fit on a multiprocessor
+
+
+@HAVE_NVRTC
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("file", FILES)
+def test_compiles_within_budget(file, architecture):
+    used = nvrtc_check.compile_file(file, architecture)
+    assert len(used) >= len(cuda.declarations(file))
+    for name, usage in used.items():
+        assert usage.registers <= REGISTERS, f"{name}: {usage}"
+        assert usage.spilled == 0, f"{name}: {usage}"
+        assert usage.shared <= 48 << 10, f"{name}: {usage}"
+
+
+@HAVE_NVRTC
+def test_compile_check_sees_errors_and_spills():
+    with pytest.raises(RuntimeError, match="INFINITY"):
+        nvrtc_check.compile_text("__global__ void f(float* x) { *x = INFINITY; }", ["f"])
+    greedy = """__global__ void __launch_bounds__(1024, 2) f(float* x) {
+      float v[64];
+      for (int i = 0; i < 64; i++) v[i] = x[i * threadIdx.x];
+      for (int r = 0; r < 64; r++)
+        for (int i = 0; i < 64; i++) v[i] += v[(i * 7 + 1) % 64] * x[r];
+      for (int i = 0; i < 64; i++) x[i * threadIdx.x] = v[i];
+    }"""
+    assert nvrtc_check.compile_text(greedy, ["f"])["f"].spilled > 0
+
+
+# ------------------------------------------------------------------------- missing barriers
+
+def sanitized(file, without=None):
+    """Exit code and output of a run of the file's kernels under ThreadSanitizer."""
+    script = Path(__file__).parent / "cuda" / "sanitize.py"
+    command = [sys.executable, str(script), file] + ([str(without)] if without is not None else [])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if "unexpected memory mapping" in done.stderr or "no ThreadSanitizer" in done.stderr:
+        pytest.skip("ThreadSanitizer does not run here")
+    return done.returncode, done.stderr
+
+
+@HAVE_COMPILER
+@pytest.mark.parametrize("file", ["top_members.cu", "rows.cu", "by_cluster.cu"])
+def test_no_race(file):
+    code, text = sanitized(file)
+    assert code == 0, text[-3000:]
+
+
+@HAVE_COMPILER
+def test_missing_barrier_is_a_race():
+    code, text = sanitized("top_members.cu", without=2)
+    assert code == 66 and "data race" in text, text[-3000:]
