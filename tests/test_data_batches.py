@@ -6,7 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rt_scratch.config import UserError
-from rt_scratch.data.batches import count_windows, eval_windows, random_windows, shuffled_images
+from rt_scratch.data.batches import (
+    _generator,
+    count_windows,
+    eval_windows,
+    random_windows,
+    shuffled_images,
+)
 
 
 def test_windows_are_pieces_of_the_text():
@@ -28,6 +34,13 @@ def test_windows_depend_on_seed_and_step_alone():
     everything = np.concatenate(list(starts.values()))
     assert len(np.unique(everything)) > 0.98 * everything.size  # steps do not share their draws
     assert abs(everything.mean() - 50_000) < 3_000  # 29,000 / sqrt(2000) is 650
+
+
+def test_steps_do_not_overlap_however_large_the_batch():
+    """Two steps whose counters are neighbours would share all draws but the first few."""
+    draws = [set(_generator(0, step, purpose=0).integers(0, 2 ** 40, 1000).tolist())
+             for step in (6, 7)]
+    assert not draws[0] & draws[1]
 
 
 def test_every_start_can_be_drawn_and_none_other():

@@ -99,8 +99,8 @@ def test_remade_when_something_changed(maker, change, monkeypatch):
     assert sorted(os.listdir(maker.folder / "rt_cache")) == ["set"]
 
 
-@pytest.mark.parametrize("damage", ["short array", "no array", "not an array", "vocabulary",
-                                    "no vocabulary", "json", "no json"])
+@pytest.mark.parametrize("damage", ["short array", "no array", "not an array", "another array",
+                                    "vocabulary", "no vocabulary", "json", "no json"])
 def test_damaged_cache_is_remade(maker, damage):
     maker()
     path = maker.folder / "rt_cache" / "set"
@@ -110,6 +110,8 @@ def test_damaged_cache_is_remade(maker, damage):
         (path / "train.npy").unlink()
     if damage == "not an array":
         (path / "train.npy").write_bytes(b"text")
+    if damage == "another array":
+        np.save(path / "train.npy", np.zeros(4, np.uint16))
     if damage == "vocabulary":
         (path / "vocab.txt").write_text("wordz")
     if damage == "no vocabulary":
