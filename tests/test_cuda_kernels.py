@@ -167,7 +167,7 @@ def test_philox_known_answers(counter, key, expected):
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropout_draws_philox(on_cpu, rate, dtype):
     key = (0x123456789ABCDEF0, 7, 0xFFFFFFFE)
-    x = np.ones((5, 1001), dtype)
+    x = np.ones((7, 40009), dtype)  # enough for numbers equal to the threshold
     y, cache = cuda.dropout(x, (rate, key))
     counters = np.zeros((-(-x.size // 8), 4), np.uint32)
     counters[:, 0], counters[:, 2], counters[:, 3] = np.arange(len(counters)), key[1], key[2]
@@ -311,7 +311,7 @@ def test_top_members(on_cpu, rows, tokens, window, values):
 
 
 def test_top_members_of_odd_values(on_cpu):
-    scores = [np.nan, -np.inf, 1e-40, 0, -0.0, np.inf, -1e-40, 3, -3, np.nan]
+    scores = [np.nan, -np.inf, 1e-40, -0.0, 0, np.inf, -1e-40, 3, -3, np.nan]
     scores = np.array([scores], np.float32)
     for window in range(1, 11):
         expected = routing.top_members.reference(scores, window)
@@ -443,6 +443,7 @@ PRODUCTS = {
     "outer": (normal(5, 1), normal(1, 6)),
     "a column of a matrix": (normal(5, 4)[:, 1:2], normal(1, 6)),
     "one by one": (normal(2, 1, 1), normal(2, 1, 1)),
+    "every other batch, one matrix": (Q.reshape(6, 5, 4)[::2], normal(4, 6)),
     "every other batch": (Q.reshape(6, 5, 4)[::2], K.reshape(6, 7, 4)[1::2].swapaxes(-1, -2)),
 }
 

@@ -7,9 +7,9 @@
 // that sees nothing gives p = 0 and lse = 0.
 // The arrays over n and d hold `rows` rows, a chunk of the batch that begins at first_row; lse,
 // mask and dropout know the whole batch.
-// Called by attend and attend_backward in cuda.py. One warp per row, eight warps per block; p may be
-// s and u may be r where the types agree: once writing has begun, every entry is read and written by
-// the same lane.
+// Called by attend and attend_backward in cuda.py. One warp per row, eight warps per block; p may
+// be s and u may be r where the types agree: once writing has begun, every entry is read and
+// written by the same lane.
 #include "common.cuh"
 
 // Who sees whom. Query i of block b stands at place b % blocks S + i of its sequence b / blocks,
@@ -95,8 +95,7 @@ __global__ void __launch_bounds__(256, 4) attention_softmax(
       int j = base + part * 32 + lane;
       unsigned keep = __shfl_sync(ALL, bits, part * 4 + lane / 8) >> (lane % 8) & 1;
       if (j < 0 || j >= keys) continue;
-      float p = expf(logit(row, sight, j) - top) * factor;
-      if (!keep) p = p == p ? 0.0f : p;
+      float p = keep ? expf(logit(row, sight, j) - top) * factor : 0.0f;
       store(p_bqn + at * keys + j, p);
       if (u_bqd && first + j < distances) store(u_bqd + at * distances + first + j, p);
     }

@@ -2,11 +2,11 @@
 // CPU and can be compared with NumPy. Blocks run one after another; the threads of a block in one
 // of two ways.
 //
-//   default         Each thread is a coroutine that runs until it meets a barrier or a shuffle. With
-//                   `backwards` threads and blocks take their turns from the last to the first:
-//                   code that lacks a barrier then gives other numbers. Misuse is reported: some
-//                   threads at a block barrier and others at a warp operation, a warp operation
-//                   after a lane has returned, a block that is not whole warps.
+//   default         Each thread is a coroutine that runs until it meets a barrier or a shuffle.
+//                   With `backwards` threads and blocks take their turns from the last to the
+//                   first: code that lacks a barrier then gives other numbers. Misuse is reported:
+//                   some threads at a block barrier and others at a warp operation, a warp
+//                   operation after a lane has returned, a block that is not whole warps.
 //   -DREAL_THREADS  Each thread is a std::thread, for ThreadSanitizer.
 #pragma once
 #include <algorithm>

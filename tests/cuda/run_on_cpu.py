@@ -86,21 +86,50 @@ def started(instance: str, backwards: bool = False):
 
     def start(grid, block, arguments):
         shape = (ctypes.c_uint * 6)(*_three(grid), *_three(block))
-        values = [_argument(declared, value)
-                  for (declared, _), value in zip(kernel.parameters, arguments, strict=True)]
+        fenced, values = {}, []
+        for (declared, _), value in zip(kernel.parameters, arguments, strict=True):
+            if not declared.endswith("*"):
+                values.append(CTYPE[declared](value.item()))
+            elif value is None or not value.flags.c_contiguous:
+                values.append(ctypes.c_void_p(None if value is None else value.ctypes.data))
+            else:
+                key = value.ctypes.data, value.nbytes  # in-place kernels get an array twice
+                fenced.setdefault(key, Fenced(value))
+                values.append(ctypes.c_void_p(fenced[key].address))
         function(shape, ctypes.c_bool(backwards), *values)
+        for array in fenced.values():
+            array.take_back(instance)
 
     return start
 
 
+class Fenced:
+    """A copy of an array between two fences of bytes that read as NaN, or as a huge integer.
+
+    A kernel that reads beyond its arrays meets NaN; one that writes there is found out.
+    """
+
+    WIDTH, BYTE = 256, 0x7F
+
+    def __init__(self, array):
+        self.array = array
+        self.start = self.WIDTH + array.ctypes.data % 16  # of the same alignment
+        self.bytes = np.empty(self.start + array.nbytes + self.WIDTH + 16, np.uint8)
+        self.start += -self.bytes.ctypes.data % 16
+        self.end = self.start + array.nbytes
+        self.bytes[:] = self.BYTE
+        self.bytes[self.start : self.end] = array.reshape(-1).view(np.uint8)
+        self.address = self.bytes.ctypes.data + self.start
+
+    def take_back(self, instance):
+        if not ((self.bytes[: self.start] == self.BYTE).all()
+                and (self.bytes[self.end :] == self.BYTE).all()):
+            raise RuntimeError(f"{instance} wrote outside an array of shape {self.array.shape}")
+        self.array.reshape(-1).view(np.uint8)[:] = self.bytes[self.start : self.end]
+
+
 def _three(shape):
     return (*shape, 1, 1)[:3]
-
-
-def _argument(declared, value):
-    if not declared.endswith("*"):
-        return CTYPE[declared](value.item())
-    return ctypes.c_void_p(None if value is None else value.ctypes.data)
 
 
 def cublas(p: gemm.Plan, a, b, c, alpha, beta):
