@@ -8,6 +8,7 @@ backwards: a kernel that lacks a barrier cannot give the same bits both ways.
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,11 +37,64 @@ except ImportError:
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float16", "bfloat16"])
 
 
-@pytest.fixture(params=[False, True], ids=["forwards", "backwards"])
+PUBLIC = ("normalize", "normalize_backward", "layer_norm", "layer_norm_backward", "geglu",
+          "geglu_backward", "dropout", "linear_cross_entropy", "linear_cross_entropy_backward",
+          "attend", "attend_backward", "top_members", "by_cluster", "inverse", "gather",
+          "scatter_sum", "scatter_mean", "segment_sum", "cluster_statistics", "adamw", "adafactor")
+
+
+@pytest.fixture(params=["forwards", "backwards"])
 def on_cpu(request, monkeypatch):
+    """The launchers work on NumPy arrays."""
     if run_on_cpu.compiler() is None:
         pytest.skip("g++ is not installed")
-    run_on_cpu.install(monkeypatch, request.param)
+    run_on_cpu.install(monkeypatch, request.param == "backwards")
+
+
+@pytest.fixture(params=["forwards", "backwards", pytest.param("gpu", marks=pytest.mark.gpu)])
+def twins(request, monkeypatch):
+    """The functions of cuda.py for NumPy arrays: on the CPU in either order, and on a GPU."""
+    functions = {name: getattr(cuda, name) for name in PUBLIC} | {"matmul": gemm.matmul}
+    if request.param == "gpu":
+        cupy = pytest.importorskip("cupy")
+        if not cupy.is_available():
+            pytest.skip("no GPU")
+        return SimpleNamespace(**{name: through_gpu(f) for name, f in functions.items()})
+    if run_on_cpu.compiler() is None:
+        pytest.skip("g++ is not installed")
+    run_on_cpu.install(monkeypatch, request.param == "backwards")
+    return SimpleNamespace(**functions)
+
+
+def through_gpu(function):
+    """The function on CuPy copies of its arrays; results come back, also those in place."""
+    import cupy
+
+    def move(x, kind, to):
+        if isinstance(x, cuda.Band):
+            return x._replace(segment=move(x.segment, kind, to))
+        if isinstance(x, tuple):
+            return tuple(move(y, kind, to) for y in x)
+        return to(x) if isinstance(x, kind) else x
+
+    def call(*arguments, **named):
+        moved, moved_named = [], {}
+        for x in arguments:
+            moved.append(move(x, np.ndarray, cupy.asarray))
+        for name, x in named.items():
+            moved_named[name] = move(x, np.ndarray, cupy.asarray)
+        result = function(*moved, **moved_named)
+        pairs = [*zip(arguments, moved, strict=True),
+                 *((named[name], moved_named[name]) for name in named)]
+        for host, device in pairs:
+            if result is device or function in (cuda.adamw, cuda.adafactor):
+                if isinstance(host, np.ndarray):
+                    host[...] = device.get()
+                if result is device:
+                    return host
+        return move(result, cupy.ndarray, cupy.asnumpy)
+
+    return call
 
 
 def normal(*shape, dtype="float32", seed=0, spread=1.0):
@@ -83,59 +137,59 @@ def assert_close(got, truth, working=None, factor=2, dtype=None):
 
 @each_dtype
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5, 64), (7, 1023), (2, 33), (70, 40)], ids=str)
-def test_layer_norm(on_cpu, shape, dtype):
+def test_layer_norm(twins, shape, dtype):
     x, dy = (normal(*shape, dtype=dtype, seed=seed, spread=3) for seed in (0, 1))
     gain, bias = normal(shape[-1], seed=2), normal(shape[-1], seed=3)
-    y, cache = cuda.layer_norm(x, gain, bias)
+    y, cache = twins.layer_norm(x, gain, bias)
     truth, true_cache = plain(layers.layer_norm, x, gain, bias)
     working, working_cache = plain(layers.layer_norm, x, gain, bias, dtype=np.float32)
     assert y.dtype == x.dtype and cache[2].dtype == np.float32 and cache[3].shape[-1] == 1
     assert_close(y, truth, working)
     true_gradients = plain(layers.layer_norm_backward, dy, true_cache)
     working_gradients = plain(layers.layer_norm_backward, dy, working_cache, dtype=np.float32)
-    for got, *others in zip(cuda.layer_norm_backward(dy, cache), true_gradients,
+    for got, *others in zip(twins.layer_norm_backward(dy, cache), true_gradients,
                             working_gradients, strict=True):
         assert_close(got, *others, factor=3, dtype=dtype)
 
 
 @each_dtype
-def test_normalize(on_cpu, dtype):
+def test_normalize(twins, dtype):
     x, dn = normal(2, 3, 5, 16, dtype=dtype), normal(2, 3, 5, 16, dtype=dtype, seed=1)
     strided = np.swapaxes(x, 1, 2)
-    n, cache = cuda.normalize(strided)
+    n, cache = twins.normalize(strided)
     truth, true_cache = plain(layers.normalize, strided)
     assert_close(n, truth, plain(layers.normalize, strided, dtype=np.float32)[0])
     dn = np.swapaxes(dn, 1, 2)
     expected = plain(layers.normalize_backward, dn, true_cache)
-    assert_close(cuda.normalize_backward(dn, cache), expected, factor=3)
+    assert_close(twins.normalize_backward(dn, cache), expected, factor=3)
 
 
 # ----------------------------------------------------------------------------- GEGLU and dropout
 
 @each_dtype
 @pytest.mark.parametrize("size", [1, 7, 8, 1027, 4096])
-def test_geglu(on_cpu, size, dtype):
+def test_geglu(twins, size, dtype):
     a, b, dy = (normal(size, dtype=dtype, seed=i, spread=2) for i in range(3))
-    y, cache = cuda.geglu(a, b)
+    y, cache = twins.geglu(a, b)
     assert_close(y, plain(layers.geglu, a, b)[0], plain(layers.geglu, a, b, dtype=np.float32)[0])
     truth = plain(layers.geglu_backward, dy, cache)
     working = plain(layers.geglu_backward, dy, cache, dtype=np.float32)
-    for got, *others in zip(cuda.geglu_backward(dy, cache), truth, working, strict=True):
+    for got, *others in zip(twins.geglu_backward(dy, cache), truth, working, strict=True):
         assert_close(got, *others, factor=3)
 
 
-def test_geglu_of_misaligned_arrays(on_cpu):
+def test_geglu_of_misaligned_arrays(twins):
     """Views that do not begin at a multiple of 16 bytes are read one entry at a time."""
     a, b = normal(65)[1:], normal(66, seed=1)[2:]
-    assert_close(cuda.geglu(a, b)[0], plain(layers.geglu, a, b)[0])
+    assert_close(twins.geglu(a, b)[0], plain(layers.geglu, a, b)[0])
 
 
-def test_geglu_far_from_zero(on_cpu):
+def test_geglu_far_from_zero(twins):
     a = np.array([-1e30, -20, 20, 1e10, np.inf, np.nan], np.float32)
     b = np.ones(6, np.float32)
     with np.errstate(all="ignore"):
         expected = layers.geglu.reference(a, b)[0]
-    np.testing.assert_allclose(cuda.geglu(a, b)[0], expected, rtol=1e-6)
+    np.testing.assert_allclose(twins.geglu(a, b)[0], expected, rtol=1e-6)
 
 
 def philox_numpy(counter, key):
@@ -165,10 +219,10 @@ def test_philox_known_answers(counter, key, expected):
 
 @each_dtype
 @pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_dropout_draws_philox(on_cpu, rate, dtype):
+def test_dropout_draws_philox(twins, rate, dtype):
     key = (0x123456789ABCDEF0, 7, 0xFFFFFFFE)
     x = np.ones((7, 40009), dtype)  # enough for numbers equal to the threshold
-    y, cache = cuda.dropout(x, (rate, key))
+    y, cache = twins.dropout(x, (rate, key))
     counters = np.zeros((-(-x.size // 8), 4), np.uint32)
     counters[:, 0], counters[:, 2], counters[:, 3] = np.arange(len(counters)), key[1], key[2]
     words = philox_numpy(counters, (key[0] & 0xFFFFFFFF, key[0] >> 32))
@@ -181,41 +235,41 @@ def test_dropout_draws_philox(on_cpu, rate, dtype):
     assert cache == (rate, key)
 
 
-def test_no_dropout(on_cpu):
+def test_no_dropout(twins):
     x = normal(3)
-    assert cuda.dropout(x, None)[0] is x and cuda.dropout(x, (0.0, (1, 2, 3)))[0] is x
+    assert twins.dropout(x, None)[0] is x and twins.dropout(x, (0.0, (1, 2, 3)))[0] is x
 
 
 # --------------------------------------------------------------------------------- cross-entropy
 
 @each_dtype
 @pytest.mark.parametrize("rows, vocabulary", [(1, 1), (5, 256), (9, 37), (3, 1500)])
-def test_linear_cross_entropy(on_cpu, monkeypatch, rows, vocabulary, dtype):
+def test_linear_cross_entropy(twins, monkeypatch, rows, vocabulary, dtype):
     monkeypatch.setattr(cuda, "CHUNK_ENTRIES", 4 * vocabulary)  # two or three chunks
     width = 12
     x, w = normal(rows, width, dtype=dtype), normal(width, vocabulary, dtype=dtype, seed=1)
     b, weights = normal(vocabulary, seed=2), np.abs(normal(rows, seed=3))
     weights[rows // 2] = 0
     targets = np.random.default_rng(0).integers(0, vocabulary, rows)
-    loss, cache = cuda.linear_cross_entropy(x, w, b, targets, weights)
+    loss, cache = twins.linear_cross_entropy(x, w, b, targets, weights)
     truth, true_cache = plain(layers.linear_cross_entropy, x, w, b, targets, weights)
     assert_close(loss, truth, dtype="float32")
     assert_close(cache[-1], true_cache[-1], dtype="float32")
-    gradients = cuda.linear_cross_entropy_backward(1.5, cache)
+    gradients = twins.linear_cross_entropy_backward(1.5, cache)
     for got, true in zip(gradients, plain(layers.linear_cross_entropy_backward, 1.5, true_cache),
                          strict=True):
         assert_close(got, true, dtype=dtype, working=true * (1 + 2 * epsilon(dtype)))
 
 
-def test_cross_entropy_of_large_logits(on_cpu):
+def test_cross_entropy_of_large_logits(twins):
     """No overflow, and NaN is not hidden."""
     x, w = np.ones((2, 1), np.float32), np.array([[1e4, -1e4, 3e4]], np.float32)
     zeros, targets, ones = np.zeros(3, np.float32), np.array([0, 2]), np.ones(2, np.float32)
-    loss, cache = cuda.linear_cross_entropy(x, w, zeros, targets, ones)
+    loss, cache = twins.linear_cross_entropy(x, w, zeros, targets, ones)
     assert loss == 2e4
-    assert all(np.isfinite(d).all() for d in cuda.linear_cross_entropy_backward(1.0, cache))
+    assert all(np.isfinite(d).all() for d in twins.linear_cross_entropy_backward(1.0, cache))
     w[0, 1] = np.nan
-    assert np.isnan(cuda.linear_cross_entropy(x, w, zeros, targets, ones)[0])
+    assert np.isnan(twins.linear_cross_entropy(x, w, zeros, targets, ones)[0])
 
 
 # -------------------------------------------------------------------------------------- attention
@@ -238,7 +292,7 @@ def masks(shape, queries, keys):
       for sizes in [(4, 4, 4, 0.0), (4, 12, 12, 0.25), (5, 5, 9, 0.0), (1, 1, 1, 0.0),
                     (6, 12, 0, 0.5)]],
 ])
-def test_attend(on_cpu, monkeypatch, queries, keys, distances, rate, which, dtype):
+def test_attend(twins, monkeypatch, queries, keys, distances, rate, which, dtype):
     monkeypatch.setattr(cuda, "CHUNK_ENTRIES", 5 * queries * keys)  # chunks of five blocks
     shape, width = (2, 2, 3), 8
     q, do = (normal(*shape, queries, width, dtype=dtype, seed=i) for i in (0, 1))
@@ -248,13 +302,13 @@ def test_attend(on_cpu, monkeypatch, queries, keys, distances, rate, which, dtyp
     mask = masks(shape, queries, keys)[which]
     dropped = (rate, (123, 4, 5)) if rate else None
     arguments = (q, k, v, rel_k, rel_v, mask, 0.5, dropped)
-    o, cache = cuda.attend(*arguments)
+    o, cache = twins.attend(*arguments)
     truth, true_cache = plain(attention.attend, *arguments)
     working, working_cache = plain(attention.attend, *arguments, dtype=np.float32)
     assert o.dtype == q.dtype
     assert_close(o, truth, working)
     assert_close(cache[-1], true_cache[-1], working_cache[-1])
-    gradients = cuda.attend_backward(do, cache)
+    gradients = twins.attend_backward(do, cache)
     true_gradients = plain(attention.attend_backward, do, true_cache)
     working_gradients = plain(attention.attend_backward, do, working_cache, dtype=np.float32)
     for got, true, work in zip(gradients, true_gradients, working_gradients, strict=True):
@@ -266,7 +320,7 @@ def test_attend(on_cpu, monkeypatch, queries, keys, distances, rate, which, dtyp
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("tokens, block, lookback", [(12, 4, 1), (13, 4, 2), (5, 5, 0)])
-def test_attend_by_rule(on_cpu, tokens, block, lookback, window):
+def test_attend_by_rule(twins, tokens, block, lookback, window):
     """A Band sees what the mask of local_attention shows."""
     b, h, width = 2, 2, 4
     segments = np.sort(np.random.default_rng(0).integers(0, 3, (b, h, tokens)), axis=-1)
@@ -275,21 +329,21 @@ def test_attend_by_rule(on_cpu, tokens, block, lookback, window):
     keys, values = (attention._windows(x, block, lookback) for x in (k, v))
     mask = attention._local_mask(q, tokens, block, lookback, segments, window)
     band = cuda.Band(queries.shape[2], tokens, lookback * block, window or tokens, segments)
-    expected = cuda.attend(queries, keys, values, None, None, mask, 1.0)[0]
-    got = cuda.attend(queries, keys, values, None, None, band, 1.0)[0]
+    expected = twins.attend(queries, keys, values, None, None, mask, 1.0)[0]
+    got = twins.attend(queries, keys, values, None, None, band, 1.0)[0]
     assert np.array_equal(attention._join(got, tokens), attention._join(expected, tokens))
     mask = attention._local_mask(q, tokens, block, lookback, None, window)
-    expected = cuda.attend(queries, keys, values, None, None, mask, 1.0)[0]
+    expected = twins.attend(queries, keys, values, None, None, mask, 1.0)[0]
     band = band._replace(segment=None)
-    got = cuda.attend(queries, keys, values, None, None, band, 1.0)[0]
+    got = twins.attend(queries, keys, values, None, None, band, 1.0)[0]
     assert np.array_equal(attention._join(got, tokens), attention._join(expected, tokens))
 
 
-def test_attend_shows_nan(on_cpu):
+def test_attend_shows_nan(twins):
     """One NaN logit makes its whole row NaN, as in the plain function."""
     q, k, v = (normal(1, 1, 4, 8, seed=i) for i in range(3))
     q[0, 0, 2, 0] = np.nan
-    o = cuda.attend(q, k, v, None, None, np.tri(4, dtype=bool), 1.0, (0.5, (1, 2, 3)))[0]
+    o = twins.attend(q, k, v, None, None, np.tri(4, dtype=bool), 1.0, (0.5, (1, 2, 3)))[0]
     assert np.isnan(o[0, 0, 2]).all() and np.isfinite(o[0, 0, [0, 1, 3]]).all()
 
 
@@ -299,81 +353,81 @@ def test_attend_shows_nan(on_cpu):
     (3, 64, 16), (1, 1, 1), (2, 1023, 37), (1, 1023, 1023), (2, 5, 1), (1, 20000, 777),
 ])
 @pytest.mark.parametrize("values", ["normal", "ties", "equal"])
-def test_top_members(on_cpu, rows, tokens, window, values):
+def test_top_members(twins, rows, tokens, window, values):
     scores = normal(rows, tokens)
     if values == "ties":
         scores = np.round(scores * 2) / 2  # with both zeros
     if values == "equal":
         scores[:] = -1.5
-    got = cuda.top_members(scores, window)
+    got = twins.top_members(scores, window)
     assert got.dtype == np.int32
     assert np.array_equal(got, routing.top_members.reference(scores, window))
 
 
-def test_top_members_of_odd_values(on_cpu):
+def test_top_members_of_odd_values(twins):
     scores = [np.nan, -np.inf, 1e-40, -0.0, 0, np.inf, -1e-40, 3, -3, np.nan]
     scores = np.array([scores], np.float32)
     for window in range(1, 11):
         expected = routing.top_members.reference(scores, window)
-        assert np.array_equal(cuda.top_members(scores, window), expected), window
+        assert np.array_equal(twins.top_members(scores, window), expected), window
 
 
-def test_top_members_of_a_long_row(on_cpu):
+def test_top_members_of_a_long_row(twins):
     scores = normal(1, 131072)
     expected = routing.top_members.reference(scores, 1000)
-    assert np.array_equal(cuda.top_members(scores, 1000), expected)
+    assert np.array_equal(twins.top_members(scores, 1000), expected)
 
 
 @pytest.mark.parametrize("shape, clusters", [
     ((2, 3, 100), 5), ((1, 1, 1), 1), ((1, 2, 5000), 1024), ((1, 1, 33000), 7), ((2, 1, 513), 1),
 ])
-def test_by_cluster(on_cpu, shape, clusters):
+def test_by_cluster(twins, shape, clusters):
     winner = np.random.default_rng(0).integers(0, clusters, shape)
-    order = cuda.by_cluster(winner)
+    order = twins.by_cluster(winner)
     assert order.dtype == np.int32
     assert np.array_equal(order, routing.by_cluster.reference(winner))
-    assert np.array_equal(cuda.inverse(order), np.argsort(order, axis=-1))
+    assert np.array_equal(twins.inverse(order), np.argsort(order, axis=-1))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "uint8", "int64"])
 @pytest.mark.parametrize("width", [1, 3, 8, 64])
-def test_gather(on_cpu, width, dtype):
+def test_gather(twins, width, dtype):
     """Bytes are moved as they are, also from heads that lie between tokens."""
     x = normal(2, 5, 3, width, spread=50).astype(dtype).swapaxes(1, 2)  # (B, H, T, D), strided
     index = np.random.default_rng(0).integers(0, 5, (2, 3, 4, 7))
-    got = cuda.gather(x, index)
+    got = twins.gather(x, index)
     assert got.dtype == x.dtype and np.array_equal(got, routing.gather(x, index))
     contiguous = np.ascontiguousarray(x)
-    assert np.array_equal(cuda.gather(contiguous, index), got)
+    assert np.array_equal(twins.gather(contiguous, index), got)
 
 
 @each_dtype
 @pytest.mark.parametrize("clusters, window, tokens, width", [
     (4, 8, 30, 16), (1, 1, 1, 1), (3, 100, 300, 40), (7, 13, 29, 130),
 ])
-def test_scatter(on_cpu, clusters, window, tokens, width, dtype):
+def test_scatter(twins, clusters, window, tokens, width, dtype):
     b, h = 2, 3
     rows = normal(b, h, clusters, window, width, dtype=dtype)
     index = routing.top_members.reference(normal(b, h, clusters, tokens, seed=1), window)
-    out, (_, times) = cuda.scatter_mean(rows, index, tokens)
+    out, (_, times) = twins.scatter_mean(rows, index, tokens)
     expected, (_, expected_times) = plain(routing.scatter_mean, rows, index, tokens)
     assert out.dtype == rows.dtype and times.dtype == rows.dtype
     assert np.array_equal(times.astype(np.float64), expected_times)
     assert_close(out, expected)
     expected = plain(routing.scatter_sum, rows, index, tokens)
-    assert_close(cuda.scatter_sum(rows, index, tokens), expected)
+    assert_close(twins.scatter_sum(rows, index, tokens), expected)
 
 
 @each_dtype
 @pytest.mark.parametrize("size, width, segments", [
     (1, 1, 1), (50, 7, 10), (1000, 33, 3), (300, 300, 1000), (129, 4, 1),
 ])
-def test_segment_sum(on_cpu, size, width, segments, dtype):
+def test_segment_sum(twins, size, width, segments, dtype):
     rows = normal(size, width, dtype=dtype)
     index = np.random.default_rng(0).integers(0, segments, size)
     expected = np.zeros((segments, width))
     np.add.at(expected, index, rows.astype(np.float64))
-    got = cuda.segment_sum(rows, index, segments)
+    got = twins.segment_sum(rows, index, segments)
     assert got.dtype == rows.dtype
     assert_close(got, expected, factor=4, working=expected * (1 + epsilon("float32")))
 
@@ -382,14 +436,73 @@ def test_segment_sum(on_cpu, size, width, segments, dtype):
 @pytest.mark.parametrize("b, h, tokens, width, clusters", [
     (2, 2, 700, 5, 9), (1, 1, 1, 1, 1), (1, 2, 60, 64, 200),
 ])
-def test_cluster_statistics(on_cpu, b, h, tokens, width, clusters, dtype):
+def test_cluster_statistics(twins, b, h, tokens, width, clusters, dtype):
     x = normal(b, h, tokens, width, dtype=dtype)
     winner = np.random.default_rng(0).integers(0, clusters, (b, h, tokens))
-    counts, sums = cuda.cluster_statistics(x, winner, clusters)
+    counts, sums = twins.cluster_statistics(x, winner, clusters)
     true_counts, true_sums = plain(routing.cluster_statistics, x, winner, clusters)
     assert np.array_equal(counts, true_counts)
     assert_close(sums, true_sums, dtype="float32", factor=4,
                  working=true_sums * (1 + epsilon("float32")))
+
+
+# ------------------------------------------------------------------------------------- optimizers
+
+@pytest.mark.parametrize("size", [1, 4, 1029])
+def test_adamw(twins, size):
+    w, g, m, v = (normal(size, seed=i) for i in range(4))
+    v = np.abs(v)
+    w64, g64, m64, v64 = (x.astype(np.float64) for x in (w, g, m, v))
+    rate, b1, b2, epsilon, decay, t = 0.01, 0.9, 0.99, 1e-8, 0.1, 3
+    twins.adamw(w, g, m, v, rate, b1, b2, 1 - b1**t, 1 - b2**t, epsilon, decay)
+    m64 = b1 * m64 + (1 - b1) * g64
+    v64 = b2 * v64 + (1 - b2) * g64**2
+    step = m64 / (1 - b1**t) / (np.sqrt(v64 / (1 - b2**t)) + epsilon)
+    w64 = w64 - rate * (step + decay * w64)
+    for got, truth in [(w, w64), (m, m64), (v, v64)]:
+        assert_close(got, truth)
+
+
+def adafactor_numpy(w, g, moments, rate, decay):
+    """One tensor: Shazeer and Stern 2018 with the released code's constants."""
+    squares = g * g + 1e-30
+    if w.ndim < 2:
+        v = decay * moments[0] + (1 - decay) * squares
+        moments, x = (v,), g / np.sqrt(v)
+    else:
+        vr = decay * moments[0] + (1 - decay) * squares.mean(-1)
+        vc = decay * moments[1] + (1 - decay) * squares.mean(-2)
+        r = vr / vr.mean(-1, keepdims=True)
+        moments, x = (vr, vc), g / np.sqrt(r[..., :, None] * vc[..., None, :])
+    scale = max(np.sqrt((w * w).mean()), 1e-3)
+    return w - rate * scale * x / max(1, np.sqrt((x * x).mean())), moments
+
+
+def test_adafactor(twins):
+    """Matrices, stacks of matrices, vectors and scalars in one buffer, three steps."""
+    shapes = [(6, 10), (7,), (2, 3, 4), (1, 5, 1, 6), (), (300, 70), (1100,), (3, 4)]
+    sizes = [int(np.prod(shape)) for shape in shapes]
+    cuts = np.cumsum(sizes)[:-1]
+    w = normal(sum(sizes))
+    w[-12:] = 0  # a tensor below the least scale
+    table, size = cuda.adafactor_table(shapes)
+    state = np.zeros(size, np.float32)
+
+    tensors = [x.reshape(shape).astype(np.float64)
+               for x, shape in zip(np.split(w, cuts), shapes, strict=True)]
+    moments = [(np.zeros(s),) if len(s) < 2 else (np.zeros(s[:-1]), np.zeros(s[:-2] + s[-1:]))
+               for s in shapes]
+    for step in range(3):
+        g = normal(sum(sizes), seed=step + 1, spread=10.0**-step)
+        decay = 1 - (step + 1) ** -0.8
+        twins.adafactor(w, g, state, table, 0.01, decay)
+        for i, dw in enumerate(np.split(g, cuts)):
+            dw = dw.reshape(shapes[i]).astype(np.float64)
+            tensors[i], moments[i] = adafactor_numpy(tensors[i], dw, moments[i], 0.01, decay)
+        for got, truth in zip(np.split(w, cuts), tensors, strict=True):
+            assert_close(got, truth.reshape(-1), dtype="float32", factor=4,
+                         working=truth.reshape(-1) * (1 + epsilon("float32")))
+        assert_close(state, np.concatenate([m.reshape(-1) for two in moments for m in two]))
 
 
 # --------------------------------------------------------------------------------------- launcher
@@ -478,23 +591,23 @@ def test_gemm_plan_refuses(a, b, c):
 
 
 @each_dtype
-def test_matmul(on_cpu, dtype):
+def test_matmul(twins, dtype):
     a, b = TALL.astype(dtype).swapaxes(1, 2), TALL.astype(dtype).transpose(0, 2, 3, 1)
     expected = a.astype(np.float64) @ b.astype(np.float64)
-    got = gemm.matmul(a, b)  # two strides: copied first
+    got = twins.matmul(a, b)  # two strides: copied first
     assert got.dtype == a.dtype
     assert_close(got, expected)
     out = np.ones(expected.shape, np.float32)
-    assert gemm.matmul(a, b, out=out, alpha=2.0, beta=-1.0) is out
+    assert twins.matmul(a, b, out=out, alpha=2.0, beta=-1.0) is out
     assert_close(out, 2 * expected - 1, working=(2 * expected - 1) * (1 + 1e-6), dtype="float32")
-    assert gemm.matmul(a, b, dtype=np.float32).dtype == np.float32
+    assert twins.matmul(a, b, dtype=np.float32).dtype == np.float32
 
 
-def test_matmul_of_nothing(on_cpu):
-    assert gemm.matmul(np.ones((3, 0), np.float32), np.ones((0, 2), np.float32),
+def test_matmul_of_nothing(twins):
+    assert twins.matmul(np.ones((3, 0), np.float32), np.ones((0, 2), np.float32),
                        out=np.ones((3, 2), np.float32), beta=0.5).tolist() == [[0.5, 0.5]] * 3
-    assert gemm.matmul(np.ones((0, 3), np.float32), np.ones((3, 2), np.float32)).shape == (0, 2)
-    fresh = gemm.matmul(np.ones((3, 0), np.float32), np.ones((0, 2), np.float32))
+    assert twins.matmul(np.ones((0, 3), np.float32), np.ones((3, 2), np.float32)).shape == (0, 2)
+    fresh = twins.matmul(np.ones((3, 0), np.float32), np.ones((0, 2), np.float32))
     assert fresh.tolist() == [[0, 0]] * 3
 
 

@@ -25,7 +25,7 @@ from rt_scratch.kernels.gemm import matmul
 
 FOLDER = Path(__file__).parent
 DTYPE = {"float": "float32", "__half": "float16", "__nv_bfloat16": "bfloat16", "int": "int32",
-         "bool": "bool"}
+         "long long": "int64", "bool": "bool"}
 SCALAR = {"int": np.int32, "unsigned": np.uint32, "long long": np.int64, "float": np.float32}
 # The types that stand for a template parameter: activations, and words of a row that is only moved.
 INSTANCES = {"T": ("float", "__half", "__nv_bfloat16"),
@@ -579,3 +579,61 @@ def cluster_statistics(x, winner, n_clusters: int):
     launch("cluster_sums", (chunks, b * h, _blocks(n_clusters, tile)), (_column_threads(width),),
            x, winner, sums, counts, tokens, width, n_clusters, chunk, tile)
     return _sum_strips(counts), _sum_strips(sums)
+
+
+# ----------------------------------------------------------------------------------- optimizers
+
+def adamw(w, g, m, v, rate, b1, b2, c1, c2, epsilon, decay):
+    """AdamW in place on flat float32 buffers: parameters w, gradients g, moments m and v.
+
+    c1 = 1 - b1^t and c2 = 1 - b2^t undo the moments' start at 0 after t steps.
+    """
+    launch("adamw", (_blocks(w.size, 4 * THREADS),), (THREADS,), w, g, m, v, w.size, rate, b1, b2,
+           c1, c2, epsilon, decay)
+
+
+ADAFACTOR_BLOCKS = 128  # BLOCKS in optim.cu
+ADAFACTOR_STRIPS = 16
+
+
+def adafactor_table(shapes):
+    """Where each matrix and its moments lie: (table (matrices, 7) int64, size of the state).
+
+    `shapes` are those of the tensors in the flat buffer, in order; the last two axes of a tensor
+    are its matrices. The state holds, in the same order, each tensor's row moments (a vector: its
+    moments) (..., R), then its column moments (..., C). The table is a NumPy array.
+    """
+    lines, start, state = [], 0, 0
+    for shape in shapes:
+        rows, columns = shape[-2:] if len(shape) > 1 else (1, math.prod(shape))
+        matrices = math.prod(shape[:-2])
+        first = len(lines)
+        for i in range(matrices):
+            by_row, by_column = state + i * rows, state + matrices * rows + i * columns
+            if len(shape) < 2:
+                by_column = -1
+            lines.append((start + i * rows * columns, rows, columns, by_row, by_column, first,
+                          matrices))
+        start += math.prod(shape)
+        state += matrices * (rows + columns) if len(shape) > 1 else columns
+    return np.array(lines, np.int64), state
+
+
+def adafactor(w, g, state, table, rate, decay):
+    """Adafactor in place on flat float32 buffers: parameters w, gradients g, moments `state`.
+
+    `table` is that of adafactor_table, on the GPU; decay = 1 - t^-0.8 at step t = 1, 2, ...
+    """
+    xp = array_module(w)
+    matrices = table.shape[0]
+    grid = (ADAFACTOR_BLOCKS, matrices)
+    parts = xp.empty((ADAFACTOR_STRIPS, state.size), xp.float32)
+    means = xp.empty(matrices, xp.float32)
+    squares = xp.empty((matrices, 2, ADAFACTOR_BLOCKS), xp.float32)
+    launch("adafactor_rows", grid, (THREADS,), g, table, state, decay)
+    launch("adafactor_columns", (32, matrices, ADAFACTOR_STRIPS), (32, 8), g, table, parts,
+           state.size)
+    launch("adafactor_columns_finish", grid, (THREADS,), parts, table, state, means,
+           ADAFACTOR_STRIPS, state.size, decay)
+    launch("adafactor_squares", grid, (THREADS,), w, g, table, state, means, squares)
+    launch("adafactor_update", grid, (THREADS,), w, g, table, state, means, squares, rate)

@@ -126,10 +126,11 @@ inline void wait(State state) {
 inline void block_wait() { wait(AT_BLOCK_BARRIER); }
 inline void warp_wait() { wait(AT_WARP_BARRIER); }
 
-inline void enter() {
-  body(body_data);
-  here->state = RETURNED;
-  _longjmp(scheduler, 1);
+inline void enter() {  // a coroutine serves one block after another
+  for (;;) {
+    body(body_data);
+    wait(RETURNED);
+  }
 }
 
 inline void resume(Thread& thread) {
@@ -137,7 +138,7 @@ inline void resume(Thread& thread) {
   if (_setjmp(scheduler)) return;
   if (thread.started) _longjmp(thread.context, 1);
   thread.started = true;
-  if (!thread.stack) thread.stack.reset(new char[STACK_BYTES]);
+  thread.stack.reset(new char[STACK_BYTES]);
   getcontext(&thread.entry);
   thread.entry.uc_stack.ss_sp = thread.stack.get();
   thread.entry.uc_stack.ss_size = STACK_BYTES;
@@ -201,7 +202,6 @@ void launch(dim3 grid, dim3 block, bool backwards, Body call) {
       thread.number = n;
       thread.exchanges = 0;
       thread.state = RUNS;
-      thread.started = false;
     }
     run_block(count, backwards);
   }
@@ -265,6 +265,7 @@ unsigned __match_any_sync(unsigned, T value) {
 }
 
 inline int atomicAdd(int* p, int value) { return __atomic_fetch_add(p, value, __ATOMIC_RELAXED); }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline float __int_as_float(int bits) {

@@ -1,0 +1,245 @@
+"""Softmax attention inside blocks, with relative positions, and local attention built on it.
+
+`attend` knows nothing of the sequence: queries (..., S, D), keys and values (..., N, D), a mask.
+Local attention cuts the sequence into blocks for it; routing attention (routing.py) hands it the
+members of each cluster.
+"""
+
+from __future__ import annotations
+
+import math
+
+from rt_scratch.backend import accelerated, array_module, segment_sum
+from rt_scratch.layers import dropout_mask
+
+# ------------------------------------------------------------------------- relative positions
+#
+# Shaw et al. 2018: a learned vector per distance d = key place - query place, clipped to [-m, m],
+# is added to the key, another to the value. Gathering a vector for every pair would take S x N x D
+# entries. Instead all S x P products "query i, distance d" come from one matrix product, and a
+# skew moves row i so that column d lands under key i + d.
+
+
+def distance_rows(table, first: int, last: int):
+    """Rows of the table for the distances first .. last:  table[clip(d, -m, m) + m].
+
+    table (2 m + 1, D) -> (last - first + 1, D).
+    """
+    index = _distance_index(table, first, last)
+    return table[index], (table, first, last)
+
+
+def distance_rows_backward(drows, cache):
+    """Adds up the rows that share an entry of the table."""
+    table, first, last = cache
+    return segment_sum(drows, _distance_index(table, first, last), table.shape[0])
+
+
+def _distance_index(table, first, last):
+    m = table.shape[0] // 2
+    return array_module(table).clip(array_module(table).arange(first, last + 1), -m, m) + m
+
+
+def skew(x, n_keys: int):
+    """out[i, j] = x[i, j - i + S - 1]:  x (..., S, P) by distance -> (..., S, N) by key.
+
+    Column p of x stands for distance p + (1 - N), that of out for key j; queries are the last S of
+    the N places when P = N, the first S when P = S + N - 1. Entries beyond P are meaningless (with
+    P = N they are the keys after the query, which the mask removes).
+    A spare column makes the rows of the flat array one longer, so that cutting it into rows of the
+    old length moves each row by one: no index arrays.
+    """
+    xp = array_module(x)
+    *lead, s, p = x.shape
+    wide = xp.empty((*lead, s, p + 1), x.dtype)
+    wide[..., :p] = x
+    wide[..., p] = 0
+    flat = wide.reshape(*lead, s * (p + 1))[..., s - 1 : s - 1 + s * p]
+    return flat.reshape(*lead, s, p)[..., :n_keys]
+
+
+def unskew(y, n_distances: int):
+    """The inverse and transpose of `skew`: x[i, j - i + S - 1] = y[i, j], else 0.
+
+    y (..., S, N) by key -> (..., S, P) by distance. With P = N the entries of y at keys after the
+    query must be 0.
+    """
+    xp = array_module(y)
+    *lead, s, n = y.shape
+    p = n_distances
+    flat = xp.zeros((*lead, s * (p + 1)), y.dtype)
+    flat[..., s - 1 : s - 1 + s * p].reshape(*lead, s, p)[..., :n] = y
+    return flat.reshape(*lead, s, p + 1)[..., :p]
+
+
+# ---------------------------------------------------------------------------------- attention
+
+@accelerated
+def attend(q, k, v, rel_k, rel_v, mask, scale, dropped=None):
+    """o_i = sum_j p_ij (v_j + rel_v[j - i]),  p_i = softmax_j scale q_i . (k_j + rel_k[j - i]).
+
+    q (..., S, D), k and v (..., N, D); rel_k, rel_v (P, D) rows by distance as in `skew`, or both
+    None; mask, broadcast to (..., S, N), is True where query i may see key j. A query that may see
+    nothing gets 0. `dropped` = (rate, key) drops entries of p.
+    Paper section 3, Shaw et al. 2018 equations 3 and 4. Cache: the inputs and the log-sum-exp of
+    each row; the backward computes p again.
+    """
+    xp = array_module(q)
+    z = _logits(q, k, rel_k, mask, scale)  # (..., S, N)
+    top = z.max(-1, keepdims=True)
+    top = xp.maximum(top, xp.finfo(z.dtype).min)  # an empty row has top -inf
+    p = xp.exp(z - top)
+    total = p.sum(-1, keepdims=True)
+    p /= xp.maximum(total, xp.finfo(z.dtype).tiny)
+    lse = xp.where(total > 0, top + xp.log(xp.maximum(total, xp.finfo(z.dtype).tiny)), 0)
+    if dropped:
+        p *= dropout_mask(xp, p.shape, *dropped, p.dtype)
+    o = p @ v
+    if rel_v is not None:
+        o += _rows_times(unskew(p, rel_v.shape[0]), rel_v)
+    return o, (q, k, v, rel_k, rel_v, mask, scale, dropped, lse)
+
+
+@accelerated
+def attend_backward(do, cache):
+    """With dp_ij = do_i . (v_j + rel_v[j - i]):  dz_ij = p_ij (dp_ij - sum_j p_ij dp_ij).
+
+    Returns dq, dk, dv, drel_k, drel_v (the last two None without relative positions).
+    """
+    q, k, v, rel_k, rel_v, mask, scale, dropped, lse = cache
+    xp = array_module(q)
+    p = xp.exp(_logits(q, k, rel_k, mask, scale) - lse)  # (..., S, N)
+    keep = dropout_mask(xp, p.shape, *dropped, p.dtype) if dropped else None
+    used = p if keep is None else p * keep
+
+    dv = used.swapaxes(-1, -2) @ do                                  # o = p v
+    dp = do @ v.swapaxes(-1, -2)
+    drel_k = drel_v = None
+    if rel_v is not None:
+        n_distances = rel_v.shape[0]
+        drel_v = _outer(unskew(used, n_distances), do)               # o += unskew(p) rel_v
+        dp += skew(_rows_times(do, rel_v.T), k.shape[-2])
+    if keep is not None:
+        dp *= keep
+
+    dz = p * (dp - (p * dp).sum(-1, keepdims=True))                  # p = softmax(z)
+    dz *= scale
+    dq = dz @ k                                                      # z = scale q k^T
+    dk = dz.swapaxes(-1, -2) @ q
+    if rel_k is not None:
+        by_distance = unskew(dz, n_distances)                        # z += skew(scale q rel_k^T)
+        dq += _rows_times(by_distance, rel_k)
+        drel_k = _outer(by_distance, q)
+    return dq, dk, dv, drel_k, drel_v
+
+
+def _logits(q, k, rel_k, mask, scale):
+    xp = array_module(q)
+    z = q @ k.swapaxes(-1, -2)
+    if rel_k is not None:
+        z += skew(_rows_times(q, rel_k.T), k.shape[-2])
+    z *= scale
+    return xp.where(mask, z, -math.inf)
+
+
+def _rows_times(x, w):
+    """x w as one matrix product over all leading axes."""
+    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
+
+
+def _outer(x, y):
+    """Sum over all rows of x_row^T y_row: (..., S, P), (..., S, D) -> (P, D)."""
+    return x.reshape(-1, x.shape[-1]).T @ y.reshape(-1, y.shape[-1])
+
+
+# ---------------------------------------------------------------------------- local attention
+
+def local_attention(q, k, v, rel_k, rel_v, block, lookback, scale, segments=None, window=None,
+                    dropped=None):
+    """Causal attention in blocks: query t sees keys from the start of block t // S - lookback to t.
+
+    q, k, v (B, H, T, D), tables rel_k, rel_v (2 m + 1, D) or None -> (B, H, T, D). T need not be a
+    multiple of S = block. With `segments` (B, H, T) a query sees only keys of its own segment, and
+    with `window` only those at a distance below it (routing attention in `causal` mode is this, on
+    the sequence sorted by cluster). Released code: attention_nd in one dimension, masked.
+    """
+    t = q.shape[2]
+    block = min(block, t)
+    lookback = min(lookback, -(-t // block) - 1)
+    queries = _split(q, block)                                      # (B, H, n, S, D)
+    keys, values = _windows(k, block, lookback), _windows(v, block, lookback)
+    mask = _local_mask(q, t, block, lookback, segments, window)
+    rows_k = rows_v = cache_k = cache_v = None
+    if rel_k is not None:
+        reach = 1 - (lookback + 1) * block                          # the farthest key
+        rows_k, cache_k = distance_rows(rel_k, reach, 0)
+        rows_v, cache_v = distance_rows(rel_v, reach, 0)
+    o, cache = attend(queries, keys, values, rows_k, rows_v, mask, scale, dropped)
+    return _join(o, t), (cache, cache_k, cache_v, t, block, lookback)
+
+
+def local_attention_backward(do, cache):
+    """Gradients of q, k, v, rel_k, rel_v."""
+    cache, cache_k, cache_v, t, block, lookback = cache
+    dqueries, dkeys, dvalues, drel_k, drel_v = attend_backward(_split(do, block), cache)
+    if drel_k is not None:
+        drel_k = distance_rows_backward(drel_k, cache_k)
+        drel_v = distance_rows_backward(drel_v, cache_v)
+    dk = _windows_backward(dkeys, t, block, lookback)
+    dv = _windows_backward(dvalues, t, block, lookback)
+    return _join(dqueries, t), dk, dv, drel_k, drel_v
+
+
+def _split(x, block):
+    """(B, H, T, ...) -> (B, H, n, S, ...), the last block filled up with zeros."""
+    xp = array_module(x)
+    b, h, t = x.shape[:3]
+    n = -(-t // block)
+    if n * block > t:
+        x = xp.concatenate([x, xp.zeros((b, h, n * block - t, *x.shape[3:]), x.dtype)], axis=2)
+    return x.reshape(b, h, n, block, *x.shape[3:])
+
+
+def _join(x, t):
+    """The inverse of `_split`."""
+    b, h, n, s = x.shape[:4]
+    return x.reshape(b, h, n * s, *x.shape[4:])[:, :, :t]
+
+
+def _windows(x, block, lookback):
+    """(B, H, T, ...) -> (B, H, n, (lookback + 1) S, ...): each block behind those before it."""
+    xp = array_module(x)
+    blocks = _split(x, block)
+    n = blocks.shape[2]
+    if not lookback:
+        return blocks
+    front = xp.zeros((*blocks.shape[:2], lookback, *blocks.shape[3:]), x.dtype)
+    padded = xp.concatenate([front, blocks], axis=2)
+    return xp.concatenate([padded[:, :, i : i + n] for i in range(lookback + 1)], axis=3)
+
+
+def _windows_backward(dx, t, block, lookback):
+    """Adds each key's gradients from the lookback + 1 windows it was copied to."""
+    xp = array_module(dx)
+    b, h, n, _, d = dx.shape
+    padded = xp.zeros((b, h, n + lookback, block, d), dx.dtype)
+    for i in range(lookback + 1):
+        padded[:, :, i : i + n] += dx[:, :, :, i * block : (i + 1) * block]
+    return _join(padded[:, :, lookback:], t)
+
+
+def _local_mask(q, t, block, lookback, segments, window):
+    """True where query i of block b may see key j of its window: (n, S, N) or (B, H, n, S, N)."""
+    xp = array_module(q)
+    n = -(-t // block)
+    i = xp.arange(block)[:, None]                                   # (S, 1)
+    j = xp.arange((lookback + 1) * block)[None, :]                  # (1, N)
+    distance = j - lookback * block - i
+    place = (xp.arange(n)[:, None, None] - lookback) * block + j    # (n, 1, N)
+    mask = (distance <= 0) & (place >= 0)                           # (n, S, N)
+    if window is not None:
+        mask &= distance > -window
+    if segments is not None:
+        own, seen = _split(segments, block), _windows(segments, block, lookback)
+        mask = mask & (own[..., :, None] == seen[..., None, :])     # (B, H, n, S, N)
+    return mask

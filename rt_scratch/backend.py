@@ -1,0 +1,102 @@
+"""Devices: which module an array belongs to, moving arrays, faster twins of plain functions.
+
+The array decides: `xp = array_module(x)` is NumPy for NumPy arrays and CuPy for CuPy arrays, and
+the maths is written once in terms of `xp`.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+import numpy as np
+
+from rt_scratch.config import UserError
+
+
+def array_module(x):
+    """The module (numpy, cupy) whose functions work on x."""
+    if isinstance(x, np.ndarray | np.generic):
+        return np
+    return sys.modules[type(x).__module__.partition(".")[0]]
+
+
+def to_host(x) -> np.ndarray:
+    """A NumPy copy (GPU array) or x itself (NumPy array). Waits for the GPU."""
+    return x.get() if hasattr(x, "get") else np.asarray(x)
+
+
+def select_device(name: str):
+    """(module, one-line description) of 'cpu', 'cuda' or 'auto'.
+
+    'auto' takes the GPU if a small computation on it works and says why if not; 'cuda' never falls
+    back: it raises UserError.
+    """
+    if name == "cpu":
+        return np, "cpu: NumPy"
+    try:
+        module, text = _probe_cuda()
+    except Exception as error:  # whatever a broken driver, wheel or library raises
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" \
+            if str(error).strip() else type(error).__name__
+        if name == "cuda":
+            raise UserError(f"--device cuda: no usable GPU ({reason}); use --device cpu, or "
+                            "install a driver and pip install 'rt-scratch[cuda13]'") from error
+        return np, f"cpu: NumPy (no GPU: {reason})"
+    return module, text
+
+
+def _probe_cuda():
+    import cupy
+
+    if not cupy.is_available():
+        raise RuntimeError("CuPy finds no CUDA device")
+    a = cupy.ones((2, 2), cupy.float32)
+    if float((a @ a + 1).sum()) != 12:  # loads cuBLAS and NVRTC
+        raise RuntimeError("a small product on the GPU came out wrong")
+    name = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    return cupy, f"cuda: {name}, CuPy {cupy.__version__}"
+
+
+def segment_sum(rows, index, n: int):
+    """out[i] = sum of rows[j] over index[j] == i.  rows (N, D), index (N,) -> (n, D).
+
+    Sorts the index and sums runs, so that the order of addition, and with it every bit of the
+    result, is the same on every run (a scatter with atomic additions is not).
+    """
+    xp = array_module(rows)
+    order = xp.argsort(index, kind="stable")
+    sorted_rows = xp.concatenate([rows[order], xp.zeros_like(rows[:1])])  # (N + 1, D)
+    bounds = xp.searchsorted(index[order], xp.arange(n + 1))
+    sums = xp.add.reduceat(sorted_rows, bounds[:-1], axis=0)  # an empty run gives a stray row
+    return sums * (bounds[1:] > bounds[:-1])[:, None]
+
+
+# Faster twins. `@accelerated` marks a plain function that `rt_scratch.kernels` may replace for some
+# arrays; `twins[name][module]` is the replacement, with the same signature and the same cache.
+twins: dict[str, dict[str, object]] = {}
+
+
+def accelerated(function):
+    """Call the registered twin for the first argument's module, if any, else the plain body.
+
+    The plain body stays callable as `.reference`.
+    """
+    name = function.__name__
+    table = twins.setdefault(name, {})
+
+    @functools.wraps(function)
+    def call(first, *args, **kwargs):
+        array = first
+        while isinstance(array, tuple):
+            array = array[0]
+        twin = table.get(array_module(array).__name__)
+        return (twin or function)(first, *args, **kwargs)
+
+    call.reference = function
+    return call
+
+
+def register_twin(module: str, function, name: str | None = None):
+    """Register `function` as the twin for arrays of `module` ('numpy', 'cupy')."""
+    twins[name or function.__name__][module] = function
