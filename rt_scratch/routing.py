@@ -49,8 +49,9 @@ class Centroids(NamedTuple):
 def nearest(x, mu, equal_length: bool = False):
     """Winner of each token: argmax_k x . mu_k, the lowest index on ties.
 
-    With `equal_length` the centroids are scaled to length 1 first (mode `causal`): a long centroid
-    would otherwise win more tokens than its direction deserves.
+    x (B, H, T, D), mu (H, K, D) -> integers (B, H, T). With `equal_length` the
+    centroids are scaled to length 1 first (mode `causal`): a long centroid would otherwise win more
+    tokens than its direction deserves.
     """
     xp = array_module(x)
     if equal_length:
