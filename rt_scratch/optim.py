@@ -1,0 +1,161 @@
+"""Optimizers on one flat buffer: Adafactor, AdamW, clipping by global norm, learning rates.
+
+The optimizer is the one place that changes what it was given: parameters and state are updated in
+place. `table` lists the leaves of the buffer (name, shape, start, stop).
+"""
+
+from __future__ import annotations
+
+import math
+
+from rt_scratch.backend import array_module
+
+SLICE = 1 << 18  # elements per pass on a CPU: a slice of all five buffers stays in cache
+
+
+def global_norm(grads):
+    """sqrt of the sum of squares, a 0-d array; not finite if any gradient is not."""
+    return array_module(grads).sqrt(grads @ grads)
+
+
+def clip_by_global_norm(grads, limit: float):
+    """g <- g min(1, limit / norm), in place; returns the norm from before (Pascanu et al. 2013)."""
+    xp = array_module(grads)
+    norm = global_norm(grads)
+    grads *= xp.minimum(1, limit / xp.maximum(norm, xp.finfo(grads.dtype).tiny))
+    return norm
+
+
+def learning_rate(step: int, schedule: str, lr: float, warmup: int, total: int) -> float:
+    """Learning rate of step 0, 1, ...
+
+    rsqrt:    lr sqrt(w) / sqrt(max(step, w)): flat for w steps, no linear warm-up (released code)
+    cosine:   linear warm-up over w steps, then lr (0.1 + 0.45 (1 + cos(pi x))), x from 0 to 1
+    constant: linear warm-up, then lr
+    """
+    if schedule == "rsqrt":
+        return lr * math.sqrt(max(warmup, 1)) / math.sqrt(max(step, warmup, 1))
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    if schedule == "constant":
+        return lr
+    x = min(1.0, (step - warmup) / max(1, total - warmup))
+    return lr * (0.1 + 0.45 * (1 + math.cos(math.pi * x)))
+
+
+# -------------------------------------------------------------------------------------- AdamW
+
+def adamw_init(flat, table) -> dict:
+    """First and second moments, zero."""
+    xp = array_module(flat)
+    return {"m": xp.zeros_like(flat), "v": xp.zeros_like(flat)}
+
+
+def adamw_update(flat, grads, state, table, lr, step, *, beta1=0.9, beta2=0.99, eps=1e-8,
+                 weight_decay=0.0) -> None:
+    """One step of AdamW (Loshchilov and Hutter 2019), step = 0, 1, ...
+
+    w <- w - lr weight_decay w                  (leaves of rank 2 and more)
+    m <- m + (1 - beta1) (g - m),   v <- v + (1 - beta2) (g^2 - v)
+    w <- w - lr m' / (sqrt(v') + eps),   m' = m / (1 - beta1^(step + 1)),  v' likewise.
+    """
+    xp = array_module(flat)
+    if weight_decay:
+        for leaf in table:
+            if len(leaf.shape) >= 2:
+                flat[leaf.start : leaf.stop] *= 1 - lr * weight_decay
+    unbias1, unbias2 = 1 - beta1 ** (step + 1), math.sqrt(1 - beta2 ** (step + 1))
+    size = SLICE if xp.__name__ == "numpy" else flat.size
+    for start in range(0, flat.size, size):
+        part = slice(start, start + size)
+        g, m, v = grads[part], state["m"][part], state["v"][part]
+        change = g - m
+        change *= 1 - beta1
+        m += change
+        xp.multiply(g, g, out=change)
+        change -= v
+        change *= 1 - beta2
+        v += change
+        xp.sqrt(v, out=change)
+        change /= unbias2
+        change += eps
+        xp.divide(m, change, out=change)
+        change *= lr / unbias1
+        flat[part] -= change
+
+
+# ---------------------------------------------------------------------------------- Adafactor
+
+DECAY_POWER = 0.8       # second moments decay by 1 - (step + 1)^-0.8
+SQUARE_FLOOR = 1e-30    # added to squared gradients
+SCALE_FLOOR = 1e-3      # smallest parameter scale
+UPDATE_LIMIT = 1.0      # clipping threshold of the update's root mean square
+
+
+def _factored(leaf) -> bool:
+    return len(leaf.shape) >= 2
+
+
+def adafactor_init(flat, table) -> dict:
+    """Row means, column means and full second moments, each in one flat array, zero."""
+    xp = array_module(flat)
+    rows = columns = full = 0
+    for leaf in table:
+        if _factored(leaf):
+            rows += math.prod(leaf.shape[:-1])
+            columns += math.prod(leaf.shape[:-2]) * leaf.shape[-1]
+        else:
+            full += leaf.stop - leaf.start
+    return {"row": xp.zeros(rows, flat.dtype), "column": xp.zeros(columns, flat.dtype),
+            "full": xp.zeros(full, flat.dtype)}
+
+
+def adafactor_update(flat, grads, state, table, lr, step, *, weight_decay=0.0) -> None:
+    """One step of Adafactor (Shazeer and Stern 2018) as the released recipes set it, step 0, 1, ...
+
+    decay = 1 - (step + 1)^-0.8,  s = g^2 + 1e-30
+    rank >= 2:  r <- decay r + (1 - decay) mean_columns(s),  c likewise over rows
+                x = g / sqrt(r / mean(r)) / sqrt(c)
+    else:       v <- decay v + (1 - decay) s,   x = g / sqrt(v)
+    w <- w - lr max(rms(w), 1e-3) x / max(1, rms(x))
+
+    No first moment. Factored over the last two axes, leading axes batched; rms over a whole leaf.
+    `weight_decay` is the released L2 loss: it adds weight_decay w to g, but for biases.
+    """
+    xp = array_module(flat)
+    decay = 1 - (step + 1) ** -DECAY_POWER
+    at = {"row": 0, "column": 0, "full": 0}
+
+    def take(name, shape):
+        start = at[name]
+        at[name] += math.prod(shape)
+        return state[name][start : at[name]].reshape(shape)
+
+    for leaf in table:
+        w = flat[leaf.start : leaf.stop].reshape(leaf.shape)
+        g = grads[leaf.start : leaf.stop].reshape(leaf.shape)
+        if weight_decay and not _is_bias(leaf):
+            g = g + weight_decay * w
+        square = g * g + SQUARE_FLOOR
+        if _factored(leaf):
+            r = take("row", leaf.shape[:-1])
+            c = take("column", (*leaf.shape[:-2], leaf.shape[-1]))
+            r += (1 - decay) * (square.mean(-1) - r)
+            c += (1 - decay) * (square.mean(-2) - c)
+            x = g / xp.sqrt(r / r.mean(-1, keepdims=True))[..., None]
+            x /= xp.sqrt(c)[..., None, :]
+        else:
+            v = take("full", leaf.shape)
+            v += (1 - decay) * (square - v)
+            x = g / xp.sqrt(v)
+        scale = xp.maximum(xp.sqrt((w * w).mean()), SCALE_FLOOR)
+        x *= lr * scale / xp.maximum(1, xp.sqrt((x * x).mean()) / UPDATE_LIMIT)
+        w -= x
+
+
+def _is_bias(leaf) -> bool:
+    last = leaf.name.rpartition(".")[2]
+    return len(leaf.shape) == 1 and (last == "bias" or last.startswith("b_") or last == "b")
+
+
+OPTIMIZERS = {"adamw": (adamw_init, adamw_update), "adafactor": (adafactor_init, adafactor_update)}
