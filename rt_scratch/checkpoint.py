@@ -10,8 +10,8 @@ import hashlib
 import json
 import os
 import tempfile
-import zlib
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -59,8 +59,8 @@ def load(path) -> tuple[dict[str, np.ndarray], dict]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         header = json.loads(arrays.pop(_META).tobytes()) if _META in arrays else {}
-    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error,
-            AttributeError, SyntaxError, MemoryError) as error:
+    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, AttributeError,
+            SyntaxError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}); use best.npz or another "
                         "copy, or train again") from error
     if not isinstance(header, dict) or "rt_scratch" not in header:

@@ -23,8 +23,6 @@ from rt_scratch.kernels import cuda, gemm  # noqa: E402
 
 FILES = sorted({kernel.file for kernel in cuda.kernels().values()})
 HAVE_COMPILER = pytest.mark.skipif(run_on_cpu.compiler() is None, reason="g++ is not installed")
-NO_NVRTC = nvrtc_check.missing()
-HAVE_NVRTC = pytest.mark.skipif(NO_NVRTC is not None, reason=str(NO_NVRTC))
 
 try:
     import ml_dtypes
@@ -35,12 +33,6 @@ except ImportError:
               pytest.param(None, marks=pytest.mark.skip(reason="ml_dtypes is not installed"))]
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float16", "bfloat16"])
-
-
-PUBLIC = ("normalize", "normalize_backward", "layer_norm", "layer_norm_backward", "geglu",
-          "geglu_backward", "dropout", "linear_cross_entropy", "linear_cross_entropy_backward",
-          "attend", "attend_backward", "top_members", "by_cluster", "inverse", "gather",
-          "scatter_sum", "scatter_mean", "segment_sum", "cluster_statistics", "adamw", "adafactor")
 
 
 @pytest.fixture(params=["forwards", "backwards"])
@@ -54,7 +46,8 @@ def on_cpu(request, monkeypatch):
 @pytest.fixture(params=["forwards", "backwards", pytest.param("gpu", marks=pytest.mark.gpu)])
 def twins(request, monkeypatch):
     """The functions of cuda.py for NumPy arrays: on the CPU in either order, and on a GPU."""
-    functions = {name: getattr(cuda, name) for name in PUBLIC} | {"matmul": gemm.matmul}
+    functions = {**cuda.TWINS, "adamw": cuda.adamw, "adafactor": cuda.adafactor,
+                 "matmul": gemm.matmul}
     if request.param == "gpu":
         cupy = pytest.importorskip("cupy")
         if not cupy.is_available():
@@ -95,6 +88,14 @@ def through_gpu(function):
         return move(result, cupy.ndarray, cupy.asnumpy)
 
     return call
+
+
+def test_supports():
+    """Twins leave float64 to the plain functions, wherever in the arguments it is."""
+    x = np.ones(2, np.float32)
+    assert cuda.supports(x, (x, None, 3, (x.astype(np.float16), x > 0, np.arange(2))), "text", 1.5)
+    assert not cuda.supports(x.astype(np.float64))
+    assert not cuda.supports(1.0, (x, (x, x.astype(np.float64))))
 
 
 def normal(*shape, dtype="float32", seed=0, spread=1.0):
@@ -482,7 +483,7 @@ def adafactor_numpy(w, g, moments, rate, decay):
 
 def test_adafactor(twins):
     """Matrices, stacks of matrices, vectors and scalars in one buffer, three steps."""
-    shapes = [(6, 10), (7,), (2, 3, 4), (1, 5, 1, 6), (), (300, 70), (1100,), (3, 4)]
+    shapes = [(6, 10), (7,), (2, 3, 4), (1, 5, 1, 6), (), (300, 70), (1100,), (2, 1100), (3, 4)]
     sizes = [int(np.prod(shape)) for shape in shapes]
     cuts = np.cumsum(sizes)[:-1]
     w = normal(sum(sizes))
@@ -623,13 +624,19 @@ def test_matmul_refuses_other_types(a, b, out):
 
 # ---------------------------------------------------------------------- compiled for real GPUs
 
+@pytest.fixture(scope="session")
+def nvrtc():
+    reason = nvrtc_check.missing()
+    if reason:
+        pytest.skip(reason)
+
+
 REGISTERS = 64  # per thread; four blocks of 256 threads fit on a multiprocessor
 
 
-@HAVE_NVRTC
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("file", FILES)
-def test_compiles_within_budget(file, architecture):
+def test_compiles_within_budget(nvrtc, file, architecture):
     used = nvrtc_check.compile_file(file, architecture)
     assert len(used) >= len(cuda.declarations(file))
     for name, usage in used.items():
@@ -638,8 +645,7 @@ def test_compiles_within_budget(file, architecture):
         assert usage.shared <= 48 << 10, f"{name}: {usage}"
 
 
-@HAVE_NVRTC
-def test_compile_check_sees_errors_and_spills():
+def test_compile_check_sees_errors_and_spills(nvrtc):
     with pytest.raises(RuntimeError, match="INFINITY"):
         nvrtc_check.compile_text("__global__ void f(float* x) { *x = INFINITY; }", ["f"])
     greedy = """__global__ void __launch_bounds__(1024, 2) f(float* x) {

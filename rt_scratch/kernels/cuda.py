@@ -24,6 +24,7 @@ from rt_scratch.kernels.gemm import matmul
 # ------------------------------------------------------------------------------------ launcher
 
 FOLDER = Path(__file__).parent
+OPTIONS = ("-std=c++17",)  # of the compiler
 DTYPE = {"float": "float32", "__half": "float16", "__nv_bfloat16": "bfloat16", "int": "int32",
          "long long": "int64", "bool": "bool"}
 SCALAR = {"int": np.int32, "unsigned": np.uint32, "long long": np.int64, "float": np.float32}
@@ -94,7 +95,7 @@ def _module(file: str):
     import cupy
 
     names = [instance for kernel in declarations(file).values() for instance in kernel.instances()]
-    return cupy.RawModule(code=source(file), options=("-std=c++17",), name_expressions=names)
+    return cupy.RawModule(code=source(file), options=OPTIONS, name_expressions=names)
 
 
 def launch(name: str, grid, block, *arguments, word: str | None = None) -> None:
@@ -153,6 +154,17 @@ def _int32(x):
 
 def _contiguous(x):
     return array_module(x).ascontiguousarray(x)
+
+
+def supports(*arguments) -> bool:
+    """Whether the twins take these arguments: none of the arrays among them is, say, float64."""
+    for x in arguments:
+        if isinstance(x, tuple):
+            if not supports(*x):
+                return False
+        elif hasattr(x, "dtype") and x.dtype.kind not in "iub" and x.dtype.name not in WORD:
+            return False
+    return True
 
 
 # --------------------------------------------------------------------------- columns, LayerNorm
@@ -271,7 +283,7 @@ def _drop(dropped):
 
 # -------------------------------------------------------------------- output layer and loss
 
-CHUNK_ENTRIES = 1 << 26  # wide intermediates (logits) alive at a time: 256 MB in float32
+CHUNK_ENTRIES = 1 << 25  # of wide intermediates (logits) alive at a time: 128 MB in float32
 
 
 def linear_cross_entropy(x, w, b, targets, weights):
@@ -637,3 +649,10 @@ def adafactor(w, g, state, table, rate, decay):
            ADAFACTOR_STRIPS, state.size, decay)
     launch("adafactor_squares", grid, (THREADS,), w, g, table, state, means, squares)
     launch("adafactor_update", grid, (THREADS,), w, g, table, state, means, squares, rate)
+
+
+# What may be registered as the twin of the function of the same name, when `supports` agrees.
+TWINS = {function.__name__: function for function in (
+    normalize, normalize_backward, layer_norm, layer_norm_backward, geglu, geglu_backward, dropout,
+    linear_cross_entropy, linear_cross_entropy_backward, attend, attend_backward, top_members,
+    by_cluster, inverse, gather, scatter_sum, scatter_mean, segment_sum, cluster_statistics)}

@@ -19,14 +19,12 @@ class Usage(NamedTuple):
 
 
 def missing() -> str | None:
-    """Why kernels cannot be compiled here, or None."""
+    """Why kernels cannot be compiled here (CuPy, NVRTC or CUDA's headers are missing), or None."""
     try:
-        from cupy_backends.cuda.libs import nvrtc
-
-        nvrtc.getVersion()
-    except Exception as error:  # ImportError without CuPy; cuda.pathfinder's own without NVRTC
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        return f"no NVRTC ({reason}); pip install 'rt-scratch[gpu-check]'"
+        compile_text("#include <cuda_bf16.h>\n__global__ void f() {}", ["f"])
+    except Exception as error:  # ImportError, what cuda.pathfinder raises, or NVRTC's complaint
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return f"CUDA sources cannot be compiled ({reason}); pip install 'rt-scratch[gpu-check]'"
     return None
 
 
@@ -35,7 +33,7 @@ def compile_text(text: str, instances, architecture: str = "sm_90") -> dict[str,
     from cupy._core import core
     from cupy_backends.cuda.libs import nvrtc
 
-    options = (*core.assemble_cupy_compiler_options(()), "-std=c++17", "-ftz=true",
+    options = (*core.assemble_cupy_compiler_options(cuda.OPTIONS), "-ftz=true",
                f"-arch={architecture}", "--ptxas-options=-v")
     program = nvrtc.createProgram(text, "kernels.cu", (), ())
     try:
