@@ -1,0 +1,106 @@
+"""The gradient of one optimizer step, from as many parts as the batch is cut into.
+
+On a CPU the parts run side by side on threads (NumPy releases the interpreter's lock while it
+computes), each with one BLAS thread and a gradient buffer of its own. The buffers are added in the
+order of the parts, so the result depends on the number of parts, never on that of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+
+from rt_scratch.backend import array_module
+from rt_scratch.config import ModelConfig
+from rt_scratch.model import Noise, Report, loss, loss_backward, target_weights, views
+from rt_scratch.routing import Centroids, Membership, update_centroids
+
+
+class Step(NamedTuple):
+    """What one step computed, summed or averaged over its parts."""
+
+    nats: Any                            # mean cross-entropy per counted target, a 0-d array
+    commitment: Any                      # mean commitment loss
+    memberships: dict[int, Membership]   # counts and sums added, shares averaged
+    reports: list[Report]
+
+
+def gradients(flat, grads, table, centroids, cfg: ModelConfig, parts, seed: int, step: int,
+              recompute: bool = False) -> Step:
+    """Fill `grads` with the gradient of nats + beta commitment over all parts of the batch.
+
+    parts: list of (ids (B, T), labels (B,) or None). Every target weighs the same whatever part it
+    is in, so cutting a batch differently changes nothing but rounding.
+    """
+    xp = array_module(flat)
+    params = views(flat, table)
+    weights = [target_weights(cfg, ids, flat.dtype) for ids, _ in parts]
+    total = sum(w.sum() for w in weights)
+    share = 1 / len(parts)
+
+    def run(part):
+        (ids, labels), buffer = parts[part], buffers[part]
+        buffer[...] = 0
+        (nats, commitment), cache, report = loss(
+            params, centroids, cfg, ids, weights[part] / total, labels, Noise(seed, step, part),
+            recompute=recompute)
+        loss_backward(1.0, cfg.commitment * share, cache, views(buffer, table))
+        return nats, commitment, report
+
+    if xp is numpy and len(parts) > 1:
+        buffers = [grads] + [xp.empty_like(grads) for _ in parts[1:]]
+        results = list(_pool().map(run, range(len(parts))))
+        for buffer in buffers[1:]:
+            grads += buffer
+    else:
+        grads[...] = 0
+        spare = xp.empty_like(grads) if len(parts) > 1 else None
+        results = []
+        for part in range(len(parts)):
+            buffers = {part: spare if part else grads}
+            results.append(run(part))
+            if part:
+                grads += spare
+    nats, commitments, reports = zip(*results, strict=True)
+    return Step(sum(nats), share * sum(commitments), _merge(reports), list(reports))
+
+
+def _merge(reports) -> dict[int, Membership]:
+    merged = {}
+    for layer in reports[0].memberships:
+        all_parts = [r.memberships[layer] for r in reports]
+        counts, sums, uncovered, several = (sum(x) for x in zip(*all_parts, strict=True))
+        merged[layer] = Membership(counts, sums, uncovered / len(reports), several / len(reports))
+    return merged
+
+
+def move_centroids(centroids: dict[int, Centroids], memberships, cfg: ModelConfig):
+    """The centroids after one step of online k-means in every routing layer."""
+    if cfg.routing == "random":
+        return centroids
+    return {i: update_centroids(c, memberships[i].counts, memberships[i].sums, cfg.centroid_decay)
+            for i, c in centroids.items()}
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count())
+
+
+def set_blas_threads(n: int) -> bool:
+    """Ask NumPy's bundled OpenBLAS for n threads; False where NumPy has another BLAS."""
+    folders = (Path(numpy.__file__).parent.parent / "numpy.libs",
+               Path(numpy.__file__).parent / ".dylibs")
+    for path in (p for folder in folders for p in folder.glob("*openblas*")):
+        library = ctypes.CDLL(str(path))
+        for name in ("scipy_openblas_set_num_threads64_", "scipy_openblas_set_num_threads"):
+            if hasattr(library, name):
+                getattr(library, name)(n)
+                return True
+    return False
