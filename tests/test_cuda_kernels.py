@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent / "cuda"))
 import nvrtc_check  # noqa: E402
 import run_on_cpu  # noqa: E402
 
-from rt_scratch import attention, layers, routing  # noqa: E402
+from rt_scratch import attention, layers, optim, routing  # noqa: E402
 from rt_scratch.kernels import cuda, gemm  # noqa: E402
 
 FILES = sorted({kernel.file for kernel in cuda.kernels().values()})
@@ -46,8 +47,7 @@ def on_cpu(request, monkeypatch):
 @pytest.fixture(params=["forwards", "backwards", pytest.param("gpu", marks=pytest.mark.gpu)])
 def twins(request, monkeypatch):
     """The functions of cuda.py for NumPy arrays: on the CPU in either order, and on a GPU."""
-    functions = {**cuda.TWINS, "adamw": cuda.adamw, "adafactor": cuda.adafactor,
-                 "matmul": gemm.matmul}
+    functions = {**cuda.TWINS, "matmul": gemm.matmul}
     if request.param == "gpu":
         cupy = pytest.importorskip("cupy")
         if not cupy.is_available():
@@ -68,6 +68,8 @@ def through_gpu(function):
             return x._replace(segment=move(x.segment, kind, to))
         if isinstance(x, tuple):
             return tuple(move(y, kind, to) for y in x)
+        if isinstance(x, dict):
+            return {name: move(y, kind, to) for name, y in x.items()}
         return to(x) if isinstance(x, kind) else x
 
     def call(*arguments, **named):
@@ -80,11 +82,13 @@ def through_gpu(function):
         pairs = [*zip(arguments, moved, strict=True),
                  *((named[name], moved_named[name]) for name in named)]
         for host, device in pairs:
-            if result is device or function in (cuda.adamw, cuda.adafactor):
-                if isinstance(host, np.ndarray):
-                    host[...] = device.get()
-                if result is device:
-                    return host
+            if isinstance(host, np.ndarray) and (result is device or result is None):
+                host[...] = device.get()
+            if isinstance(host, dict):
+                for key in host:
+                    host[key][...] = device[key].get()
+            if isinstance(host, np.ndarray) and result is device:
+                return host
         return move(result, cupy.ndarray, cupy.asnumpy)
 
     return call
@@ -451,61 +455,56 @@ def test_cluster_statistics(twins, b, h, tokens, width, clusters, dtype):
 
 # ------------------------------------------------------------------------------------- optimizers
 
-@pytest.mark.parametrize("size", [1, 4, 1029])
-def test_adamw(twins, size):
-    w, g, m, v = (normal(size, seed=i) for i in range(4))
-    v = np.abs(v)
-    w64, g64, m64, v64 = (x.astype(np.float64) for x in (w, g, m, v))
-    rate, b1, b2, epsilon, decay, t = 0.01, 0.9, 0.99, 1e-8, 0.1, 3
-    twins.adamw(w, g, m, v, rate, b1, b2, 1 - b1**t, 1 - b2**t, epsilon, decay)
-    m64 = b1 * m64 + (1 - b1) * g64
-    v64 = b2 * v64 + (1 - b2) * g64**2
-    step = m64 / (1 - b1**t) / (np.sqrt(v64 / (1 - b2**t)) + epsilon)
-    w64 = w64 - rate * (step + decay * w64)
-    for got, truth in [(w, w64), (m, m64), (v, v64)]:
-        assert_close(got, truth)
+class Leaf(NamedTuple):
+    name: str
+    shape: tuple
+    start: int
+    stop: int
 
 
-def adafactor_numpy(w, g, moments, rate, decay):
-    """One tensor: Shazeer and Stern 2018 with the released code's constants."""
-    squares = g * g + 1e-30
-    if w.ndim < 2:
-        v = decay * moments[0] + (1 - decay) * squares
-        moments, x = (v,), g / np.sqrt(v)
-    else:
-        vr = decay * moments[0] + (1 - decay) * squares.mean(-1)
-        vc = decay * moments[1] + (1 - decay) * squares.mean(-2)
-        r = vr / vr.mean(-1, keepdims=True)
-        moments, x = (vr, vc), g / np.sqrt(r[..., :, None] * vc[..., None, :])
-    scale = max(np.sqrt((w * w).mean()), 1e-3)
-    return w - rate * scale * x / max(1, np.sqrt((x * x).mean())), moments
+SHAPES = {"a.w": (6, 10), "a.bias": (7,), "heads": (2, 3, 4), "rows": (1, 5, 1, 6), "scalar": (),
+          "b.w": (300, 70), "b.gain": (1100,), "wide": (2, 1100), "b.b_in": (5,), "small": (3, 4)}
 
 
-def test_adafactor(twins):
+def flat_buffer():
+    """(parameters, table): the last leaf lies below Adafactor's least scale."""
+    table, start = [], 0
+    for name, shape in SHAPES.items():
+        table.append(Leaf(name, shape, start, start + int(np.prod(shape))))
+        start = table[-1].stop
+    flat = normal(start)
+    flat[table[-1].start :] = 0
+    return flat, table
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_optimizer(twins, name, decay):
     """Matrices, stacks of matrices, vectors and scalars in one buffer, three steps."""
-    shapes = [(6, 10), (7,), (2, 3, 4), (1, 5, 1, 6), (), (300, 70), (1100,), (2, 1100), (3, 4)]
-    sizes = [int(np.prod(shape)) for shape in shapes]
-    cuts = np.cumsum(sizes)[:-1]
-    w = normal(sum(sizes))
-    w[-12:] = 0  # a tensor below the least scale
-    table, size = cuda.adafactor_table(shapes)
-    state = np.zeros(size, np.float32)
-
-    tensors = [x.reshape(shape).astype(np.float64)
-               for x, shape in zip(np.split(w, cuts), shapes, strict=True)]
-    moments = [(np.zeros(s),) if len(s) < 2 else (np.zeros(s[:-1]), np.zeros(s[:-2] + s[-1:]))
-               for s in shapes]
+    init, update = optim.OPTIMIZERS[name]
+    update = getattr(update, "reference", update)
+    flat, table = flat_buffer()
+    runs = [(x, init(x, table)) for x in (flat, flat.astype(np.float64), flat.copy())]
     for step in range(3):
-        g = normal(sum(sizes), seed=step + 1, spread=10.0**-step)
-        decay = 1 - (step + 1) ** -0.8
-        twins.adafactor(w, g, state, table, 0.01, decay)
-        for i, dw in enumerate(np.split(g, cuts)):
-            dw = dw.reshape(shapes[i]).astype(np.float64)
-            tensors[i], moments[i] = adafactor_numpy(tensors[i], dw, moments[i], 0.01, decay)
-        for got, truth in zip(np.split(w, cuts), tensors, strict=True):
-            assert_close(got, truth.reshape(-1), dtype="float32", factor=4,
-                         working=truth.reshape(-1) * (1 + epsilon("float32")))
-        assert_close(state, np.concatenate([m.reshape(-1) for two in moments for m in two]))
+        grads = normal(flat.size, seed=step + 1, spread=10.0**-step)
+        getattr(twins, f"{name}_update")(flat, grads, runs[0][1], table, 0.01, step,
+                                         weight_decay=decay)
+        for x, state in runs[1:]:
+            update(x, grads.astype(x.dtype), state, table, 0.01, step, weight_decay=decay)
+        (got, got_state), (truth, true_state), (working, working_state) = runs
+        assert_close(got, truth, working)
+        for key in true_state:
+            assert_close(got_state[key], true_state[key], working_state[key])
+
+
+def test_optimizer_sees_leaves_that_move(twins):
+    """Tables are kept on the device: another table must not meet the old one."""
+    flat, table = flat_buffer()
+    for leaves in (table, table[:2]):
+        w = flat[: leaves[-1].stop].copy()
+        state = optim.adamw_init(w, leaves)
+        twins.adamw_update(w, np.ones_like(w), state, leaves, 0.01, 0)
+        assert (w != flat[: w.size]).all()
 
 
 # --------------------------------------------------------------------------------------- launcher

@@ -595,64 +595,74 @@ def cluster_statistics(x, winner, n_clusters: int):
 
 # ----------------------------------------------------------------------------------- optimizers
 
-def adamw(w, g, m, v, rate, b1, b2, c1, c2, epsilon, decay):
-    """AdamW in place on flat float32 buffers: parameters w, gradients g, moments m and v.
+def adamw_update(flat, grads, state, table, lr, step, *, beta1=0.9, beta2=0.99, eps=1e-8,
+                 weight_decay=0.0) -> None:
+    """Twin of optim.adamw_update, for float32 buffers."""
+    lines = _leaves(array_module(flat), tuple(table))
+    unbias1, unbias2 = 1 - beta1 ** (step + 1), math.sqrt(1 - beta2 ** (step + 1))
+    launch("adamw", (128, lines.shape[0]), (THREADS,), flat, grads, state["m"], state["v"], lines,
+           lr / unbias1, 1 - beta1, 1 - beta2, unbias2, eps, lr * weight_decay)
 
-    c1 = 1 - b1^t and c2 = 1 - b2^t undo the moments' start at 0 after t steps.
-    """
-    launch("adamw", (_blocks(w.size, 4 * THREADS),), (THREADS,), w, g, m, v, w.size, rate, b1, b2,
-           c1, c2, epsilon, decay)
+
+@functools.lru_cache(maxsize=4)
+def _leaves(xp, table):
+    """(leaves, 3) int64: struct Leaf of optim.cu; leaves of two or more axes decay."""
+    lines = [(leaf.start, leaf.stop - leaf.start, len(leaf.shape) >= 2) for leaf in table]
+    return xp.asarray(np.array(lines, np.int64))
 
 
 ADAFACTOR_BLOCKS = 128  # BLOCKS in optim.cu
-ADAFACTOR_STRIPS = 16
+ADAFACTOR_STRIPS = 16   # strips of rows that the sums over columns are cut into
+DECAY_POWER = 0.8       # as in optim.py
 
 
-def adafactor_table(shapes):
-    """Where each matrix and its moments lie: (table (matrices, 7) int64, size of the state).
+def adafactor_update(flat, grads, state, table, lr, step, *, weight_decay=0.0) -> None:
+    """Twin of optim.adafactor_update, for float32 buffers."""
+    xp = array_module(flat)
+    lines = _matrices(xp, tuple(table))
+    row, column, full = state["row"], state["column"], state["full"]
+    move = (step + 1) ** -DECAY_POWER
+    grid = (ADAFACTOR_BLOCKS, lines.shape[0])
+    parts = xp.empty((ADAFACTOR_STRIPS, column.size), xp.float32)
+    means = xp.zeros(lines.shape[0], xp.float32)
+    squares = xp.empty((lines.shape[0], 2, ADAFACTOR_BLOCKS), xp.float32)
+    launch("adafactor_rows", grid, (THREADS,), flat, grads, lines, row, full, move, weight_decay)
+    launch("adafactor_columns", (32, lines.shape[0], ADAFACTOR_STRIPS), (32, 8), flat, grads,
+           lines, parts, column.size, weight_decay)
+    launch("adafactor_columns_finish", grid, (THREADS,), parts, lines, row, column, means,
+           ADAFACTOR_STRIPS, column.size, move)
+    launch("adafactor_squares", grid, (THREADS,), flat, grads, lines, row, column, full, means,
+           squares, weight_decay)
+    launch("adafactor_update", grid, (THREADS,), flat, grads, lines, row, column, full, means,
+           squares, lr, weight_decay)
 
-    `shapes` are those of the tensors in the flat buffer, in order; the last two axes of a tensor
-    are its matrices. The state holds, in the same order, each tensor's row moments (a vector: its
-    moments) (..., R), then its column moments (..., C). The table is a NumPy array.
-    """
-    lines, start, state = [], 0, 0
-    for shape in shapes:
-        rows, columns = shape[-2:] if len(shape) > 1 else (1, math.prod(shape))
-        matrices = math.prod(shape[:-2])
-        first = len(lines)
+
+@functools.lru_cache(maxsize=4)
+def _matrices(xp, table):
+    """(matrices, 8) int64: struct Matrix of optim.cu for every matrix of every leaf."""
+    from rt_scratch.optim import _is_bias
+
+    lines, row_state, column_state, full_state = [], 0, 0, 0
+    for leaf in table:
+        first, decays = len(lines), not _is_bias(leaf)
+        if len(leaf.shape) < 2:
+            size = leaf.stop - leaf.start
+            lines.append((leaf.start, 1, size, full_state, -1, first, 1, decays))
+            full_state += size
+            continue
+        rows, columns = leaf.shape[-2:]
+        matrices = math.prod(leaf.shape[:-2])
         for i in range(matrices):
-            by_row, by_column = state + i * rows, state + matrices * rows + i * columns
-            if len(shape) < 2:
-                by_column = -1
-            lines.append((start + i * rows * columns, rows, columns, by_row, by_column, first,
-                          matrices))
-        start += math.prod(shape)
-        state += matrices * (rows + columns) if len(shape) > 1 else columns
-    return np.array(lines, np.int64), state
-
-
-def adafactor(w, g, state, table, rate, decay):
-    """Adafactor in place on flat float32 buffers: parameters w, gradients g, moments `state`.
-
-    `table` is that of adafactor_table, on the GPU; decay = 1 - t^-0.8 at step t = 1, 2, ...
-    """
-    xp = array_module(w)
-    matrices = table.shape[0]
-    grid = (ADAFACTOR_BLOCKS, matrices)
-    parts = xp.empty((ADAFACTOR_STRIPS, state.size), xp.float32)
-    means = xp.empty(matrices, xp.float32)
-    squares = xp.empty((matrices, 2, ADAFACTOR_BLOCKS), xp.float32)
-    launch("adafactor_rows", grid, (THREADS,), g, table, state, decay)
-    launch("adafactor_columns", (32, matrices, ADAFACTOR_STRIPS), (32, 8), g, table, parts,
-           state.size)
-    launch("adafactor_columns_finish", grid, (THREADS,), parts, table, state, means,
-           ADAFACTOR_STRIPS, state.size, decay)
-    launch("adafactor_squares", grid, (THREADS,), w, g, table, state, means, squares)
-    launch("adafactor_update", grid, (THREADS,), w, g, table, state, means, squares, rate)
+            lines.append((leaf.start + i * rows * columns, rows, columns, row_state, column_state,
+                          first, matrices, decays))
+            row_state += rows
+            column_state += columns
+    return xp.asarray(np.array(lines, np.int64))
 
 
 # What may be registered as the twin of the function of the same name, when `supports` agrees.
 TWINS = {function.__name__: function for function in (
     normalize, normalize_backward, layer_norm, layer_norm_backward, geglu, geglu_backward, dropout,
     linear_cross_entropy, linear_cross_entropy_backward, attend, attend_backward, top_members,
-    by_cluster, inverse, gather, scatter_sum, scatter_mean, segment_sum, cluster_statistics)}
+    by_cluster, inverse, gather, scatter_sum, scatter_mean, segment_sum, cluster_statistics,
+    adamw_update, adafactor_update)}

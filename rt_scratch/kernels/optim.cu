@@ -2,77 +2,105 @@
 // Called by adamw and adafactor in cuda.py.
 #include "common.cuh"
 
-// m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2,
-// w <- w - rate (m / c1 / (sqrt(v / c2) + epsilon) + decay w),  c1 = 1 - b1^t,  c2 = 1 - b2^t.
-// Four entries per thread.
-__global__ void adamw(float* w_n, const float* g_n, float* m_n, float* v_n, long long size,
-                      float rate, float b1, float b2, float c1, float c2, float epsilon,
-                      float decay) {
-  u64 first = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-  if (first >= (u64)size) return;
-  float w[4], g[4], m[4], v[4];
-  read_many(w_n, first, size, w);
-  read_many(g_n, first, size, g);
-  read_many(m_n, first, size, m);
-  read_many(v_n, first, size, v);
-  for (int i = 0; i < 4; i++) {
-    m[i] = b1 * m[i] + (1 - b1) * g[i];
-    v[i] = b2 * v[i] + (1 - b2) * g[i] * g[i];
-    w[i] -= rate * (m[i] / c1 / (sqrtf(v[i] / c2) + epsilon) + decay * w[i]);
+// A leaf of the flat buffer, in entries.
+struct Leaf { long long start, size, decays; };
+
+// m <- m + move1 (g - m),  v <- v + move2 (g^2 - v),  move = 1 - beta,
+// w <- w - w decay - rate m / (sqrt(v) / c2 + epsilon),  decay in leaves that have it.
+// Grid (any, leaves), four entries per thread at a time.
+__global__ void adamw(float* w_n, const float* g_n, float* m_n, float* v_n,
+                      const long long* table_li, float rate, float move1, float move2, float c2,
+                      float epsilon, float decay) {
+  const Leaf leaf = ((const Leaf*)table_li)[blockIdx.y];
+  u64 end = leaf.start + leaf.size, stride = (u64)gridDim.x * blockDim.x * 4;
+  u64 first = leaf.start + ((u64)blockIdx.x * blockDim.x + threadIdx.x) * 4;
+  for (; first < end; first += stride) {
+    float w[4], g[4], m[4], v[4];
+    read_many(w_n, first, end, w);
+    read_many(g_n, first, end, g);
+    read_many(m_n, first, end, m);
+    read_many(v_n, first, end, v);
+    for (int i = 0; i < 4; i++) {
+      m[i] += move1 * (g[i] - m[i]);
+      v[i] += move2 * (g[i] * g[i] - v[i]);
+      if (leaf.decays) w[i] -= decay * w[i];
+      w[i] -= rate * (m[i] / (sqrtf(v[i]) / c2 + epsilon));
+    }
+    write_many(w_n, first, end, w);
+    write_many(m_n, first, end, m);
+    write_many(v_n, first, end, v);
   }
-  write_many(w_n, first, size, w);
-  write_many(m_n, first, size, m);
-  write_many(v_n, first, size, v);
 }
 
-// Adafactor (Shazeer, Stern 2018; the released code's constants) in five launches for all tensors
-// together. A tensor of two or more axes is a row of matrices; its second moment is factored into
+// Adafactor (Shazeer, Stern 2018; the released code's constants) in five launches for all leaves
+// together. A leaf of two or more axes is a row of matrices; its second moment is factored into
 // the means of each matrix's rows and columns. A vector is one matrix of one row, not factored.
-//   rows                vr_r <- d vr + (1 - d) mean_c (g^2 + 1e-30),  or v of a vector
-//   columns, _finish    vc_c <- the same over rows;  mean = mean_r vr
-//   squares             partial sums of x^2 and w^2,  x = g rsqrt(vr / mean) rsqrt(vc)
-//   update              w <- w - rate max(rms w, 1e-3) x / max(1, rms x),  rms over the tensor
-// Grids are (BLOCKS, matrices); a block takes every BLOCKS-th row or tile of columns.
+//   rows                r <- r + move (mean_c (g^2 + 1e-30) - r),  or the v of a vector
+//   columns, _finish    c <- the same over rows;  mean = mean_r r
+//   squares             partial sums of x^2 and w^2,  x = g rsqrt(r / mean) rsqrt(c)
+//   update              w <- w - rate max(rms w, 1e-3) x / max(1, rms x),  rms over the leaf
+// Where the leaf decays, g is g + decay w. Grids are (BLOCKS, matrices); a block takes every
+// BLOCKS-th row or tile of columns.
 constexpr int BLOCKS = 128;
-constexpr float TINY = 1e-30f, LEAST_SCALE = 1e-3f;
+constexpr float SQUARE_FLOOR = 1e-30f, SCALE_FLOOR = 1e-3f;
 
-// A line of the table, all places in entries: the matrix in the flat buffer, its size, its row
-// moments (a vector's v) and column moments (-1: a vector) in the state, and which lines of the
-// table are of the same tensor.
+// A line of the table, all places in entries: the matrix in the flat buffer, its size, its place
+// among the row moments (a vector: among the full moments) and the column moments (a vector: -1),
+// which lines of the table are of the same leaf, and whether it decays.
 struct Matrix {
-  long long start, rows, columns, row_state, column_state, tensor, matrices;
+  long long start, rows, columns, row_state, column_state, leaf, matrices, decays;
 };
 
-__global__ void adafactor_rows(const float* g_n, const long long* table_mi, float* state_s,
-                               float decay) {
+// One matrix and the step's gradient of its entries.
+struct Gradient {
+  const float *w_rc, *g_rc;
+  long long columns;
+  float decay;
+};
+
+__device__ inline Gradient gradient_of(const Matrix& at, const float* w_n, const float* g_n,
+                                       float decay) {
+  return {w_n + at.start, g_n + at.start, at.columns, at.decays ? decay : 0.0f};
+}
+
+__device__ inline float gradient(const Gradient& of, long long r, long long c) {
+  long long i = r * of.columns + c;
+  return of.decay == 0 ? of.g_rc[i] : of.g_rc[i] + of.decay * of.w_rc[i];
+}
+
+__global__ void adafactor_rows(const float* w_n, const float* g_n, const long long* table_mi,
+                               float* row_s, float* full_s, float move, float decay) {
   const Matrix at = ((const Matrix*)table_mi)[blockIdx.y];
-  const float* g_rc = g_n + at.start;
-  float* v = state_s + at.row_state;
+  const Gradient of = gradient_of(at, w_n, g_n, decay);
   if (at.column_state < 0) {
-    for (u64 c = blockIdx.x * blockDim.x + threadIdx.x; c < (u64)at.columns; c += BLOCKS * 256)
-      v[c] = decay * v[c] + (1 - decay) * (g_rc[c] * g_rc[c] + TINY);
+    float* v = full_s + at.row_state;
+    for (long long c = blockIdx.x * 256 + threadIdx.x; c < at.columns; c += BLOCKS * 256) {
+      float g = gradient(of, 0, c);
+      v[c] += move * (g * g + SQUARE_FLOOR - v[c]);
+    }
     return;
   }
+  float* v = row_s + at.row_state;
   int lane = threadIdx.x % 32;
-  for (u64 r = blockIdx.x * 8 + threadIdx.x / 32; r < (u64)at.rows; r += BLOCKS * 8) {
+  for (long long r = blockIdx.x * 8 + threadIdx.x / 32; r < at.rows; r += BLOCKS * 8) {
     float sum = 0;
     for (int c = lane; c < at.columns; c += 32) {
-      float g = g_rc[r * at.columns + c];
+      float g = gradient(of, r, c);
       sum += g * g;
     }
     sum = warp_sum(sum);
-    if (lane == 0) v[r] = decay * v[r] + (1 - decay) * (sum / at.columns + TINY);
+    if (lane == 0) v[r] += move * (sum / at.columns + SQUARE_FLOOR - v[r]);
   }
 }
 
 // Sums of squares of each column over a strip z of the rows. Blocks of 32 columns by 8 rows, grid
 // (any, matrices, strips).
-__global__ void adafactor_columns(const float* g_n, const long long* table_mi, float* part_zs,
-                                  long long state_size) {
+__global__ void adafactor_columns(const float* w_n, const float* g_n, const long long* table_mi,
+                                  float* part_zs, long long states, float decay) {
   __shared__ float sums[8][32];
   const Matrix at = ((const Matrix*)table_mi)[blockIdx.y];
   if (at.column_state < 0) return;
-  const float* g_rc = g_n + at.start;
+  const Gradient of = gradient_of(at, w_n, g_n, decay);
   long long strip = (at.rows + gridDim.z - 1) / gridDim.z;
   long long begin = blockIdx.z * strip, end = min(begin + strip, at.rows);
   for (long long first = blockIdx.x * 32; first < at.columns; first += gridDim.x * 32) {
@@ -80,7 +108,7 @@ __global__ void adafactor_columns(const float* g_n, const long long* table_mi, f
     float sum = 0;
     if (c < at.columns) {
       for (long long r = begin + threadIdx.y; r < end; r += 8) {
-        float g = g_rc[r * at.columns + c];
+        float g = gradient(of, r, c);
         sum += g * g;
       }
     }
@@ -88,7 +116,7 @@ __global__ void adafactor_columns(const float* g_n, const long long* table_mi, f
     __syncthreads();
     if (threadIdx.y == 0 && c < at.columns) {
       for (int i = 1; i < 8; i++) sum += sums[i][threadIdx.x];
-      part_zs[blockIdx.z * state_size + at.column_state + c] = sum;
+      part_zs[blockIdx.z * states + at.column_state + c] = sum;
     }
     __syncthreads();
   }
@@ -108,39 +136,49 @@ __device__ inline float block_sum(float x) {
 
 // Column moments from the strips; block 0 of each matrix also takes the mean of its row moments.
 __global__ void adafactor_columns_finish(const float* part_zs, const long long* table_mi,
-                                         float* state_s, float* mean_m, int strips,
-                                         long long state_size, float decay) {
+                                         const float* row_s, float* column_s, float* mean_m,
+                                         int strips, long long states, float move) {
   const Matrix at = ((const Matrix*)table_mi)[blockIdx.y];
   if (at.column_state < 0) return;
-  float* v = state_s + at.column_state;
+  float* v = column_s + at.column_state;
   for (long long c = blockIdx.x * 256 + threadIdx.x; c < at.columns; c += BLOCKS * 256) {
     float sum = 0;
-    for (int z = 0; z < strips; z++) sum += part_zs[z * state_size + at.column_state + c];
-    v[c] = decay * v[c] + (1 - decay) * (sum / at.rows + TINY);
+    for (int z = 0; z < strips; z++) sum += part_zs[z * states + at.column_state + c];
+    v[c] += move * (sum / at.rows + SQUARE_FLOOR - v[c]);
   }
   if (blockIdx.x > 0) return;
   float sum = 0;
-  for (long long r = threadIdx.x; r < at.rows; r += 256) sum += state_s[at.row_state + r];
+  for (long long r = threadIdx.x; r < at.rows; r += 256) sum += row_s[at.row_state + r];
   sum = block_sum(sum);
   if (threadIdx.x == 0) mean_m[blockIdx.y] = sum / at.rows;
 }
 
-// The update of entry (r, c) before its scale.
-__device__ inline float adafactor_x(const Matrix& at, const float* g_n, const float* state_s,
-                                    float mean, long long r, long long c) {
-  float g = g_n[at.start + r * at.columns + c];
-  if (at.column_state < 0) return g * rsqrtf(state_s[at.row_state + c]);
-  return g * rsqrtf(state_s[at.row_state + r] / mean) * rsqrtf(state_s[at.column_state + c]);
+// The second moments of one matrix, whose entry (r, c) moves by g times `inverse_root`.
+struct Moments {
+  const float *row, *column;  // a vector: its full moments, null
+  float mean;
+};
+
+__device__ inline Moments moments_of(const Matrix& at, const float* row_s, const float* column_s,
+                                     const float* full_s, float mean) {
+  if (at.column_state < 0) return {full_s + at.row_state, nullptr, 1.0f};
+  return {row_s + at.row_state, column_s + at.column_state, mean};
+}
+
+__device__ inline float inverse_root(const Moments& v, long long r, long long c) {
+  return v.column ? rsqrtf(v.row[r] / v.mean) * rsqrtf(v.column[c]) : rsqrtf(v.row[c]);
 }
 
 __global__ void adafactor_squares(const float* w_n, const float* g_n, const long long* table_mi,
-                                  const float* state_s, const float* mean_m, float* square_mk) {
+                                  const float* row_s, const float* column_s, const float* full_s,
+                                  const float* mean_m, float* square_mk, float decay) {
   const Matrix at = ((const Matrix*)table_mi)[blockIdx.y];
+  const Gradient of = gradient_of(at, w_n, g_n, decay);
+  const Moments v = moments_of(at, row_s, column_s, full_s, mean_m[blockIdx.y]);
   float squares_x = 0, squares_w = 0;
   for (long long r = blockIdx.x; r < at.rows; r += BLOCKS) {
     for (long long c = threadIdx.x; c < at.columns; c += 256) {
-      float x = adafactor_x(at, g_n, state_s, mean_m[blockIdx.y], r, c);
-      float w = w_n[at.start + r * at.columns + c];
+      float x = gradient(of, r, c) * inverse_root(v, r, c), w = of.w_rc[r * at.columns + c];
       squares_x += x * x;
       squares_w += w * w;
     }
@@ -154,21 +192,24 @@ __global__ void adafactor_squares(const float* w_n, const float* g_n, const long
 }
 
 __global__ void adafactor_update(float* w_n, const float* g_n, const long long* table_mi,
-                                 const float* state_s, const float* mean_m,
-                                 const float* square_mk, float rate) {
+                                 const float* row_s, const float* column_s, const float* full_s,
+                                 const float* mean_m, const float* square_mk, float rate,
+                                 float decay) {
   const Matrix at = ((const Matrix*)table_mi)[blockIdx.y];
   if (blockIdx.x >= at.rows) return;
+  const Gradient of = gradient_of(at, w_n, g_n, decay);
+  const Moments v = moments_of(at, row_s, column_s, full_s, mean_m[blockIdx.y]);
   float squares_x = 0, squares_w = 0;
   for (long long i = threadIdx.x; i < at.matrices * BLOCKS; i += 256) {
-    u64 matrix = at.tensor + i / BLOCKS;
+    u64 matrix = at.leaf + i / BLOCKS;
     squares_x += square_mk[matrix * 2 * BLOCKS + i % BLOCKS];
     squares_w += square_mk[matrix * 2 * BLOCKS + BLOCKS + i % BLOCKS];
   }
   float size = (float)at.matrices * at.rows * at.columns;
   float rms_x = sqrtf(block_sum(squares_x) / size), rms_w = sqrtf(block_sum(squares_w) / size);
-  float factor = rate * fmaxf(rms_w, LEAST_SCALE) / fmaxf(1.0f, rms_x);
+  float factor = rate * fmaxf(rms_w, SCALE_FLOOR) / fmaxf(1.0f, rms_x);
   for (long long r = blockIdx.x; r < at.rows; r += BLOCKS)
     for (long long c = threadIdx.x; c < at.columns; c += 256)
       w_n[at.start + r * at.columns + c] -=
-          factor * adafactor_x(at, g_n, state_s, mean_m[blockIdx.y], r, c);
+          factor * gradient(of, r, c) * inverse_root(v, r, c);
 }
