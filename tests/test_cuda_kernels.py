@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent / "cuda"))
 import nvrtc_check  # noqa: E402
 import run_on_cpu  # noqa: E402
 
-from rt_scratch import attention, layers, optim, routing  # noqa: E402
+from rt_scratch import attention, backend, config, layers, model, optim, routing  # noqa: E402
 from rt_scratch.kernels import cuda, gemm  # noqa: E402
 
 FILES = sorted({kernel.file for kernel in cuda.kernels().values()})
@@ -463,7 +463,7 @@ class Leaf(NamedTuple):
 
 
 SHAPES = {"a.w": (6, 10), "a.bias": (7,), "heads": (2, 3, 4), "rows": (1, 5, 1, 6), "scalar": (),
-          "b.w": (300, 70), "b.gain": (1100,), "wide": (2, 1100), "b.b_in": (5,), "small": (3, 4)}
+          "b.w": (1100, 20), "b.gain": (1100,), "wide": (2, 1100), "b.b_in": (5,), "small": (3, 4)}
 
 
 def flat_buffer():
@@ -497,6 +497,17 @@ def test_optimizer(twins, name, decay):
             assert_close(got_state[key], true_state[key], working_state[key])
 
 
+def test_adamw_of_a_long_leaf(twins):
+    table = [Leaf("w", (150001,), 0, 150001)]
+    w = normal(150001)
+    truth = w.astype(np.float64)
+    states = [optim.adamw_init(x, table) for x in (w, truth)]
+    update = getattr(optim.adamw_update, "reference", optim.adamw_update)
+    update(truth, w.astype(np.float64), states[1], table, 0.01, 0)
+    twins.adamw_update(w, w.copy(), states[0], table, 0.01, 0)
+    assert_close(w, truth)
+
+
 def test_optimizer_sees_leaves_that_move(twins):
     """Tables are kept on the device: another table must not meet the old one."""
     flat, table = flat_buffer()
@@ -505,6 +516,53 @@ def test_optimizer_sees_leaves_that_move(twins):
         state = optim.adamw_init(w, leaves)
         twins.adamw_update(w, np.ones_like(w), state, leaves, 0.01, 0)
         assert (w != flat[: w.size]).all()
+
+
+# -------------------------------------------------------------------------------- the whole model
+
+def use_twins(monkeypatch):
+    """Let every module of the package call the twins instead of the plain functions."""
+    for name, twin in cuda.TWINS.items():
+        if name in backend.twins:
+            monkeypatch.setitem(backend.twins[name], "numpy", twin)
+            continue
+        for module in (backend, layers, attention, routing, model):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, twin)
+
+
+@pytest.mark.parametrize("mode", ["causal", "topk"])
+def test_model_on_kernels(on_cpu, monkeypatch, mode):
+    """Loss, gradients and routes of a small model: float32 on kernels against plain float64."""
+    cfg = config.ModelConfig(
+        vocab_size=17, seq_len=48, n_layers=2, width=32, ffn_width=24, n_clusters=3, window=8,
+        block=8, routing=mode, attention_dropout=0.1, ffn_dropout=0.1, residual_dropout=0.1)
+    ids = np.random.default_rng(0).integers(0, 17, (2, 48))
+    results, launched, launch = [], set(), cuda.launch
+    for dtype in (np.float64, np.float32):
+        if dtype == np.float32:
+            use_twins(monkeypatch)
+            monkeypatch.setattr(cuda, "launch", lambda name, *arguments, **word: (
+                launched.add(name), launch(name, *arguments, **word)))
+        flat, table = model.init_parameters(cfg, np, np.float64, 0)
+        flat = flat.astype(dtype)
+        grads = np.zeros_like(flat)
+        centroids = model.init_centroids(cfg, np, dtype, 0)
+        weights = np.full(ids.shape, 1 / ids.size, dtype)
+        (nats, commitment), cache, report = model.loss(
+            model.views(flat, table), centroids, cfg, ids, weights, noise=model.Noise(1, 2))
+        model.loss_backward(1.0, 1e-4, cache, model.views(grads, table))
+        results.append((nats, commitment, grads, report))
+    for kernel in ("layer_norm_backward", "geglu_backward", "attention_softmax_backward",
+                   "gather_rows", "cross_entropy", "dropout", "segment_finish", "cluster_sums",
+                   "top_members" if mode == "topk" else "cluster_places"):
+        assert kernel in launched
+    (nats, commitment, grads, report), (*got, got_grads, got_report) = results
+    for i, route in report.routes.items():
+        assert np.array_equal(got_report.routes[i].index, route.index)
+        assert_close(got_report.memberships[i].sums, report.memberships[i].sums, dtype="float16")
+    np.testing.assert_allclose(got, (nats, commitment), rtol=1e-5)
+    np.testing.assert_allclose(got_grads, grads, rtol=0, atol=1e-5 * np.abs(grads).max())
 
 
 # --------------------------------------------------------------------------------------- launcher
