@@ -78,23 +78,32 @@ twins: dict[str, dict[str, object]] = {}
 
 
 def accelerated(function):
-    """Call the registered twin for the first argument's module, if any, else the plain body.
+    """Call the twin registered for the arguments' module, if any, else the plain body.
 
-    The plain body stays callable as `.reference`.
+    The first array among the arguments, or in their caches, decides. The plain body stays callable
+    as `.reference`.
     """
     name = function.__name__
     table = twins.setdefault(name, {})
 
     @functools.wraps(function)
-    def call(first, *args, **kwargs):
-        array = first
-        while isinstance(array, tuple):
-            array = array[0]
-        twin = table.get(array_module(array).__name__)
-        return (twin or function)(first, *args, **kwargs)
+    def call(*args, **kwargs):
+        if not table:
+            return function(*args, **kwargs)
+        twin = table.get(array_module(_first_array(args)).__name__)
+        return (twin or function)(*args, **kwargs)
 
     call.reference = function
     return call
+
+
+def _first_array(values):
+    for value in values:
+        if isinstance(value, tuple):
+            value = _first_array(value)
+        if hasattr(value, "dtype"):
+            return value
+    return None
 
 
 def register_twin(module: str, function, name: str | None = None):

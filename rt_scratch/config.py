@@ -145,6 +145,9 @@ class TrainConfig:
 
     batch: int = _field(8, "windows per forward pass")
     accumulate: int = _field(1, "forward passes per optimizer step")
+    parts: int = _field(2, "parts a batch is cut into; on a CPU they run on threads")
+    recompute: bool = _field(False, "store only block inputs and compute the rest again: less "
+                                    "memory, the same numbers")
     steps: int = _field(1000, "optimizer steps")
     optimizer: str = _field("adamw", "optimizer", ("adamw", "adafactor"))
     lr: float = _field(2e-3, "peak learning rate")
@@ -163,7 +166,7 @@ class TrainConfig:
 
     def validate(self) -> TrainConfig:
         """Raise UserError on settings that cannot run; else return them."""
-        for name in ("batch", "accumulate", "steps", "log_every"):
+        for name in ("batch", "accumulate", "parts", "steps", "log_every"):
             if getattr(self, name) < 1:
                 _fail(f"--{_flag(name)} {getattr(self, name)}: must be at least 1")
         for name in ("warmup", "weight_decay", "clip", "eval_every", "eval_windows", "seed"):

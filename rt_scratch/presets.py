@@ -1,0 +1,73 @@
+"""Presets: the fields in which each dataset's recipes differ from the defaults of config.py.
+
+`released` is what the authors' code sets, `paper` where the paper says something else, `small` is
+ours and fits a laptop. A flag given on the command line wins over the preset.
+"""
+
+from __future__ import annotations
+
+from rt_scratch.config import UserError
+
+_RELEASED_TEXT = dict(
+    routing="topk", norm="post", residual_dropout=0.1, init_gain=0.2, optimizer="adafactor",
+    lr=0.01, schedule="rsqrt", warmup=10_000, clip=0.0, batch=1, steps=100_000, ffn="geglu",
+)
+_RELEASED_IMAGE = dict(
+    _RELEASED_TEXT, ffn="relu", ffn_width=2048, residual_dropout=0.3, width=1024,
+    local_max_distance=0, routing_max_distance=0,
+)
+_SMALL = dict(n_layers=4, width=128, ffn_width=384, seq_len=512, batch=8, steps=1500)
+
+PRESETS: dict[str, dict[str, dict]] = {
+    "enwik8": {
+        "released": dict(
+            _RELEASED_TEXT, seq_len=8192, n_layers=12, width=1024, ffn_width=3072,
+            n_local_heads=4, n_routing_heads=4, n_clusters=16, window=512, block=256, lookback=1,
+            local_max_distance=513, routing_max_distance=513),
+        "released-12k": dict(
+            _RELEASED_TEXT, seq_len=12288, n_layers=12, width=1024, ffn_width=3072,
+            n_local_heads=4, n_routing_heads=4, n_clusters=48, window=256, block=128, lookback=1,
+            local_max_distance=257, routing_max_distance=257),
+        "small": _SMALL,
+    },
+    "wikitext103": {
+        "released": dict(
+            _RELEASED_TEXT, seq_len=4096, n_layers=14, width=1024, embed_width=256,
+            ffn_width=3072, n_local_heads=8, n_routing_heads=8, n_clusters=8, window=512,
+            block=256, lookback=1, local_max_distance=513, routing_max_distance=513,
+            embed_dropout=0.4, attention_dropout=0.4, ffn_dropout=0.4, residual_dropout=0.4,
+            target_dropout=0.25, weight_decay=2e-5),
+        "small": dict(_SMALL, embed_width=64),
+    },
+    "pg19": {
+        "released": dict(
+            _RELEASED_TEXT, seq_len=8192, n_layers=22, width=1032, ffn_width=4096,
+            n_local_heads=6, n_routing_heads=2, routing_layers=(-1,), n_clusters=16, window=512,
+            block=256, lookback=1, local_max_distance=513, routing_max_distance=513),
+        "small": dict(_SMALL, embed_width=64, vocab_size=8192),
+    },
+    "imagenet64": {
+        "released": dict(
+            _RELEASED_IMAGE, seq_len=12288, n_layers=24, n_local_heads=12, n_routing_heads=4,
+            n_clusters=8, window=2048, block=256, lookback=1),
+        "small": dict(_SMALL, seq_len=12288, batch=1),
+    },
+    "cifar10": {
+        "released": dict(
+            _RELEASED_IMAGE, seq_len=3072, n_layers=12, n_local_heads=4, n_routing_heads=4,
+            n_clusters=6, window=512, block=256, lookback=1),
+        "small": dict(_SMALL, seq_len=3072, batch=2),
+    },
+}
+PRESETS["enwik8"]["paper"] = dict(PRESETS["enwik8"]["released"], n_clusters=32, window=256)
+PRESETS["wikitext103"]["paper"] = dict(
+    PRESETS["wikitext103"]["released"], n_layers=10, n_clusters=16, window=256)
+PRESETS["pg19"]["paper"] = dict(PRESETS["pg19"]["released"], routing_layers=(-2, -1))
+
+
+def preset(dataset: str, name: str) -> dict:
+    """Field values of a preset; `small` by default. The default dataset and own text need none."""
+    table = PRESETS.get(dataset, {"small": {}})
+    if name not in table:
+        raise UserError(f"--preset {name}: {dataset} has {', '.join(table)}")
+    return table[name]

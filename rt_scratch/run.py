@@ -1,0 +1,163 @@
+"""A run folder: config.json, log.csv, last.npz, best.npz, loss.png, and the codec of its tokens."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rt_scratch import checkpoint
+from rt_scratch.backend import to_host
+from rt_scratch.config import ModelConfig, TrainConfig, UserError, from_json, to_json
+from rt_scratch.model import init_centroids, init_parameters
+from rt_scratch.optim import OPTIMIZERS
+from rt_scratch.routing import Centroids
+
+COLUMNS = ("step", "split", "nats", "score", "unit", "tokens_per_s", "seconds", "lr", "grad_norm",
+           "uncovered", "several", "smallest", "largest", "dead")
+
+
+class State(NamedTuple):
+    """All that training changes; saving and loading it is an exact resume."""
+
+    flat: Any                         # parameters
+    table: list                       # their names and shapes
+    centroids: dict[int, Centroids]
+    optimizer: dict[str, Any]
+    step: int                         # optimizer steps done
+    best: float                       # best validation loss so far, nats per token
+    seconds: float                    # training time so far
+
+
+def new_state(model: ModelConfig, train: TrainConfig, xp) -> State:
+    """Fresh parameters, centroids and optimizer state."""
+    flat, table = init_parameters(model, xp, train.precision, train.seed)
+    centroids = init_centroids(model, xp, train.precision, train.seed)
+    optimizer = OPTIMIZERS[train.optimizer][0](flat, table)
+    return State(flat, table, centroids, optimizer, 0, float("inf"), 0.0)
+
+
+def save(path: Path, state: State, config: dict) -> None:
+    """Write the state as a checkpoint."""
+    arrays = {"params": state.flat}
+    for i, centroids in state.centroids.items():
+        for name, array in centroids._asdict().items():
+            arrays[f"centroids.{i}.{name}"] = array
+    arrays |= {f"opt.{name}": array for name, array in state.optimizer.items()}
+    checkpoint.save(path, arrays, {"config": config, "step": state.step, "best": state.best,
+                                   "seconds": state.seconds})
+
+
+def restore(path: Path, fresh: State, config: dict, xp) -> State:
+    """The state saved at `path`; `fresh` says which arrays and shapes it must have."""
+    arrays, meta = checkpoint.load(path)
+    saved = meta["config"]
+    checkpoint.check_matches(saved["model"], config["model"], str(path))
+
+    def take(name, like):
+        array = arrays.get(name)
+        if array is None or array.shape != like.shape or array.dtype != like.dtype:
+            raise UserError(f"{path}: {name} is missing or has another shape; the checkpoint "
+                            "belongs to another configuration")
+        return xp.asarray(array)
+
+    centroids = {i: Centroids(*(take(f"centroids.{i}.{name}", like)
+                                for name, like in c._asdict().items()))
+                 for i, c in fresh.centroids.items()}
+    optimizer = {name: take(f"opt.{name}", like) for name, like in fresh.optimizer.items()}
+    return State(take("params", fresh.flat), fresh.table, centroids, optimizer, meta["step"],
+                 meta["best"], meta["seconds"])
+
+
+def load_model(run: Path, xp, name: str | None = None):
+    """(State, config, ModelConfig) of a run folder, for sampling and evaluation.
+
+    Takes best.npz if there is one, else last.npz, unless `name` says which.
+    """
+    path = run / (name or "best.npz")
+    if name is None and not path.is_file():
+        path = run / "last.npz"
+    if not path.is_file():
+        raise UserError(f"{run} has no checkpoint: train first, or name another run folder")
+    _, meta = checkpoint.load(path)
+    config = meta["config"]
+    model = from_json(ModelConfig, config["model"])
+    train = from_json(TrainConfig, config["train"])
+    return restore(path, new_state(model, train, xp), config, xp), config, model
+
+
+def describe(dataset: str, model: ModelConfig, train: TrainConfig, codec: str | None) -> dict:
+    """What config.json and every checkpoint say."""
+    return {"dataset": dataset, "model": to_json(model), "train": to_json(train), "codec": codec}
+
+
+def open_folder(folder: Path, config: dict, codec_file: Path | None) -> None:
+    """Make the run folder with config.json and, where tokens are not bytes, their codec."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    if codec_file is not None:
+        shutil.copyfile(codec_file, folder / codec_file.name)
+
+
+def append_log(folder: Path, row: dict) -> None:
+    """One line of log.csv; the header on the first."""
+    path = folder / "log.csv"
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def trim_log(folder: Path, step: int) -> None:
+    """Drop the lines after `step`: a resumed run writes them again."""
+    path = folder / "log.csv"
+    if path.exists():
+        with path.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        path.unlink()
+        for row in rows:
+            append_log(folder, row)
+
+
+def plot_loss(folder: Path) -> bool:
+    """loss.png from log.csv; False when matplotlib is not installed."""
+    try:
+        import matplotlib
+        matplotlib.use("agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return False
+    with (folder / "log.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for split, style in (("train", "-"), ("valid", "o-")):
+        points = [(int(r["step"]), float(r["score"])) for r in rows if r["split"] == split]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=split, lw=1.2, ms=4,
+                      alpha=0.6 if split == "train" else 1)
+    axes.set(xlabel="optimizer step", ylabel=rows[0]["unit"])
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(folder / "loss.png", dpi=150)
+    plt.close(figure)
+    return True
+
+
+def health(memberships) -> dict[str, float]:
+    """Cluster health over all routing heads: shares of tokens, and centroids that won none."""
+    if not memberships:
+        return {}
+    counts = np.concatenate([to_host(m.counts) for m in memberships.values()])  # (heads, K)
+    share = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
+    return {
+        "uncovered": float(np.mean([float(m.uncovered) for m in memberships.values()])),
+        "several": float(np.mean([float(m.several) for m in memberships.values()])),
+        "smallest": float(share.min()), "largest": float(share.max()),
+        "dead": int((counts == 0).sum()),
+    }

@@ -1,0 +1,347 @@
+"""Train a Routing Transformer.
+
+    python train.py                          the bytes of Python's standard library, in minutes
+    python train.py FILE.txt                 any text file
+    python train.py enwik8 --preset small    a dataset of the paper, see --help
+    python train.py --resume                 continue the newest run exactly where it stopped
+    python train.py enwik8 --out RUN --evaluate test
+"""
+
+import argparse
+import dataclasses
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from rt_scratch import data, run
+from rt_scratch.backend import select_device
+from rt_scratch.checkpoint import newest_run
+from rt_scratch.config import ModelConfig, TrainConfig, UserError, from_json
+from rt_scratch.data.batches import count_windows, eval_windows, random_windows, shuffled_images
+from rt_scratch.decode import generate
+from rt_scratch.model import loss, views
+from rt_scratch.optim import OPTIMIZERS, clip_by_global_norm, global_norm, learning_rate
+from rt_scratch.presets import preset
+from rt_scratch.step import gradients, move_centroids, set_blas_threads
+
+
+def main(argv=None):
+    args = parse(argv)
+    xp, device = select_device(args.device)
+    folder, config, dataset, model, train = prepare(args)
+    state = run.new_state(model, train, xp)
+    if args.resume or args.evaluate:
+        name = "best.npz" if args.evaluate and (folder / "best.npz").is_file() else "last.npz"
+        state = run.restore(folder / name, state, config, xp)
+    threads = set_threads(xp, train)
+    describe(device, threads, dataset, model, train, state)
+    if args.evaluate:
+        print(evaluate(state, dataset, model, train, args.evaluate, xp, args.stride, limit=0)[1])
+        return
+    if args.dry_run:
+        return
+    if not args.resume:
+        if (folder / "last.npz").exists():
+            raise UserError(f"--out {folder}: holds a run already; add --resume to continue it, or "
+                            "choose another folder")
+        run.open_folder(folder, config, dataset.codec_file)
+        (folder / "log.csv").unlink(missing_ok=True)
+    run.trim_log(folder, state.step)
+    fit(state, dataset, model, train, config, folder, xp, args.stop_after)
+
+
+def fit(state, dataset, model, train, config, folder, xp, stop_after):
+    """The training loop."""
+    flat, table, centroids, optimizer, first, best, seconds = state
+    grads = xp.empty_like(flat)
+    update = OPTIMIZERS[train.optimizer][1]
+    last = min(train.steps, stop_after or train.steps)
+    tokens_per_step = train.batch * train.accumulate * model.seq_len
+    started = time.time() - seconds
+
+    def now(done):
+        return run.State(flat, table, centroids, optimizer, done, best, time.time() - started)
+
+    # Ctrl-C is looked at between steps, when everything is whole; a second one stops at once.
+    interrupted = []
+    signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(
+        signal.SIGINT, signal.default_int_handler)))
+
+    bar = tqdm(total=train.steps, initial=first, unit="step", disable=not sys.stderr.isatty())
+    try:
+        for step in range(first, last):
+            parts = batch_parts(dataset, model, train, step, xp)
+            lr = learning_rate(step, train.schedule, train.lr, train.warmup, train.steps)
+
+            result = gradients(flat, grads, table, centroids, model, parts, train.seed, step,
+                               train.recompute)
+            norm = clip_by_global_norm(grads, train.clip) if train.clip else global_norm(grads)
+            done = step + 1
+            scoring = done == last or (train.eval_every and done % train.eval_every == 0)
+            logging = scoring or done % train.log_every == 0
+            if logging or done == 1:  # the one wait for a GPU
+                check_finite(result.nats, norm, step, folder)
+            update(flat, grads, optimizer, table, lr, step, weight_decay=train.weight_decay)
+            centroids = move_centroids(centroids, result.memberships, model)
+
+            bar.update()
+            if logging:
+                row = log_row(result, norm, lr, dataset, done, started,
+                              tokens_per_step * (done - first), seconds)
+                run.append_log(folder, row)
+                show(bar, row, train.steps, started, first)
+            if scoring:
+                nats, text = evaluate(now(done), dataset, model, train, "valid", xp,
+                                      limit=train.eval_windows)
+                row |= {"split": "valid", "step": done, "nats": nats,
+                        "score": data.score(nats, 1, dataset, "valid")}
+                run.append_log(folder, row)
+                bar.write(f"step {done}  {text}\n" + cluster_line(row)
+                          + sample(now(done), dataset, model, train, done))
+                if nats < best:
+                    best = nats
+                    run.save(folder / "best.npz", now(done), config)
+            if scoring or interrupted:
+                run.save(folder / "last.npz", now(done), config)
+            if interrupted:
+                raise UserError(f"interrupted and saved after step {done}; continue with: python "
+                                f"train.py --resume --out {folder}")
+    finally:
+        bar.close()
+    run.plot_loss(folder)
+    print(f"done: {folder}  (sample from it: python sample.py {folder})")
+
+
+def batch_parts(dataset, model, train, step, xp):
+    """The windows of a step, in `accumulate` x `threads` parts of whole windows."""
+    n = train.batch * train.accumulate
+    labels = None
+    if model.kind == "image":
+        ids, index = shuffled_images(dataset.splits["train"], n, train.seed, step)
+        labels = dataset.labels["train"][index] if model.n_classes else None
+    else:
+        ids = random_windows(dataset.splits["train"], model.seq_len, n, train.seed, step)
+    cuts = np.array_split(np.arange(n), min(n, train.accumulate * train.parts))
+    return [(xp.asarray(ids[c]), None if labels is None else xp.asarray(labels[c])) for c in cuts]
+
+
+def evaluate(state, dataset, model, train, split, xp, stride=0, limit=0):
+    """(nats per token, one line with the score and its protocol) of a split."""
+    tokens = dataset.splits[split]
+    if count_windows(tokens, model.seq_len, stride) == 0:
+        raise UserError(f"the {split} split is empty: give more text")
+    params = views(state.flat, state.table)
+    nats, n, row = 0.0, 0.0, 0
+    for ids, weights in eval_windows(tokens, model.seq_len, train.batch, stride, limit):
+        labels = None
+        if model.n_classes:
+            picked = np.arange(row, row + len(ids)) % len(tokens)
+            labels = xp.asarray(dataset.labels[split][picked])
+        (part, _), _, _ = loss(params, state.centroids, model, xp.asarray(ids),
+                               xp.asarray(weights.astype(train.precision)), labels,
+                               recompute=True)
+        nats += float(part)
+        n += float(weights.sum())
+        row += len(ids)
+    total = count_windows(tokens, model.seq_len, stride)
+    seen = f"first {limit} windows of {total}" if limit and limit < total else "whole split"
+    leak = "; TOPK ROUTING LEAKS THE FUTURE into this score" \
+        if model.routing == "topk" and model.heads_route() else ""
+    value = data.score(nats, n, dataset, split)
+    return nats / n, (f"{split} {value:.4f} {dataset.unit}  ({seen}, {n:.0f} tokens, context "
+                      f"{model.seq_len}, stride {stride or model.seq_len}, "
+                      f"routing {model.routing}{leak})")
+
+
+def sample(state, dataset, model, train, step, n_tokens=160):
+    """A few lines of text from the model; nothing for images, which sample.py draws."""
+    if model.kind == "image":
+        return ""
+    rng = np.random.default_rng([train.seed, step])
+    tokens = generate(views(state.flat, state.table), state.centroids, model, n_tokens, rng=rng,
+                      temperature=0.8)
+    ids = np.array([int(t[0]) for t in tokens])
+    return "--- sample\n" + dataset.decode(ids).decode("utf-8", "replace") + "\n---"
+
+
+# ------------------------------------------------------------------------------------- the log
+
+def log_row(result, norm, lr, dataset, done, started, tokens, seconds):
+    nats, elapsed = float(result.nats), time.time() - started
+    return {"step": done, "split": "train", "nats": nats,
+            "score": data.score(nats, 1, dataset, "train"), "unit": dataset.unit,
+            "tokens_per_s": round(tokens / max(elapsed - seconds, 1e-9)),
+            "seconds": round(elapsed, 1), "lr": lr, "grad_norm": float(norm),
+            **run.health(result.memberships)}
+
+
+def show(bar, row, steps, started, first):
+    text = (f"{row['score']:.4f} {row['unit']}  lr {row['lr']:.2e}  |g| {row['grad_norm']:.2f}  "
+            f"{row['tokens_per_s']} tok/s")
+    if bar.disable:
+        left = (time.time() - started) / (row["step"] - first) * (steps - row["step"]) \
+            if row["step"] > first else 0
+        print(f"{row['step']}/{steps}  {text}  ETA {left:.0f} s", flush=True)
+    else:
+        bar.set_postfix_str(text)
+
+
+def cluster_line(row):
+    if "dead" not in row:
+        return ""
+    return (f"clusters: {row['uncovered']:.1%} of tokens in none, {row['several']:.1%} in several; "
+            f"smallest {row['smallest']:.1%}, largest {row['largest']:.1%} of a head's tokens; "
+            f"{row['dead']} without any\n")
+
+
+def check_finite(nats, norm, step, folder):
+    if not np.isfinite(float(nats)) or not np.isfinite(float(norm)):
+        what = "loss" if not np.isfinite(float(nats)) else "gradient"
+        raise UserError(f"the {what} is not finite at step {step}; the last good checkpoint is "
+                        f"kept in {folder}; lower --lr, or set --clip 1")
+
+
+def describe(device, threads, dataset, model, train, state):
+    """What is about to happen, before it does."""
+    n, tokens = state.flat.size, train.batch * train.accumulate * model.seq_len
+    print(f"device: {device}, {threads}")
+    print(f"model: {n:,} parameters, {model.n_layers} layers of {model.n_local_heads} local + "
+          f"{model.n_routing_heads} {model.routing} routing heads")
+    print(f"step: {tokens:,} tokens, about {flops(model, state.table) * tokens / 1e9:,.0f} GFLOP, "
+          f"about {memory(model, train, n) / 2**20:,.0f} MiB")
+    print(f"data: {dataset.protocol}", flush=True)
+
+
+def flops(model, table):
+    """Floating-point operations per trained token: 6 per matrix entry, attention in its windows."""
+    matrices = sum(leaf.stop - leaf.start for leaf in table
+                   if len(leaf.shape) == 2 and leaf.name != "embed.table"
+                   and "_rel_" not in leaf.name)
+    seen = 0
+    for i in range(model.n_layers):
+        routed, local = model.heads(i)
+        keys = model.window * (1 if model.routing == "topk" else 2)
+        reach = model.seq_len if model.attention == "full" else (model.lookback + 1) * model.block
+        seen += routed * keys + local * reach
+    return 6 * matrices + 14 * seen * model.head_width  # 2 products forward, 5 backward
+
+
+def memory(model, train, n_parameters):
+    """Rough bytes of a step: parameters, gradients, optimizer state, activations."""
+    size = np.dtype(train.precision).itemsize
+    per_token = model.n_layers * (10 * model.width + 3 * model.ffn_width)
+    live = train.batch * model.seq_len
+    if train.recompute:
+        per_token = per_token // model.n_layers + model.n_layers * model.width
+    return size * (n_parameters * (3 + train.parts) + per_token * live)
+
+
+# --------------------------------------------------------------------------------- command line
+
+def parse(argv):
+    """Flags; those of the model and of training come from the dataclasses in config.py."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", nargs="?", default=None,
+                        help=f"{', '.join(data.DATASETS)}, or a text file (default: stdlib)")
+    parser.add_argument("--preset", help="small (default), released, paper: see presets.py")
+    parser.add_argument("--data-dir", help="folder with the dataset's official files")
+    parser.add_argument("--download", action="store_true", help="get the dataset first")
+    parser.add_argument("--out", type=Path, help="run folder (default: runs/DATASET)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+                        help="auto takes a GPU if there is one (default)")
+    parser.add_argument("--resume", action="store_true", help="continue a run exactly")
+    parser.add_argument("--stop-after", type=int, default=0, metavar="STEP",
+                        help="stop and save after this step of the schedule")
+    parser.add_argument("--evaluate", choices=("train", "valid", "test"), metavar="SPLIT",
+                        help="score a finished run on train, valid or test, and stop")
+    parser.add_argument("--stride", type=int, default=0,
+                        help="tokens between evaluation windows (default: no overlap)")
+    parser.add_argument("--dry-run", action="store_true", help="describe the run and stop")
+    for cls, title in ((ModelConfig, "model"), (TrainConfig, "training")):
+        group = parser.add_argument_group(title)
+        for f in dataclasses.fields(cls):
+            group.add_argument("--" + f.name.replace("_", "-"), **flag(f))
+    return parser.parse_args(argv)
+
+
+def flag(f):
+    shown = f.default if f.default != () else "all"
+    settings = {"default": None, "help": f"{f.metadata['help']} (default: {shown})"}
+    if f.metadata["choices"]:
+        return settings | {"choices": f.metadata["choices"]}
+    if isinstance(f.default, bool):
+        return settings | {"action": argparse.BooleanOptionalAction}
+    if isinstance(f.default, tuple):
+        return settings | {"type": lambda text: tuple(int(x) for x in text.split(",") if x),
+                           "metavar": "I,J,..."}
+    return settings | {"type": type(f.default), "metavar": type(f.default).__name__.upper()}
+
+
+def prepare(args):
+    """(run folder, config, dataset, ModelConfig, TrainConfig) of what the flags ask for."""
+    given = {f.name: getattr(args, f.name) for cls in (ModelConfig, TrainConfig)
+             for f in dataclasses.fields(cls) if getattr(args, f.name) is not None}
+    if args.resume or args.evaluate:
+        folder = args.out or (Path("runs") / args.dataset if args.dataset in data.DATASETS
+                              else newest_run("runs"))
+        _, meta = run.checkpoint.load(folder / "last.npz")
+        config = meta["config"]
+        name = config["dataset"]
+        if args.dataset not in (None, name):
+            raise UserError(f"{folder} was trained on {name}, not on {args.dataset}")
+        if args.preset:
+            raise UserError("--preset: not used with --resume or --evaluate")
+        model = dataclasses.replace(
+            from_json(ModelConfig, config["model"]), **only(ModelConfig, given))
+        train = dataclasses.replace(
+            from_json(TrainConfig, config["train"]), **only(TrainConfig, given))
+        dataset = data.load(name, args.data_dir, model.vocab_size)
+    else:
+        name = args.dataset or "stdlib"
+        if args.download:
+            data.fetch(name, args.data_dir)
+        fields = preset(name, args.preset or "small") | given
+        dataset = data.load(name, args.data_dir, fields.pop("vocab_size", 0))
+        fields |= {"kind": dataset.kind, "vocab_size": dataset.vocab_size,
+                   "pad_id": dataset.pad_id}
+        if dataset.kind == "image":
+            fields.setdefault("image_size", dataset.image_shape[0])
+            fields.setdefault("seq_len", dataset.splits["train"].shape[1])
+        model = ModelConfig(**only(ModelConfig, fields))
+        train = TrainConfig(**only(TrainConfig, fields))
+        folder = args.out or Path("runs") / Path(name).stem
+    model.validate()
+    train.validate()
+    if model.kind == "text" and len(dataset.splits["train"]) < model.seq_len:
+        raise UserError(f"the training text has {len(dataset.splits['train'])} tokens, fewer than "
+                        f"--seq-len {model.seq_len}: give a longer text or a smaller --seq-len")
+    codec = dataset.codec_file.name if dataset.codec_file else None
+    return folder, run.describe(name, model, train, codec), dataset, model, train
+
+
+def only(cls, values):
+    names = {f.name for f in dataclasses.fields(cls)}
+    return {k: v for k, v in values.items() if k in names}
+
+
+def set_threads(xp, train):
+    if xp is not np:
+        return "one stream"
+    single = train.batch * train.accumulate > 1 and train.parts > 1
+    if single and set_blas_threads(1):
+        return f"{train.parts} parts of the batch on threads, 1 BLAS thread each"
+    return "BLAS threads as NumPy chooses"
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
