@@ -143,24 +143,24 @@ class ModelConfig:
 class TrainConfig:
     """The training run."""
 
-    batch: int = _field(8, "windows per forward pass")
+    batch: int = _field(4, "windows per forward pass")
     accumulate: int = _field(1, "forward passes per optimizer step")
     parts: int = _field(2, "parts a batch is cut into; on a CPU they run on threads")
     recompute: bool = _field(False, "store only block inputs and compute the rest again: less "
                                     "memory, the same numbers")
-    steps: int = _field(1000, "optimizer steps")
+    steps: int = _field(1450, "optimizer steps")
     optimizer: str = _field("adamw", "optimizer", ("adamw", "adafactor"))
-    lr: float = _field(2e-3, "peak learning rate")
+    lr: float = _field(3e-3, "peak learning rate")
     schedule: str = _field("cosine", "cosine: linear warm-up, then to 10 %%; constant: linear "
                                      "warm-up; rsqrt: the released one, flat for warmup steps, "
                                      "then lr sqrt(warmup / step)",
                            ("cosine", "constant", "rsqrt"))
-    warmup: int = _field(100, "warm-up steps (see schedule)")
+    warmup: int = _field(50, "warm-up steps (see schedule)")
     weight_decay: float = _field(0.0, "decoupled decay (adamw), L2 loss (adafactor)")
     clip: float = _field(1.0, "largest global norm of the gradient; 0: no clipping")
     precision: str = _field("float32", "arithmetic of the network", ("float32", "float64"))
     seed: int = _field(0, "seed of weights, data order and dropout")
-    eval_every: int = _field(250, "steps between evaluations; 0: only at the end")
+    eval_every: int = _field(290, "steps between evaluations; 0: only at the end")
     eval_windows: int = _field(64, "windows per evaluation; 0: the whole split")
     log_every: int = _field(10, "steps between log lines")
 
