@@ -21,9 +21,9 @@ from rt_scratch.model import (
     block,
     embed,
     local_reach,
+    project,
     random_places,
     routing_rule,
-    split_heads,
 )
 from rt_scratch.routing import MEAN_FLOOR, gather, nearest, top_members
 
@@ -97,8 +97,7 @@ def prefill(params, centroids, cfg: ModelConfig, ids, capacity: int, labels=None
         p = params["layers"][i]
         mu = centroids[i].mu if i in centroids else None
         n = layer_norm(x, **p["norm_attention"])[0] if cfg.norm == "pre" else x
-        q, k, v = _project(n, p["attention"], cfg, i)
-        _fill(cache.layers[i], q, k, v, cfg, i, mu)
+        _fill(cache.layers[i], *project(n, p["attention"], cfg)[0], cfg, i, mu)
         (x, _), _, _, _ = block(x, p, cfg, i, mu)
     cache.place = shifted.shape[1]
     return _scores_of_next(params, cfg, x[:, -1:]), cache
@@ -130,7 +129,7 @@ def _attention_step(x, p, cfg, layer, mu, cache):
     xp = array_module(x)
     routed, _ = cfg.heads(layer)
     store, ring = cache.layers[layer]
-    q, k, v = (z[:, :, 0] if z is not None else None for z in _project(x, p, cfg, layer))
+    q, k, v = (z[:, :, 0] for z in project(x, p, cfg)[0])            # (B, H, D)
     o = xp.empty((x.shape[0], cfg.n_heads, cfg.head_width), x.dtype)  # (B, H, D)
     if routed:
         own_q = normalize(q[:, :routed])[0]
@@ -157,7 +156,7 @@ def _local_step(q, k, v, rel_k, rel_v, cfg, ring, place, capacity):
     block_size, lookback = local_reach(cfg, capacity)
     first = max(0, (place // block_size - lookback) * block_size)
     return _attend_one(q, ring.k, ring.v, rel_k, rel_v, -back, back <= place - first,
-                       cfg.head_width ** -0.5)
+                       scale=1.0)
 
 
 def _cluster_step(q, k, v, rel_k, rel_v, mu, cfg, layer, store, place):
@@ -210,12 +209,6 @@ def _attend_one(q, k, v, rel_k, rel_v, distance, visible, scale):
     if rel_v is not None:
         o = o + (p[..., None, :] @ rel_v[index])[..., 0, :]
     return o
-
-
-def _project(x, p, cfg, layer):
-    """Queries, keys (None without), values (B, H, T, D) of one layer."""
-    k = split_heads(linear(x, p["w_k"])[0], cfg) if "w_k" in p else None
-    return split_heads(linear(x, p["w_q"])[0], cfg), k, split_heads(linear(x, p["w_v"])[0], cfg)
 
 
 def _fill(stores, q, k, v, cfg, layer, mu):

@@ -416,10 +416,7 @@ def attention(x, p, cfg: ModelConfig, layer: int, mu, noise=None, fixed=None):
     """
     xp = array_module(x)
     routed, _ = cfg.heads(layer)
-    q, cache_q = linear(x, p["w_q"])
-    v, cache_v = linear(x, p["w_v"])
-    k, cache_k = linear(x, p["w_k"]) if "w_k" in p else (x[..., :0], None)
-    q, k, v = (split_heads(z, cfg) for z in (q, k, v))               # (B, H, T, D)
+    (q, k, v), (cache_q, cache_k, cache_v) = project(x, p, cfg)      # (B, H, T, D)
     o = xp.empty((*x.shape[:2], cfg.n_heads, cfg.head_width), x.dtype)
     heads = o.swapaxes(1, 2)                                         # a view (B, H, T, D)
 
@@ -434,7 +431,7 @@ def attention(x, p, cfg: ModelConfig, layer: int, mu, noise=None, fixed=None):
         first = 0 if cfg.share_qk else routed
         heads[:, routed:], cache_local = local_attention(
             q[:, routed:], k[:, first:], v[:, routed:], p.get("local_rel_k"),
-            p.get("local_rel_v"), *local_reach(cfg, x.shape[1]), cfg.head_width ** -0.5,
+            p.get("local_rel_v"), *local_reach(cfg, x.shape[1]), scale=1.0,
             dropped=_rate(cfg.attention_dropout, noise, "local", layer))
     y, cache_o = linear(o.reshape(x.shape), p["w_o"])
     cache = (cfg, routed, cache_q, cache_k, cache_v, cache_routed, cache_local, cache_o)
@@ -463,6 +460,7 @@ def attention_backward(dy, dloss, cache, g):
         dqh[:, routed:], dkh[:, first:], dvh[:, routed:], *drel = local_attention_backward(
             do[:, routed:], cache_local)
         _add_tables(g, "local", drel)
+    dq *= cfg.head_width ** -0.5
     dx, dw_q, _ = linear_backward(dq.reshape(b, t, h * d), cache_q)
     dx_v, dw_v, _ = linear_backward(dv.reshape(b, t, h * d), cache_v)
     g["w_q"] += dw_q
@@ -473,6 +471,19 @@ def attention_backward(dy, dloss, cache, g):
         g["w_k"] += dw_k
         dx += dx_k
     return dx
+
+
+def project(x, p, cfg: ModelConfig):
+    """Queries scaled by D^-1/2, keys of the heads that have their own, values: (B, H, T, D) each.
+
+    Released code: all queries are scaled here; routing heads then normalise them, which takes the
+    scale away again but for the epsilon of the LayerNorm.
+    """
+    q, cache_q = linear(x, p["w_q"])
+    q *= cfg.head_width ** -0.5
+    k, cache_k = linear(x, p["w_k"]) if "w_k" in p else (x[..., :0], None)
+    v, cache_v = linear(x, p["w_v"])
+    return tuple(split_heads(z, cfg) for z in (q, k, v)), (cache_q, cache_k, cache_v)
 
 
 def _add_tables(g, kind, drel):
