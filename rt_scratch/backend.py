@@ -58,40 +58,26 @@ def _probe_cuda():
     return cupy, f"cuda: {name}, CuPy {cupy.__version__}"
 
 
-def segment_sum(rows, index, n: int):
-    """out[i] = sum of rows[j] over index[j] == i.  rows (N, D), index (N,) -> (n, D).
-
-    Sorts the index and sums runs, so that the order of addition, and with it every bit of the
-    result, is the same on every run (a scatter with atomic additions is not).
-    """
-    xp = array_module(rows)
-    order = xp.argsort(index, kind="stable")
-    sorted_rows = xp.concatenate([rows[order], xp.zeros_like(rows[:1])])  # (N + 1, D)
-    bounds = xp.searchsorted(index[order], xp.arange(n + 1))
-    sums = xp.add.reduceat(sorted_rows, bounds[:-1], axis=0)  # an empty run gives a stray row
-    return sums * (bounds[1:] > bounds[:-1])[:, None]
-
-
 # Faster twins. `@accelerated` marks a plain function that `rt_scratch.kernels` may replace for some
-# arrays; `twins[name][module]` is the replacement, with the same signature and the same cache.
-twins: dict[str, dict[str, object]] = {}
+# arrays; `twins[name][module]` is (the replacement, which arguments it takes). A twin has the same
+# signature and the same cache as the plain body.
+twins: dict[str, dict[str, tuple]] = {}
 
 
 def accelerated(function):
-    """Call the twin registered for the arguments' module, if any, else the plain body.
+    """Call the twin registered for the arguments' module if it takes them, else the plain body.
 
-    The first array among the arguments, or in their caches, decides. The plain body stays callable
-    as `.reference`.
+    The first array among the arguments, or in their caches, decides the module. The plain body
+    stays callable as `.reference`.
     """
-    name = function.__name__
-    table = twins.setdefault(name, {})
+    table = twins.setdefault(function.__name__, {})
 
     @functools.wraps(function)
     def call(*args, **kwargs):
         if not table:
             return function(*args, **kwargs)
-        twin = table.get(array_module(_first_array(args)).__name__)
-        return (twin or function)(*args, **kwargs)
+        twin, takes = table.get(array_module(_first_array(args)).__name__, (function, None))
+        return (twin if takes is None or takes(*args) else function)(*args, **kwargs)
 
     call.reference = function
     return call
@@ -106,6 +92,25 @@ def _first_array(values):
     return None
 
 
-def register_twin(module: str, function, name: str | None = None):
-    """Register `function` as the twin for arrays of `module` ('numpy', 'cupy')."""
-    twins[name or function.__name__][module] = function
+def register_twins(module: str, functions: dict, takes=None):
+    """Replace plain functions, by name, for arrays of `module` ('numpy', 'cupy').
+
+    takes(*args) says whether the twins can compute the call (say, its dtype); None: always.
+    """
+    for name, function in functions.items():
+        twins[name][module] = function, takes
+
+
+@accelerated
+def segment_sum(rows, index, n: int):
+    """out[i] = sum of rows[j] over index[j] == i.  rows (N, D), index (N,) -> (n, D).
+
+    Sorts the index and sums runs, so that the order of addition, and with it every bit of the
+    result, is the same on every run (a scatter with atomic additions is not).
+    """
+    xp = array_module(rows)
+    order = xp.argsort(index, kind="stable")
+    sorted_rows = xp.concatenate([rows[order], xp.zeros_like(rows[:1])])  # (N + 1, D)
+    bounds = xp.searchsorted(index[order], xp.arange(n + 1))
+    sums = xp.add.reduceat(sorted_rows, bounds[:-1], axis=0)  # an empty run gives a stray row
+    return sums * (bounds[1:] > bounds[:-1])[:, None]

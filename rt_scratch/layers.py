@@ -216,6 +216,7 @@ def image_embedding_backward(dy, cache):
 
 # ------------------------------------------------------------------------------------ dropout
 
+@accelerated
 def dropout(x, dropped):
     """y = x keep / (1 - rate), keep drawn by `dropout_mask`.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from rt_scratch.backend import array_module
+from rt_scratch.backend import accelerated, array_module
 
 SLICE = 1 << 18  # elements per pass on a CPU: a slice of all five buffers stays in cache
 
@@ -51,6 +51,7 @@ def adamw_init(flat, table) -> dict:
     return {"m": xp.zeros_like(flat), "v": xp.zeros_like(flat)}
 
 
+@accelerated
 def adamw_update(flat, grads, state, table, lr, step, *, beta1=0.9, beta2=0.99, eps=1e-8,
                  weight_decay=0.0) -> None:
     """One step of AdamW (Loshchilov and Hutter 2019), step = 0, 1, ...
@@ -110,6 +111,7 @@ def adafactor_init(flat, table) -> dict:
             "full": xp.zeros(full, flat.dtype)}
 
 
+@accelerated
 def adafactor_update(flat, grads, state, table, lr, step, *, weight_decay=0.0) -> None:
     """One step of Adafactor (Shazeer and Stern 2018) as the released recipes set it, step 0, 1, ...
 

@@ -60,6 +60,7 @@ def nearest(x, mu, equal_length: bool = False):
     return (x @ mu.swapaxes(-1, -2)).argmax(-1)
 
 
+@accelerated
 def cluster_statistics(x, winner, n_clusters: int):
     """Counts (H, K) and sums (H, K, D) of the tokens x (B, H, T, D) that each centroid won."""
     xp = array_module(x)
@@ -158,6 +159,7 @@ def by_cluster(winner):
 
 # ------------------------------------------------------------------------------ gather, scatter
 
+@accelerated
 def gather(x, index):
     """Rows of x (B, H, T, D) at index (B, H, ...) -> (B, H, ..., D)."""
     xp = array_module(x)
@@ -166,6 +168,7 @@ def gather(x, index):
     return x[xp.arange(b).reshape(b, 1, *lead), xp.arange(h).reshape(1, h, *lead), index]
 
 
+@accelerated
 def scatter_sum(rows, index, n_tokens: int):
     """out[t] = sum of the rows whose index is t: rows (B, H, ..., D) -> (B, H, T, D).
 
@@ -178,6 +181,7 @@ def scatter_sum(rows, index, n_tokens: int):
     return flat.reshape(b, h, n_tokens, d)
 
 
+@accelerated
 def scatter_mean(rows, index, n_tokens: int):
     """out[t] = sum of rows with index t / (their number + 1e-2); a token without rows gets 0.
 
@@ -316,6 +320,7 @@ def _sorted_clusters_backward(do, cache, n_tokens):
     return gather(dq, back), gather(dk, back), gather(dv, back), drel_k, drel_v
 
 
+@accelerated
 def inverse(order):
     """The inverse of permutations along the last axis."""
     return array_module(order).argsort(order, axis=-1)
