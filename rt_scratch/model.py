@@ -220,7 +220,10 @@ def forward(params, centroids, cfg: ModelConfig, ids, labels=None, noise=None, f
 
 
 def forward_backward(dh, dcommitment, cache, grads):
-    """Adds the gradients of all parameters to the tree `grads`."""
+    """Adds the gradients of all parameters to the tree `grads`.
+
+    Uses the cache up: the list of block caches is emptied on the way, so that memory is freed.
+    """
     cfg, cache_embed, cache_drop, caches, recompute, cache_out = cache
     dx = _before_output_backward(dh, cache_out, grads)
     for i in reversed(range(cfg.n_layers)):

@@ -3,11 +3,11 @@
 Left out, because we do otherwise on purpose:
 - A, `noema_train`, gradient of the means: here centroids are state and have no gradient.
 - A, `empty_cluster`: the released mean of a cluster without tokens grows to 5e6; ours stays.
-- A, B3, E, F, counts: the released code mixes the heads' counts by a reshape. Counts are fed from the
-  stored ones, and everything computed from them is compared.
+- A, B3, E, F, counts: the released code mixes the heads' counts by a reshape. Counts are fed from
+  the stored ones, and everything computed from them is compared.
 - B, B3, C, key columns of routing heads that share queries and keys: never used, gradient 0.
-- D3, `zero_rows`: the released code takes a row of exact zeros for padding and lets its query see the
-  future; here every token is a token.
+- D3, `zero_rows`: the released code takes a row of exact zeros for padding and lets its query see
+  the future; here every token is a token.
 - H, two-dimensional blocks: not part of this model.
 """
 
@@ -210,7 +210,8 @@ TEXT = ModelConfig(
 CONFIGS = {
     "E1": replace(TEXT, norm="post"),
     "E2": TEXT,
-    "F": replace(TEXT, 
+    "F": replace(
+        TEXT,
         kind="image", image_size=8, vocab_size=256, seq_len=192, pad_id=-1, width=24, ffn="relu",
         ffn_width=40, norm="post", window=48, block=32, local_max_distance=0,
         routing_max_distance=0),

@@ -1,0 +1,16 @@
+"""Hypothesis profiles: dev (default, quick), ci, thorough. Choose: pytest --hypothesis-profile=ci
+
+`ci` draws the same examples every time, so that a failure is never a matter of luck.
+"""
+
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy; small products, quick tests
+
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("dev", max_examples=25, **common)
+settings.register_profile("ci", max_examples=60, derandomize=True, **common)
+settings.register_profile("thorough", max_examples=1000, **common)
+settings.load_profile("dev")

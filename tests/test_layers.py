@@ -1,0 +1,248 @@
+"""layers.py: values against plain loops or formulas, gradients against directional derivatives."""
+
+import math
+
+import numpy as np
+import pytest
+from gradcheck import check_gradients
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from strategies import layouts, lengths, normal, seeds, sizes, widths
+
+from rt_scratch import layers
+from rt_scratch.backend import segment_sum
+
+EXACT = dict(rtol=1e-12, atol=1e-12)
+
+
+@given(seeds, sizes, sizes, sizes, layouts, st.booleans())
+def test_linear(seed, n, i, o, layout, bias):
+    rng = np.random.default_rng(seed)
+    x, w = normal(rng, (2, n, i), layout), normal(rng, (i, o), layout)
+    b = normal(rng, (o,)) if bias else None
+    y, _ = layers.linear(x, w, b)
+    want = [[[sum(x[p, q, r] * w[r, s] for r in range(i)) + (b[s] if bias else 0)
+              for s in range(o)] for q in range(n)] for p in range(2)]
+    np.testing.assert_allclose(y, want, **EXACT)
+
+    def backward(dy, cache):
+        dx, dw, db = layers.linear_backward(dy, cache)
+        return dx, dw, db if bias else None
+
+    check_gradients(layers.linear, backward, (x, w, b), rng)
+
+
+@given(seeds, sizes, widths, layouts)
+def test_normalize(seed, n, c, layout):
+    rng = np.random.default_rng(seed)
+    x = 3 * normal(rng, (n, c), layout) + 1
+    y, _ = layers.normalize(x)
+    for row, got in zip(x, y, strict=True):
+        mean = sum(row) / c
+        variance = sum((e - mean) ** 2 for e in row) / c
+        np.testing.assert_allclose(got, [(e - mean) / math.sqrt(variance + 1e-6) for e in row],
+                                   rtol=1e-9, atol=1e-9)
+    assume(x.std(-1).min() > 0.1)  # near a constant row the function bends within the step
+    check_gradients(layers.normalize, layers.normalize_backward, (x,), rng, step=1e-5)
+
+
+@given(seeds, sizes, widths, layouts)
+def test_layer_norm(seed, n, c, layout):
+    rng = np.random.default_rng(seed)
+    x, gain, bias = normal(rng, (2, n, c), layout), normal(rng, (c,)), normal(rng, (c,))
+    y, _ = layers.layer_norm(x, gain, bias)
+    np.testing.assert_allclose(y, layers.normalize(x)[0] * gain + bias, **EXACT)
+    assume(x.std(-1).min() > 0.1)
+    check_gradients(layers.layer_norm, layers.layer_norm_backward, (x, gain, bias), rng, step=1e-5)
+
+
+@given(seeds, sizes, layouts)
+def test_geglu(seed, n, layout):
+    rng = np.random.default_rng(seed)
+    a, b = 2 * normal(rng, (n, 3), layout), normal(rng, (n, 3), layout)
+    y, _ = layers.geglu(a, b)
+    gelu = [[0.5 * e * (1 + math.tanh(math.sqrt(2 / math.pi) * (e + 0.044715 * e**3))) for e in row]
+            for row in a]
+    np.testing.assert_allclose(y, np.array(gelu) * b, **EXACT)
+    check_gradients(layers.geglu, layers.geglu_backward, (a, b), rng)
+
+
+dropouts = st.sampled_from([None, (0.3, (1, 2, 3))])
+
+
+@given(seeds, sizes, widths, sizes, layouts, dropouts)
+def test_geglu_ffn(seed, n, c, m, layout, dropped):
+    rng = np.random.default_rng(seed)
+    args = [normal(rng, s, layout) for s in ((2, n, c), (c, m), (c, m), (m, c))]
+    x, w_gate, w_value, w_out = args
+    if dropped is None:
+        want = layers.geglu(x @ w_gate, x @ w_value)[0] @ w_out
+        np.testing.assert_allclose(layers.geglu_ffn(*args)[0], want, **EXACT)
+    check_gradients(lambda *a: layers.geglu_ffn(*a, dropped), layers.geglu_ffn_backward, args, rng)
+
+
+@given(seeds, sizes, widths, sizes, layouts, dropouts)
+def test_relu_ffn(seed, n, c, m, layout, dropped):
+    rng = np.random.default_rng(seed)
+    args = [normal(rng, s, layout) for s in ((2, n, c), (c, m), (m,), (m, c), (c,))]
+    x, w_in, b_in, w_out, b_out = args
+    hidden = x @ w_in + b_in
+    assume(np.abs(hidden).min() > 1e-3)  # a step must not cross the kink
+    if dropped is None:
+        want = np.where(hidden > 0, hidden, 0) @ w_out + b_out
+        np.testing.assert_allclose(layers.relu_ffn(*args)[0], want, **EXACT)
+    check_gradients(lambda *a: layers.relu_ffn(*a, dropped), layers.relu_ffn_backward, args, rng,
+                    step=1e-5)
+
+
+@given(seeds, sizes, lengths)
+def test_shift_right(seed, b, t):
+    ids = np.random.default_rng(seed).integers(0, 9, (b, t))
+    shifted = layers.shift_right(ids)
+    assert (shifted[:, 0] == 0).all() and (shifted[:, 1:] == ids[:, :-1]).all()
+
+
+@given(seeds, sizes, lengths, sizes, sizes)
+def test_embedding(seed, b, t, v, e):
+    rng = np.random.default_rng(seed)
+    ids, table = rng.integers(0, v, (b, t)), normal(rng, (v, e))
+    y, _ = layers.embedding(ids, table)
+    assert all((y[i, j] == table[ids[i, j]]).all() for i in range(b) for j in range(t))
+    check_gradients(lambda table: layers.embedding(ids, table),
+                    lambda dy, cache: (layers.embedding_backward(dy, cache),), (table,), rng)
+
+
+@given(seeds, sizes, sizes, sizes)
+def test_segment_sum(seed, n, m, d):
+    rng = np.random.default_rng(seed)
+    rows, index = normal(rng, (n, d)), rng.integers(0, m, n)
+    want = np.zeros((m + 2, d))
+    for row, i in zip(rows, index, strict=True):
+        want[i] += row
+    np.testing.assert_allclose(segment_sum(rows, index, m + 2), want, **EXACT)
+
+
+@given(seeds, sizes, st.sampled_from([1, 2, 3]), widths, st.booleans())
+def test_image_embedding(seed, b, side, c, from_middle):
+    rng = np.random.default_rng(seed)
+    start = side if from_middle else 0
+    ids = rng.integers(0, 256, (b, 3 * side * side - start))
+    args = normal(rng, (768, c)), normal(rng, (side, 1, 3 * c)), normal(rng, (1, side, 3 * c))
+    table, rows, columns = args
+    y, _ = layers.image_embedding(ids, start, *args)
+    for i in range(b):
+        for j in range(ids.shape[1]):
+            pixel, channel = divmod(start + j, 3)
+            part = slice(channel * c, (channel + 1) * c)
+            want = math.sqrt(c) * table[256 * channel + ids[i, j]] + math.sqrt(3 * c) * (
+                rows[pixel // side, 0, part] + columns[0, pixel % side, part])
+            np.testing.assert_allclose(y[i, j], want, **EXACT)
+    check_gradients(lambda *a: layers.image_embedding(ids, start, *a),
+                    layers.image_embedding_backward, args, rng)
+
+
+@given(st.sampled_from([1, 2, 5, 8, 31]), st.sampled_from([1, 2, 3, 7, 40]))
+def test_timing_signal(t, c):
+    signal = layers.timing_signal(np, t, c, np.float64, 5)
+    n = c // 2
+    for p in range(t):
+        for i in range(n):
+            angle = (5 + p) / 10_000 ** (i / max(n - 1, 1))
+            np.testing.assert_allclose(signal[p, i], math.sin(angle), atol=1e-9)
+            np.testing.assert_allclose(signal[p, n + i], math.cos(angle), atol=1e-9)
+    assert (signal[:, 2 * n:] == 0).all()
+
+
+# ------------------------------------------------------------------------------------- dropout
+
+@given(seeds, sizes, layouts, st.sampled_from([0.1, 0.5, 0.9]))
+def test_dropout(seed, n, layout, rate):
+    rng = np.random.default_rng(seed)
+    x, dropped = normal(rng, (n, 3), layout), (rate, (seed, 4, 5))
+    check_gradients(lambda x: layers.dropout(x, dropped),
+                    lambda dy, cache: (layers.dropout_backward(dy, cache),), (x,), rng)
+
+
+def test_dropout_rate_and_mean():
+    mask = layers.dropout_mask(np, (100_000,), 0.3, (1, 2, 3), "float64")
+    assert abs((mask == 0).mean() - 0.3) < 0.006  # four standard deviations
+    assert abs(mask.mean() - 1) < 0.01
+    y, cache = layers.dropout(mask, None)
+    assert y is mask and cache is None
+
+
+def test_dropout_masks_differ():
+    masks = [layers.dropout_mask(np, (64,), 0.5, key, "float64")
+             for key in ((1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4))]
+    for i, a in enumerate(masks):
+        for b in masks[i + 1:]:
+            assert (a != b).any()
+
+
+@given(st.integers(0, 40), st.integers(0, 40))
+def test_dropout_mask_by_parts(start, n):
+    """Entry i depends on the key and i alone."""
+    whole = layers.dropout_mask(np, (80,), 0.4, (9, 8, 7), "float32")
+    part = layers.dropout_mask(np, (n,), 0.4, (9, 8, 7), "float32", start)
+    np.testing.assert_array_equal(part, whole[start : start + n])
+
+
+def test_philox_known_answers():
+    """The test vectors published with the generator (Random123, kat_vectors, philox4x32 10)."""
+    zero = layers.philox(np, 0, np.zeros(1, np.uint32), 0, 0)
+    words = zero[0].astype(np.uint64)
+    words = words[0::2] + (words[1::2] << np.uint64(16))
+    assert [hex(int(w)) for w in words] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
+
+
+# -------------------------------------------------------------------------- output and its loss
+
+@given(seeds, sizes, sizes, st.sampled_from([2, 3, 7, 40]), layouts, st.booleans())
+def test_linear_cross_entropy(seed, n, c, v, layout, weighted):
+    rng = np.random.default_rng(seed)
+    x, w, b = normal(rng, (n, c), layout), normal(rng, (c, v), layout), normal(rng, (v,))
+    targets = rng.integers(0, v, n)
+    weights = rng.integers(0, 3, n) / 3 if weighted else np.full(n, 1 / n)
+    loss, _ = layers.linear_cross_entropy(x, w, b, targets, weights)
+    want = 0.0
+    for i in range(n):
+        z = [sum(x[i, j] * w[j, k] for j in range(c)) + b[k] for k in range(v)]
+        want += weights[i] * (math.log(sum(math.exp(e) for e in z)) - z[targets[i]])
+    np.testing.assert_allclose(loss, want, **EXACT)
+    check_gradients(lambda *a: layers.linear_cross_entropy(*a, targets, weights),
+                    layers.linear_cross_entropy_backward, (x, w, b), rng)
+
+
+def test_cross_entropy_in_chunks(monkeypatch):
+    """Cutting the rows differently changes rounding only."""
+    rng = np.random.default_rng(0)
+    args = (normal(rng, (13, 5)), normal(rng, (5, 7)), normal(rng, (7,)), rng.integers(0, 7, 13),
+            normal(rng, (13,)))
+    function, backward = (f.reference for f in (layers.linear_cross_entropy,
+                                                layers.linear_cross_entropy_backward))
+    whole, cache = function(*args)
+    gradients = backward(1.0, cache)
+    monkeypatch.setattr(layers, "CHUNK_ENTRIES", 21)  # three rows at a time
+    assert len(layers._chunks(13, 7)) == 5
+    parts, cache = function(*args)
+    np.testing.assert_allclose(parts, whole, rtol=1e-13)
+    for a, b in zip(backward(1.0, cache), gradients, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_cross_entropy_of_large_logits():
+    """No overflow: logits of 1e4."""
+    x, w = np.full((1, 1), 1e4), np.array([[1.0, 2.0, -3.0]])
+    loss, cache = layers.linear_cross_entropy(x, w, np.zeros(3), np.array([0]), np.ones(1))
+    np.testing.assert_allclose(loss, 1e4)
+    assert all(np.isfinite(g).all() for g in layers.linear_cross_entropy_backward(1.0, cache))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_dtype_follows_the_input(dtype):
+    x = np.ones((3, 4), dtype)
+    w, b = np.ones((4, 4), dtype), np.ones(4, dtype)
+    for y in (layers.linear(x, w, b)[0], layers.layer_norm(x, b, b)[0], layers.geglu(x, x)[0],
+              layers.dropout(x, (0.5, (0, 0, 0)))[0], layers.relu_ffn(x, w, b, w, b)[0],
+              layers.linear_cross_entropy(x, w, b, np.zeros(3, int), np.ones(3, dtype))[0]):
+        assert y.dtype == dtype
