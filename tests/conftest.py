@@ -10,7 +10,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy; small produc
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("dev", max_examples=25, **common)
-settings.register_profile("ci", max_examples=60, derandomize=True, **common)
+settings.register_profile("dev", max_examples=50, **common)
+settings.register_profile("ci", max_examples=100, derandomize=True, **common)
 settings.register_profile("thorough", max_examples=1000, **common)
 settings.load_profile("dev")

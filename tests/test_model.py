@@ -1,0 +1,196 @@
+"""The whole model: gradients, causality, special cases that equal full attention, parameters."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from gradcheck import close
+from hypothesis import assume, given
+from models import setup
+from strategies import configs, lengths, normal, seeds, widths
+
+from rt_scratch import model
+from rt_scratch.config import ModelConfig
+from rt_scratch.layers import normalize
+from rt_scratch.model import Noise
+from rt_scratch.routing import MEAN_FLOOR, Rule, routing_attention
+
+NOISE = Noise(seed=3, step=5)
+SMALL = ModelConfig(
+    vocab_size=11, seq_len=23, n_layers=2, width=12, ffn_width=10, n_local_heads=1,
+    n_routing_heads=2, n_clusters=3, window=5, block=4, lookback=2, local_max_distance=3,
+    routing_max_distance=2)
+
+
+def relu_signs(cache):
+    """Which hidden units of the ReLU layers are on."""
+    caches = cache[0][3]
+    return [block[5][1] for block in caches] if caches else []
+
+
+@given(configs(), seeds)
+def test_gradients(cfg, seed):
+    """One direction through all parameters at once, routing held fixed."""
+    m = setup(cfg, seed)
+    rng = np.random.default_rng(seed)
+    _, cache, report = m.loss(noise=NOISE)
+    v, step = rng.normal(size=m.flat.shape), 1e-6
+    moved = [m.loss(m.flat + sign * step * v, noise=NOISE, fixed=report.routes)
+             for sign in (1, -1)]
+    if cfg.ffn == "relu":  # the step must not cross a kink
+        assume(all(np.array_equal(a, b) for a, b in zip(*(relu_signs(c) for _, c, _ in moved),
+                                                        strict=True)))
+    g = m.gradient(cache)
+    numeric = (moved[0][0] - moved[1][0]) / (2 * step)
+    close(numeric, g @ v, np.abs(g * v).sum(), 1e-15 * (1 + abs(moved[0][0])) / step, cfg)
+
+
+@given(configs(), seeds)
+def test_recomputing_changes_no_bit(cfg, seed):
+    m = setup(cfg, seed)
+    runs = [m.loss(noise=NOISE, recompute=recompute) for recompute in (False, True)]
+    assert runs[0][0] == runs[1][0]
+    np.testing.assert_array_equal(m.gradient(runs[0][1]), m.gradient(runs[1][1]))
+
+
+@given(configs(dropout=False), seeds)
+def test_gradient_reaches_every_parameter(cfg, seed):
+    """But for those that cannot matter: unused rows of tables."""
+    assume(cfg.seq_len > 4 and cfg.lookback > 0 and cfg.block > 1)
+    m = setup(cfg, seed, batch=8)
+    _, cache, _ = m.loss()
+    g = m.gradient(cache)
+    for leaf in m.table:
+        if "_rel_" not in leaf.name and not (
+                cfg.n_clusters * cfg.window < 2 or cfg.window == 1):
+            assert np.abs(g[leaf.start : leaf.stop]).max() > 0, leaf.name
+
+
+# ---------------------------------------------------------------------------------- look-ahead
+
+def change_suffix(m, seed):
+    """(cut, logits before and after the ids from `cut` on are drawn again, both reports)."""
+    rng = np.random.default_rng(seed)
+    cut = int(rng.integers(0, m.cfg.seq_len))
+    ids = m.ids.copy()
+    ids[:, cut:] = rng.integers(0, m.cfg.vocab_size, ids[:, cut:].shape)
+    reports = [model.forward(m.params, m.centroids, m.cfg, x, m.labels)[2] for x in (m.ids, ids)]
+    return cut, m.logits(), m.logits(ids), reports
+
+
+@given(configs(routings=("causal", "random")), seeds)
+def test_no_look_ahead(cfg, seed):
+    """Logits up to and including `cut` depend on earlier tokens alone; memberships likewise."""
+    cut, before, after, (a, b) = change_suffix(setup(cfg, seed), seed)
+    np.testing.assert_allclose(after[:, : cut + 1], before[:, : cut + 1], rtol=0, atol=1e-12)
+    for layer, path in a.routes.items():
+        np.testing.assert_array_equal(
+            path.winner[:, :, : cut + 1], b.routes[layer].winner[:, :, : cut + 1])
+
+
+def test_topk_looks_ahead():
+    """The paper's mode: later tokens change earlier logits. If this fails, the leak is gone."""
+    cfg = dataclasses.replace(SMALL, routing="topk", seq_len=64, window=8)
+    change = suffix_effect(setup(cfg))
+    assert (change[:48] > 1e-3).sum() > 10
+    change = suffix_effect(setup(dataclasses.replace(cfg, attention="local")))
+    assert (change[:49] == 0).all() and (change[49:] > 0).all()
+
+
+def suffix_effect(m, cut=48):
+    """By how much other tokens from `cut` on change the logits of each place."""
+    ids = m.ids.copy()
+    ids[:, cut:] = (ids[:, cut:] + 1) % m.cfg.vocab_size
+    return np.abs(m.logits(ids) - m.logits()).max((0, 2))
+
+
+# ------------------------------------------------------------------- clusters that hold everything
+
+def full_attention(q, v, scale):
+    """Causal attention with the queries as keys, dense."""
+    z = scale * np.einsum("bhid,bhjd->bhij", q, q)
+    z = np.where(np.tri(q.shape[2], dtype=bool), z, -np.inf)
+    p = np.exp(z - z.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True) @ v
+
+
+@given(seeds, lengths, widths)
+def test_one_cluster_is_full_attention(seed, t, d):
+    rng = np.random.default_rng(seed)
+    q, v, mu = normal(rng, (2, 2, t, d)), normal(rng, (2, 2, t, d)), normal(rng, (2, 1, d))
+    want = full_attention(normalize(q)[0], v, 0.6)
+    for window in (t, t + 3):
+        rule = Rule("causal", window, 0.6)
+        (o, _), _, _, _ = routing_attention(q, None, v, None, None, mu, rule)
+        np.testing.assert_allclose(o, want, rtol=1e-11, atol=1e-12)
+    (o, _), _, _, _ = routing_attention(q, None, v, None, None, mu, Rule("topk", t, 0.6))
+    np.testing.assert_allclose(o * (1 + MEAN_FLOOR), want, rtol=1e-11, atol=1e-12)
+
+
+@given(seeds, lengths)
+def test_wide_block_is_full_attention(seed, t):
+    """`local` with a block of everything and `full` are one model."""
+    cfg = dataclasses.replace(SMALL, seq_len=t, attention="full")
+    local = dataclasses.replace(cfg, attention="local", block=t + 2, lookback=1)
+    np.testing.assert_allclose(setup(cfg, seed).logits(), setup(local, seed).logits(),
+                               rtol=1e-11, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------- parameters
+
+@given(configs())
+def test_table_fills_the_buffer(cfg):
+    table = model.parameter_table(cfg)
+    assert len({leaf.name for leaf in table}) == len(table)
+    assert [leaf.start for leaf in table] == [0] + [leaf.stop for leaf in table[:-1]]
+    flat = np.arange(table[-1].stop, dtype=float)
+    tree = model.views(flat, table)
+    tree["output"]["b"] += 1  # a view
+    assert flat[table[-1].start] == table[-1].start + 1
+
+
+def test_initial_values():
+    cfg = dataclasses.replace(SMALL, width=96, ffn_width=64, init_gain=0.2)
+    flat, table = model.init_parameters(cfg, np, "float32", 7)
+    again, _ = model.init_parameters(cfg, np, "float32", 7)
+    other, _ = model.init_parameters(cfg, np, "float32", 8)
+    np.testing.assert_array_equal(flat, again)
+    assert (flat != other).any()
+    leaves = {leaf.name: flat[leaf.start : leaf.stop].reshape(leaf.shape) for leaf in table}
+    w = leaves["layers.0.ffn.w_gate"]
+    bound = np.sqrt(3 * 0.2 / ((96 + 64) / 2))
+    assert 0.98 * bound < np.abs(w).max() <= bound and abs(w.mean()) < bound / 30
+    assert (leaves["norm.gain"] == 1).all() and (leaves["norm.bias"] == 0).all()
+    image = dataclasses.replace(SMALL, kind="image", image_size=32, seq_len=3072, vocab_size=256)
+    flat, table = model.init_parameters(image, np, "float32", 7)
+    rows = next(flat[x.start : x.stop] for x in table if x.name == "embed.rows")
+    assert abs(rows.std() / (3 * 12) ** -0.5 - 1) < 0.1
+    state = model.init_centroids(cfg, np, "float32", 7)
+    mu = state[0].mu
+    np.testing.assert_allclose(mu.mean(-1), 0, atol=1e-6)
+    np.testing.assert_allclose((mu * mu).mean(-1), 1, rtol=1e-3)
+
+
+def test_padding_is_not_scored():
+    cfg = dataclasses.replace(SMALL, pad_id=0)
+    ids = np.array([[0, 3, 0], [1, 2, 0]])
+    np.testing.assert_array_equal(model.target_weights(cfg, ids, "float32"),
+                                  [[0, 1, 0], [1, 1, 0]])
+    assert model.target_weights(SMALL, ids, "float32").all()
+
+
+@pytest.mark.parametrize("routing", ["causal", "topk"])
+def test_float32_stays_float32(routing):
+    m = setup(dataclasses.replace(SMALL, routing=routing), dtype="float32")
+    loss, cache, report = m.loss(noise=NOISE)
+    assert loss.dtype == np.float32
+    assert m.logits().dtype == np.float32
+    assert all(x.counts.dtype == np.float32 for x in report.memberships.values())
+    for block in cache[0][3]:
+        assert wide_float64(block) == 0, "a wide array was promoted"
+
+
+def wide_float64(cache):
+    if isinstance(cache, tuple):
+        return sum(wide_float64(x) for x in cache)
+    return int(getattr(cache, "dtype", None) == np.float64)
