@@ -30,7 +30,7 @@ def save(path, arrays: dict, meta: dict) -> None:
     is either the old file or the new one. UserError when the disk is full or not writable.
     """
     path = Path(path)
-    host = {name: np.ascontiguousarray(to_host(a)) for name, a in arrays.items()}
+    host = {name: np.asarray(to_host(a), order="C") for name, a in arrays.items()}
     header = {"rt_scratch": VERSION, "sha256": _digest(host, meta), "meta": meta}
     text = np.frombuffer(json.dumps(header).encode(), np.uint8)
     temporary = None

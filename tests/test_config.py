@@ -1,0 +1,66 @@
+"""Configurations: what cannot run is refused in one line; JSON round trip; presets."""
+
+import dataclasses
+import json
+
+import pytest
+
+from rt_scratch.config import ModelConfig, TrainConfig, UserError, from_json, to_json
+
+IMAGE = dict(kind="image", image_size=2, seq_len=12)
+
+
+@pytest.mark.parametrize("change, word", [
+    (dict(width=130), "multiple of the 4 heads"),
+    (dict(n_local_heads=0, n_routing_heads=0), "at least one head"),
+    (dict(routing="topk", window=513), "larger than --seq-len"),
+    (dict(routing_layers=(4,)), "layers are 0 to 3"),
+    (dict(routing_layers=(-5,)), "layers are 0 to 3"),
+    (dict(window=0), "--window 0: must be at least 1"),
+    (dict(lookback=-1), "must not be negative"),
+    (dict(ffn_dropout=1.0), r"must be in \[0, 1\)"),
+    (dict(routing="nearest"), "choose from causal, topk, random"),
+    (dict(centroid_decay=1.5), "must be in"),
+    (dict(n_classes=3), "for images"),
+    (dict(**IMAGE, embed_width=5), "are for text"),
+    (dict(kind="image", image_size=3), "--seq-len must be 3 x size x size = 27"),
+])
+def test_impossible_models(change, word):
+    with pytest.raises(UserError, match=word) as error:
+        ModelConfig(**change).validate()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", [
+    dict(batch=0), dict(steps=0), dict(lr=0.0), dict(lr=float("nan")), dict(optimizer="sgd"),
+    dict(clip=-1.0), dict(accumulate=0), dict(seed=-1)])
+def test_impossible_training(change):
+    with pytest.raises(UserError):
+        TrainConfig(**change).validate()
+
+
+def test_good_configurations():
+    ModelConfig().validate()
+    TrainConfig().validate()
+    ModelConfig(**IMAGE).validate()
+    # a window beyond the text is no trouble for causal routing, nor topk where nothing is routed
+    ModelConfig(window=513).validate()
+    ModelConfig(window=513, routing="topk", attention="local").validate()
+
+
+def test_json_round_trip():
+    cfg = ModelConfig(routing_layers=(1, -1))
+    assert from_json(ModelConfig, json.loads(json.dumps(to_json(cfg)))) == cfg
+    with pytest.raises(UserError, match="unknown fields"):
+        from_json(ModelConfig, {"wdith": 3})
+
+
+def test_every_field_is_explained():
+    for cls in (ModelConfig, TrainConfig):
+        assert all(f.metadata["help"] for f in dataclasses.fields(cls))
+
+
+def test_heads_of_layers():
+    cfg = ModelConfig(n_layers=3, n_local_heads=1, n_routing_heads=2, routing_layers=(-1,), width=6)
+    assert [cfg.heads(i) for i in range(3)] == [(0, 3), (0, 3), (2, 1)]
+    assert ModelConfig(attention="local").heads(0) == (0, 4)
