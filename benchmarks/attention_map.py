@@ -1,0 +1,65 @@
+"""Draw who sees whom in a trained model: one local head and one routing head.
+
+    python benchmarks/attention_map.py RUN OUT.png [--layer I] [--tokens N]
+
+Row: a query; column: a key. In the routing head a query sees members of its own cluster, one colour
+per cluster, wherever in the text they stand. Drawn from the memberships that the model itself
+chooses on the first tokens of the dataset's validation split.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from rt_scratch import data, model, run
+from rt_scratch.config import UserError
+from rt_scratch.model import views
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--layer", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=192)
+    parser.add_argument("--data-dir")
+    args = parser.parse_args()
+    state, config, cfg = run.load_model(args.run, np)
+    dataset = data.load(config["dataset"], args.data_dir, cfg.vocab_size)
+    ids = np.asarray(dataset.splits["valid"][: args.tokens])[None]
+    report = model.forward(views(state.flat, state.table), state.centroids, cfg, ids)[2]
+    winner = report.routes[args.layer].winner[0, 0]  # (T,) of the first routing head
+
+    i, j = np.mgrid[: args.tokens, : args.tokens]
+    local = (j <= i) & (j >= (i // cfg.block - cfg.lookback) * cfg.block)
+    same = winner[:, None] == winner[None]
+    rank = np.array([(winner[:t] == winner[t]).sum() for t in range(args.tokens)])
+    routed = same & (j <= i) & (rank[:, None] - rank[None] < cfg.window)
+
+    colours = plt.get_cmap("tab10")
+    figure, axes = plt.subplots(1, 2, figsize=(8, 4.2), layout="constrained", sharey=True)
+    for axis, seen, cluster, title in (
+            (axes[0], local, np.full(args.tokens, 7), "local head: the last blocks"),
+            (axes[1], routed, winner % 10, "routing head: members of one's cluster")):
+        picture = np.ones((args.tokens, args.tokens, 3))
+        picture[seen] = colours(np.broadcast_to(cluster[:, None], seen.shape)[seen])[:, :3]
+        axis.imshow(picture, interpolation="nearest")
+        axis.set(title=title, xlabel="key (place in the text)")
+    axes[0].set(ylabel="query (place in the text)")
+    figure.savefig(args.out, dpi=130)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
