@@ -37,7 +37,7 @@ def main(argv=None):
 
 
 def write_text(args, params, centroids, model, settings, encode, decode):
-    """Stream text to the terminal as it is drawn; several samples follow one another."""
+    """Stream the first sample to the terminal as it is drawn; the others follow at the end."""
     if args.out or args.complete or args.label is not None:
         raise UserError("--out, --complete and --label are for images; this run is text")
     text = args.prompt_file.read_bytes() if args.prompt_file else args.prompt.encode()
@@ -45,25 +45,53 @@ def write_text(args, params, centroids, model, settings, encode, decode):
     if model.attention == "full":
         room = max(0, model.seq_len - args.tokens)  # full attention has seen no longer text
         prompt = prompt[:, -room:] if room else prompt[:, :0]
+    texts = [Text(decode, args.stop) for _ in range(args.num)]
     drawn, started = 0, time.time()
-    for number in range(args.num):
-        if args.num > 1:
-            print(f"--- {number + 1}")
-        # Bytes that are not UTF-8, also those cut at the end, are shown as a replacement sign.
-        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        shown, seen = text.decode("utf-8", "replace"), ""
-        print(shown, end="", flush=True)
-        for token in generate(params, centroids, model, args.tokens, prompt=prompt, **settings):
-            new = utf8.decode(decode(token))
-            drawn += 1
-            seen += new
-            if args.stop and args.stop in seen:
-                end = seen.index(args.stop) + len(args.stop)
-                print(seen[len(seen) - len(new) : end], end="", flush=True)
-                break
-            print(new, end="", flush=True)
-        print(utf8.decode(b"", True))
+    shown = text.decode("utf-8", "replace")
+    print(shown, end="", flush=True)
+    for tokens in generate(params, centroids, model, args.tokens,
+                           prompt=np.repeat(prompt, args.num, axis=0), **settings):
+        for i, row in enumerate(texts):
+            new = row.add(tokens[i : i + 1])
+            if i == 0:
+                print(new, end="", flush=True)
+        drawn += len(texts)
+        if all(row.stopped for row in texts):
+            break
+    print(texts[0].end())
+    for row in texts[1:]:
+        row.end()
+        print(f"\n--- next sample\n{shown}{row.text}")
     print(f"{drawn / (time.time() - started):.0f} tokens/s", file=sys.stderr)
+
+
+class Text:
+    """One sample as it grows, up to and including the stop text.
+
+    Bytes that are not UTF-8, also those cut at the end, show as a replacement sign.
+    """
+
+    def __init__(self, decode, stop):
+        self.decode, self.stop = decode, stop
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self.text, self.stopped = "", False
+
+    def add(self, token):
+        """What the token adds to the text."""
+        return self._grow(self.utf8.decode(self.decode(token)))
+
+    def end(self):
+        """What is left of a character that was cut."""
+        return self._grow(self.utf8.decode(b"", True))
+
+    def _grow(self, new):
+        if self.stopped:
+            return ""
+        start, self.text = len(self.text), self.text + new
+        if self.stop and self.stop in self.text:
+            self.stopped = True
+            self.text = self.text[: self.text.index(self.stop) + len(self.stop)]
+        return self.text[start:]
 
 
 def draw_images(args, params, centroids, model, settings, xp):
@@ -72,13 +100,13 @@ def draw_images(args, params, centroids, model, settings, xp):
         raise UserError("--prompt, --prompt-file and --stop are for text; this run is images")
     if args.out is None:
         raise UserError("this run is images: give --out FILE.png")
-    try:
-        from PIL import Image
-    except ImportError:
-        raise UserError("images need Pillow: pip install 'rt-scratch[data]'") from None
+    Image = run.pillow()
     size, given = model.image_size, np.zeros((args.num, 0), np.int64)
     if args.complete:
-        picture = Image.open(args.complete).convert("RGB").resize((size, size))
+        try:
+            picture = Image.open(args.complete).convert("RGB").resize((size, size))
+        except OSError:
+            raise UserError(f"--complete {args.complete}: not an image that Pillow reads") from None
         top = np.asarray(picture).reshape(-1)[: 3 * size * (size // 2)]
         given = np.tile(top.astype(np.int64), (args.num, 1))
     labels = None
@@ -94,12 +122,7 @@ def draw_images(args, params, centroids, model, settings, xp):
                          labels=labels, **settings))
     pixels = np.concatenate([given, np.stack(rest, axis=1)], axis=1)
     pixels = pixels.reshape(args.num, size, size, 3).astype(np.uint8)
-    columns = int(np.ceil(np.sqrt(args.num)))
-    grid = np.zeros((-(-args.num // columns) * size, columns * size, 3), np.uint8)
-    for i, picture in enumerate(pixels):
-        y, x = i // columns * size, i % columns * size
-        grid[y : y + size, x : x + size] = picture
-    Image.fromarray(grid).save(args.out)
+    run.save_images(pixels, args.out)
     print(f"{args.num} images: {args.out}")
 
 

@@ -17,16 +17,17 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from rt_scratch import data, run
-from rt_scratch.backend import select_device
+from rt_scratch import data, decode, run
+from rt_scratch.backend import array_module, select_device, to_host
 from rt_scratch.checkpoint import newest_run
 from rt_scratch.config import ModelConfig, TrainConfig, UserError, from_json
 from rt_scratch.data.batches import count_windows, eval_windows, random_windows, shuffled_images
-from rt_scratch.decode import generate
 from rt_scratch.model import loss, views
 from rt_scratch.optim import OPTIMIZERS, clip_by_global_norm, global_norm, learning_rate
 from rt_scratch.presets import preset
 from rt_scratch.step import gradients, move_centroids, set_blas_threads
+
+CAUSAL_WINDOWS = 64  # windows that --evaluate-causally scores unless told
 
 
 def main(argv=None):
@@ -40,7 +41,10 @@ def main(argv=None):
     threads = set_threads(xp, train)
     describe(device, threads, dataset, model, train, state)
     if args.evaluate:
-        print(evaluate(state, dataset, model, train, args.evaluate, xp, args.stride, limit=0)[1])
+        limit = (args.eval_windows or CAUSAL_WINDOWS) if args.evaluate_causally else 0
+        print(evaluate(state, dataset, model, train, args.evaluate, xp, args.stride, limit)[1])
+        if args.evaluate_causally:
+            print(evaluate_causally(state, dataset, model, args.evaluate, xp, limit)[1])
         return
     if args.dry_run:
         return
@@ -68,7 +72,7 @@ def fit(state, dataset, model, train, config, folder, xp, stop_after):
 
     # Ctrl-C is looked at between steps, when everything is whole; a second one stops at once.
     interrupted = []
-    signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(
         signal.SIGINT, signal.default_int_handler)))
 
     bar = tqdm(total=train.steps, initial=first, unit="step", disable=not sys.stderr.isatty())
@@ -101,7 +105,7 @@ def fit(state, dataset, model, train, config, folder, xp, stop_after):
                         "score": data.score(nats, 1, dataset, "valid")}
                 run.append_log(folder, row)
                 bar.write(f"step {done}  {text}\n" + cluster_line(row)
-                          + sample(now(done), dataset, model, train, done))
+                          + sample(now(done), dataset, model, train, done, folder))
                 if nats < best:
                     best = nats
                     run.save(folder / "best.npz", now(done), config)
@@ -112,6 +116,7 @@ def fit(state, dataset, model, train, config, folder, xp, stop_after):
                                 f"train.py --resume --out {folder}")
     finally:
         bar.close()
+        signal.signal(signal.SIGINT, before)
     run.plot_loss(folder)
     print(f"done: {folder}  (sample from it: python sample.py {folder})")
 
@@ -157,13 +162,53 @@ def evaluate(state, dataset, model, train, split, xp, stride=0, limit=0):
                       f"routing {model.routing}{leak})")
 
 
-def sample(state, dataset, model, train, step, n_tokens=160):
-    """A few lines of text from the model; nothing for images, which sample.py draws."""
-    if model.kind == "image":
-        return ""
+def evaluate_causally(state, dataset, model, split, xp, limit):
+    """(nats per token, line) by incremental decoding: each token given what came before, no more.
+
+    For `causal` routing this is the ordinary score; for `topk`, whose teacher-forced score lets
+    later tokens choose the members, the difference is what looking ahead is worth.
+    """
+    tokens, params = dataset.splits[split], views(state.flat, state.table)
+    nats, n, row = 0.0, 0.0, 0
+    for ids, weights in eval_windows(tokens, model.seq_len, limit, 0, limit):
+        labels = None
+        if model.n_classes:
+            labels = xp.asarray(dataset.labels[split][row : row + len(ids)])
+        ids, row = xp.asarray(ids), row + len(ids)
+        scores, cache = decode.prefill(
+            params, state.centroids, model, ids[:, :0], model.seq_len, labels)
+        for t in range(ids.shape[1]):
+            z = to_host(scores).astype("float64")
+            z -= z.max(-1, keepdims=True)
+            hit = np.take_along_axis(z, to_host(ids[:, t : t + 1]).astype(np.int64), axis=1)[:, 0]
+            nats += float((weights[:, t] * (np.log(np.exp(z).sum(-1)) - hit)).sum())
+            if t + 1 < ids.shape[1]:
+                scores = decode.step(params, state.centroids, model, cache, ids[:, t])
+        n += float(weights.sum())
+    value = data.score(nats, n, dataset, split)
+    return nats / n, (f"{split} {value:.4f} {dataset.unit}  by incremental decoding, nothing seen "
+                      f"ahead  (first {row} windows, {n:.0f} tokens, context {model.seq_len}, "
+                      f"routing {model.routing})")
+
+
+def sample(state, dataset, model, train, step, folder, n_tokens=160, n_images=4):
+    """What the model draws now: a few lines of text, or a PNG in the run folder."""
     rng = np.random.default_rng([train.seed, step])
-    tokens = generate(views(state.flat, state.table), state.centroids, model, n_tokens, rng=rng,
-                      temperature=0.8)
+    network = views(state.flat, state.table), state.centroids, model
+    if model.kind == "image":
+        try:
+            run.pillow()
+        except UserError as error:
+            return f"no picture: {error}"
+        labels = None
+        if model.n_classes:
+            labels = array_module(state.flat).asarray(np.arange(n_images) % model.n_classes)
+        drawn = decode.generate(*network, model.seq_len, rng=rng, batch=n_images, labels=labels)
+        pixels = np.stack(list(drawn), axis=1).reshape(n_images, model.image_size, -1, 3)
+        path = folder / f"sample-{step}.png"
+        run.save_images(pixels.astype(np.uint8), path)
+        return f"sample: {path}"
+    tokens = decode.generate(*network, n_tokens, rng=rng, temperature=0.8)
     ids = np.array([int(t[0]) for t in tokens])
     return "--- sample\n" + dataset.decode(ids).decode("utf-8", "replace") + "\n---"
 
@@ -260,6 +305,9 @@ def parse(argv):
                         help="stop and save after this step of the schedule")
     parser.add_argument("--evaluate", choices=("train", "valid", "test"), metavar="SPLIT",
                         help="score a finished run on train, valid or test, and stop")
+    parser.add_argument("--evaluate-causally", action="store_true",
+                        help="with --evaluate: also score by incremental decoding, on the first "
+                             f"--eval-windows (default {CAUSAL_WINDOWS}) windows")
     parser.add_argument("--stride", type=int, default=0,
                         help="tokens between evaluation windows (default: no overlap)")
     parser.add_argument("--dry-run", action="store_true", help="describe the run and stop")
@@ -288,7 +336,7 @@ def prepare(args):
     given = {f.name: getattr(args, f.name) for cls in (ModelConfig, TrainConfig)
              for f in dataclasses.fields(cls) if getattr(args, f.name) is not None}
     if args.resume or args.evaluate:
-        folder = args.out or (Path("runs") / args.dataset if args.dataset in data.DATASETS
+        folder = args.out or (default_folder(args.dataset) if args.dataset
                               else newest_run("runs"))
         _, meta = run.checkpoint.load(folder / "last.npz")
         config = meta["config"]
@@ -315,14 +363,20 @@ def prepare(args):
             fields.setdefault("seq_len", dataset.splits["train"].shape[1])
         model = ModelConfig(**only(ModelConfig, fields))
         train = TrainConfig(**only(TrainConfig, fields))
-        folder = args.out or Path("runs") / Path(name).stem
+        folder = args.out or default_folder(name)
     model.validate()
     train.validate()
+    if model.n_classes and model.n_classes != dataset.n_classes:
+        raise UserError(f"--n-classes {model.n_classes}: {name} has {dataset.n_classes} classes")
     if model.kind == "text" and len(dataset.splits["train"]) < model.seq_len:
         raise UserError(f"the training text has {len(dataset.splits['train'])} tokens, fewer than "
                         f"--seq-len {model.seq_len}: give a longer text or a smaller --seq-len")
     codec = dataset.codec_file.name if dataset.codec_file else None
     return folder, run.describe(name, model, train, codec), dataset, model, train
+
+
+def default_folder(dataset):
+    return Path("runs") / Path(dataset).stem
 
 
 def only(cls, values):

@@ -44,7 +44,7 @@ def main():
     routed = same & (j <= i) & (rank[:, None] - rank[None] < cfg.window)
 
     colours = plt.get_cmap("tab10")
-    figure, axes = plt.subplots(1, 2, figsize=(8, 4.2), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(8.6, 4.8), layout="constrained", sharey=True)
     for axis, seen, cluster, title in (
             (axes[0], local, np.full(args.tokens, 7), "local head: the last blocks"),
             (axes[1], routed, winner % 10, "routing head: members of one's cluster")):

@@ -149,6 +149,30 @@ def plot_loss(folder: Path) -> bool:
     return True
 
 
+def pillow():
+    """Pillow's Image module; UserError when it is not installed."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise UserError("images need Pillow: pip install 'rt-scratch[data]'") from None
+    return Image
+
+
+def save_images(pixels, path: Path) -> None:
+    """Write images (n, P, P, 3) as one PNG grid, as square as can be."""
+    n, size = pixels.shape[:2]
+    columns = int(np.ceil(np.sqrt(n)))
+    grid = np.zeros((-(-n // columns) * size, columns * size, 3), np.uint8)
+    for i, picture in enumerate(pixels):
+        y, x = i // columns * size, i % columns * size
+        grid[y : y + size, x : x + size] = picture
+    try:
+        pillow().fromarray(grid).save(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {path}: {error}; give a .png in a folder that exists") \
+            from error
+
+
 def health(memberships) -> dict[str, float]:
     """Cluster health over all routing heads: shares of tokens, and centroids that won none."""
     if not memberships:

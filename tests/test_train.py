@@ -1,0 +1,247 @@
+"""train.py from the command line: a run, an exact resume, scores, and what happens on bad input."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rt_scratch import checkpoint
+from rt_scratch.config import UserError
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import train  # noqa: E402
+
+TINY = ("--device cpu --seq-len 16 --n-layers 2 --width 16 --ffn-width 8 --window 4 --block 4 "
+        "--n-clusters 3 --local-max-distance 3 --routing-max-distance 3 --batch 2 --warmup 2 "
+        "--eval-windows 3 --log-every 1 --steps 6 --eval-every 3").split()
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    lines = [f"line {i}: the quick brown fox, number {i * i % 97}\n" for i in range(120)]
+    path.write_text("".join(lines))
+    return path
+
+
+def run(text, out, *flags):
+    train.main([str(text), "--out", str(out), *TINY, *flags])
+
+
+def rows(out):
+    with (out / "log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def fails(*argv):
+    """What a failing run prints on its one line; nothing else but exit code 2."""
+    result = subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, argv)],
+                            capture_output=True, text=True)
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert lines[-1].startswith("error: ") or "train.py: error: " in lines[-1]
+    assert "Traceback" not in result.stderr
+    return lines[-1]
+
+
+# ---------------------------------------------------------------------------------------- a run
+
+def test_a_run(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    run(text, out)
+    assert {"config.json", "log.csv", "last.npz", "best.npz"} <= set(os.listdir(out))
+    log = rows(out)
+    assert [r["step"] for r in log if r["split"] == "valid"] == ["3", "6"]
+    first = next(r for r in log if r["split"] == "train")
+    assert float(first["score"]) == pytest.approx(float(first["nats"]) / np.log(2))
+    assert 6 < float(first["score"]) < 11 and first["unit"] == "bits/byte"
+    for column in ("uncovered", "several", "smallest", "largest", "dead", "lr", "grad_norm"):
+        assert first[column] != ""
+    config = json.loads((out / "config.json").read_text())
+    assert config["model"]["width"] == 16 and config["train"]["steps"] == 6
+    printed = capsys.readouterr().out
+    for word in ("parameters", "routing heads", "MiB", "bits/byte", "clusters:", "--- sample"):
+        assert word in printed
+
+
+def test_it_learns(text, tmp_path):
+    out = tmp_path / "run"
+    run(text, out, "--steps", "150", "--lr", "0.01", "--eval-every", "0", "--batch", "4")
+    log = [float(r["score"]) for r in rows(out) if r["split"] == "train"]
+    assert log[0] > 7 and np.mean(log[-5:]) < 3
+
+
+OPTIONS = {
+    "adamw": [],
+    "adafactor": ["--optimizer", "adafactor", "--schedule", "rsqrt", "--weight-decay", "0.01"],
+    "dropout": ["--residual-dropout", "0.2", "--attention-dropout", "0.2", "--accumulate", "2"],
+    "topk": ["--routing", "topk", "--recompute", "--parts", "1"],
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_resume_is_exact(text, tmp_path, name):
+    """Stopped after step 4 and resumed: every array of the checkpoint has the same bits."""
+    run(text, tmp_path / "whole", *OPTIONS[name])
+    run(text, tmp_path / "cut", *OPTIONS[name], "--stop-after", "4")
+    train.main(["--resume", "--out", str(tmp_path / "cut"), "--device", "cpu"])
+    (a, meta), (b, _) = (checkpoint.load(tmp_path / n / "last.npz") for n in ("whole", "cut"))
+    assert meta["step"] == 6 and set(a) == set(b)
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key], key)
+    exact = ("step", "split", "nats", "lr", "grad_norm")
+    logs = [{(r["step"], r["split"]): [r[c] for c in exact] for r in rows(tmp_path / n)}
+            for n in ("whole", "cut")]
+    assert all(logs[1][k] == v for k, v in logs[0].items())  # the cut run also scored step 4
+
+
+def test_accumulation_is_a_large_batch(text, tmp_path):
+    """The same windows, centroids included, as 4 x 1 or 2 x 2."""
+    run(text, tmp_path / "a", "--batch", "4")
+    run(text, tmp_path / "b", "--batch", "2", "--accumulate", "2")
+    a, b = (checkpoint.load(tmp_path / n / "last.npz")[0] for n in "ab")
+    for key in a:
+        np.testing.assert_allclose(a[key], b[key], rtol=2e-3, atol=2e-5, err_msg=key)
+
+
+def test_interrupt_saves(text, tmp_path):
+    """Ctrl-C: saved between two steps, exit code 2, and the resumed run ends as an unbroken one."""
+    out = tmp_path / "run"
+    flags = [str(text), *TINY, "--steps", "400", "--eval-every", "0"]
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags, "--out", out],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (out / "log.csv").exists():
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 2 and "interrupted and saved after step" in message
+    assert "Traceback" not in message
+    step = checkpoint.load(out / "last.npz")[1]["step"]
+    assert 0 < step < 400
+    train.main(["--resume", "--out", str(out), "--device", "cpu"])
+    train.main([*flags, "--out", str(tmp_path / "whole")])
+    a, b = (checkpoint.load(p / "last.npz")[0] for p in (out, tmp_path / "whole"))
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key])
+
+
+# ---------------------------------------------------------------------------------------- scores
+
+def test_evaluate(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    run(text, out)
+    capsys.readouterr()
+    flags = ["--out", str(out), "--device", "cpu"]
+    train.main(["--evaluate", "test", *flags])
+    line = capsys.readouterr().out.strip().splitlines()[-1]
+    assert line.startswith("test ") and "whole split" in line and "stride 16" in line
+    assert sorted(os.listdir(out)) == sorted(set(os.listdir(out)) - {"sample"})
+    train.main(["--evaluate", "test", "--stride", "4", *flags])
+    strided = capsys.readouterr().out.strip().splitlines()[-1]
+    assert "stride 4" in strided
+    tokens = [part for part in (line, strided) for part in [part.split("split, ")[1].split()[0]]]
+    assert tokens[0] == tokens[1]  # every token is scored once, whatever the stride
+    with pytest.raises(UserError, match="trained on"):
+        train.main(["enwik8", "--evaluate", "test", *flags])
+
+
+@pytest.mark.parametrize("routing", ["causal", "topk"])
+def test_score_without_looking_ahead(text, tmp_path, capsys, routing):
+    """causal: decoding gives the teacher-forced score; topk: it does not, and the line says so."""
+    out = tmp_path / "run"
+    run(text, out, "--routing", routing, "--steps", "40", "--lr", "0.01", "--eval-every", "0")
+    capsys.readouterr()
+    train.main(["--evaluate", "valid", "--evaluate-causally", "--eval-windows", "8",
+                "--out", str(out), "--device", "cpu"])
+    forced, causal = capsys.readouterr().out.strip().splitlines()[-2:]
+    scores = [float(line.split()[1]) for line in (forced, causal)]
+    assert ("LEAKS" in forced) == (routing == "topk") and "by incremental decoding" in causal
+    assert (abs(scores[0] - scores[1]) < 2e-4) == (routing == "causal")
+
+
+def test_dry_run_writes_nothing(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    run(text, out, "--dry-run")
+    assert not out.exists()
+    assert "parameters" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+def test_bad_flags(text, tmp_path):
+    out = ["--out", tmp_path / "run", "--device", "cpu"]
+    for flags, word in (
+            (["--width", "130"], "multiple of the 4 heads"),
+            (["--routing-layers", "9"], "layers are 0 to 3"),
+            (["--wdith", "3"], "unrecognized arguments"),
+            (["--seq-len", "99999"], "fewer than"),
+            (["--data-dir", tmp_path], "not used with a text file"),
+            (["--preset", "huge"], "--preset huge"),
+            (["--device", "cuda"], "no usable GPU")):
+        if flags == ["--device", "cuda"]:
+            from rt_scratch.backend import select_device
+            if select_device("auto")[0] is not np:
+                continue
+        assert word in fails(text, *out, *flags)
+    assert not (tmp_path / "run").exists()  # nothing half-written
+
+
+def test_bad_files(text, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    flags = ["--device", "cpu", "--out", tmp_path / "run"]
+    assert "empty" in fails(tmp_path / "empty.txt", *flags)
+    assert "missing.txt" in fails(tmp_path / "missing.txt", *flags)
+    assert "no checkpoint" in fails("--resume", *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_resumes(text, tmp_path):
+    out = tmp_path / "run"
+    run(text, out, "--steps", "2", "--eval-every", "0")
+    flags = ["--out", out, "--device", "cpu"]
+    assert "holds a run already" in fails(text, *flags)
+    assert "width 16 there, 32 here" in fails("--resume", "--width", "32", *flags)
+    assert "another" in fails("--resume", "--optimizer", "adafactor", *flags)
+    data = (out / "last.npz").read_bytes()
+    (out / "last.npz").write_bytes(data[: len(data) // 2])
+    assert "damaged" in fails("--resume", *flags)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path, monkeypatch):
+    """The update is not made; the last good checkpoint stays."""
+    out = tmp_path / "run"
+    real = train.gradients
+
+    def broken(flat, grads, *rest, **options):
+        result = real(flat, grads, *rest, **options)
+        step = rest[5] if len(rest) > 5 else options["step"]
+        if step == 4:
+            grads[0] = np.nan
+        return result
+
+    monkeypatch.setattr(train, "gradients", broken)
+    with pytest.raises(UserError, match="gradient is not finite at step 4"):
+        run(text, out, "--eval-every", "2")
+    arrays, meta = checkpoint.load(out / "last.npz")
+    assert meta["step"] == 4 and np.isfinite(arrays["params"]).all()
+
+
+def test_a_full_disk_stops_the_run(text, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(UserError, match="No space left"):
+        run(text, out)
+    assert not (out / "last.npz").exists()
