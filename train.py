@@ -41,7 +41,7 @@ def main(argv=None):
     threads = set_threads(xp, train)
     describe(device, threads, dataset, model, train, state)
     if args.evaluate:
-        limit = (args.eval_windows or CAUSAL_WINDOWS) if args.evaluate_causally else 0
+        limit = args.eval_windows or (CAUSAL_WINDOWS if args.evaluate_causally else 0)
         print(evaluate(state, dataset, model, train, args.evaluate, xp, args.stride, limit)[1])
         if args.evaluate_causally:
             print(evaluate_causally(state, dataset, model, args.evaluate, xp, limit)[1])
@@ -264,8 +264,8 @@ def describe(device, threads, dataset, model, train, state):
 def flops(model, table):
     """Floating-point operations per trained token: 6 per matrix entry, attention in its windows."""
     matrices = sum(leaf.stop - leaf.start for leaf in table
-                   if len(leaf.shape) == 2 and leaf.name != "embed.table"
-                   and "_rel_" not in leaf.name)
+                   if len(leaf.shape) == 2 and "_rel_" not in leaf.name
+                   and (leaf.name != "embed.table" or model.tie_embedding))
     seen = 0
     for i in range(model.n_layers):
         routed, local = model.heads(i)
@@ -304,7 +304,8 @@ def parse(argv):
     parser.add_argument("--stop-after", type=int, default=0, metavar="STEP",
                         help="stop and save after this step of the schedule")
     parser.add_argument("--evaluate", choices=("train", "valid", "test"), metavar="SPLIT",
-                        help="score a finished run on train, valid or test, and stop")
+                        help="score a finished run on train, valid or test, and stop; the whole "
+                             "split unless --eval-windows is given")
     parser.add_argument("--evaluate-causally", action="store_true",
                         help="with --evaluate: also score by incremental decoding, on the first "
                              f"--eval-windows (default {CAUSAL_WINDOWS}) windows")

@@ -16,7 +16,9 @@ _RELEASED_IMAGE = dict(
     _RELEASED_TEXT, ffn="relu", ffn_width=2048, residual_dropout=0.3, width=1024,
     local_max_distance=0, routing_max_distance=0,
 )
-_SMALL = dict(n_layers=4, width=128, ffn_width=384, seq_len=512, batch=8, steps=1500)
+_SMALL = dict(seq_len=1024, n_clusters=16, batch=2)  # and the defaults of config.py
+# A block is one row of the image: a query sees the row above it.
+_SMALL_IMAGE = dict(eval_windows=16)
 
 PRESETS: dict[str, dict[str, dict]] = {
     "enwik8": {
@@ -28,7 +30,7 @@ PRESETS: dict[str, dict[str, dict]] = {
             _RELEASED_TEXT, seq_len=12288, n_layers=12, width=1024, ffn_width=3072,
             n_local_heads=4, n_routing_heads=4, n_clusters=48, window=256, block=128, lookback=1,
             local_max_distance=257, routing_max_distance=257),
-        "small": _SMALL,
+        "small": dict(_SMALL, steps=4000),
     },
     "wikitext103": {
         "released": dict(
@@ -37,26 +39,30 @@ PRESETS: dict[str, dict[str, dict]] = {
             block=256, lookback=1, local_max_distance=513, routing_max_distance=513,
             embed_dropout=0.4, attention_dropout=0.4, ffn_dropout=0.4, residual_dropout=0.4,
             target_dropout=0.25, weight_decay=2e-5),
-        "small": dict(_SMALL, embed_width=64),
+        "small": dict(_SMALL, embed_width=64, steps=1800),
     },
     "pg19": {
         "released": dict(
             _RELEASED_TEXT, seq_len=8192, n_layers=22, width=1032, ffn_width=4096,
             n_local_heads=6, n_routing_heads=2, routing_layers=(-1,), n_clusters=16, window=512,
             block=256, lookback=1, local_max_distance=513, routing_max_distance=513),
-        "small": dict(_SMALL, embed_width=64, vocab_size=8192),
+        "small": dict(_SMALL, vocab_size=8192, steps=2400),
     },
     "imagenet64": {
         "released": dict(
             _RELEASED_IMAGE, seq_len=12288, n_layers=24, n_local_heads=12, n_routing_heads=4,
             n_clusters=8, window=2048, block=256, lookback=1),
-        "small": dict(_SMALL, seq_len=12288, batch=1),
+        "small": dict(
+            _SMALL_IMAGE, seq_len=12288, batch=1, n_clusters=64, window=192, block=192,
+            local_max_distance=384, routing_max_distance=192, eval_windows=4),
     },
     "cifar10": {
         "released": dict(
             _RELEASED_IMAGE, seq_len=3072, n_layers=12, n_local_heads=4, n_routing_heads=4,
             n_clusters=6, window=512, block=256, lookback=1),
-        "small": dict(_SMALL, seq_len=3072, batch=2),
+        "small": dict(
+            _SMALL_IMAGE, seq_len=3072, batch=2, n_clusters=32, window=96, block=96,
+            local_max_distance=192, routing_max_distance=96, steps=1400),
     },
 }
 PRESETS["enwik8"]["paper"] = dict(PRESETS["enwik8"]["released"], n_clusters=32, window=256)
