@@ -1,0 +1,197 @@
+"""A stand-in for CuPy that needs no GPU: NumPy computes, CuPy's rules apply.
+
+Importing it gives a module to pass where `cupy` would be passed. It refuses what CuPy refuses or
+what would make the host wait for the GPU:
+
+- mixing its arrays with NumPy arrays, or handing them to NumPy functions;
+- turning an array into a Python number or truth value, iterating over one, boolean-mask indexing,
+  `.get()`: all wait for the GPU. `with reading():` allows them where a wait is meant;
+- functions, methods and keywords that CuPy does not have (checked against the real package when it
+  is installed, GPU or not).
+
+Reductions give 0-d arrays, as CuPy's do, never scalars.
+"""
+
+import contextlib
+import inspect
+import operator
+
+import numpy
+
+try:
+    import cupy
+except ImportError:
+    cupy = None
+
+SCALARS = (bool, int, float, numpy.generic)
+UFUNC_METHODS = {"reduceat": {"add"}, "accumulate": {"add", "multiply"}}
+_may_read = False
+
+
+class Waits(AssertionError):
+    """The host would wait for the GPU here."""
+
+
+@contextlib.contextmanager
+def reading():
+    """Inside, results may be read back."""
+    global _may_read
+    before, _may_read = _may_read, True
+    try:
+        yield
+    finally:
+        _may_read = before
+
+
+def _read(what):
+    if not _may_read:
+        raise Waits(f"{what} waits for the GPU")
+
+
+def _inner(value):
+    """NumPy's view of an argument; TypeError for a NumPy array."""
+    if isinstance(value, ndarray):
+        return value._host
+    if isinstance(value, numpy.ndarray):
+        raise TypeError("a NumPy array among device arrays")
+    if isinstance(value, list | tuple):
+        return type(value)(map(_inner, value))
+    return value
+
+
+def _outer(value):
+    if isinstance(value, numpy.ndarray | numpy.generic):
+        return ndarray(numpy.asarray(value))
+    if isinstance(value, list | tuple):
+        return type(value)(map(_outer, value))
+    return value
+
+
+def _index(index):
+    for i in index if isinstance(index, tuple) else (index,):
+        if isinstance(i, ndarray) and i.dtype == bool:
+            _read("indexing with a mask")
+        if isinstance(i, slice) and any(isinstance(x, ndarray) for x in (i.start, i.stop, i.step)):
+            raise TypeError("a device array as a bound of a slice")
+    return _inner(index)
+
+
+class ndarray:
+    """A device array."""
+
+    __array_ufunc__ = None
+    __hash__ = None
+
+    def __init__(self, host):
+        self._host = host
+
+    def __array__(self, *_, **__):
+        raise TypeError("a device array handed to NumPy")
+
+    def __array_function__(self, function, *_):
+        raise TypeError(f"numpy.{function.__name__} of a device array")
+
+    def get(self):
+        _read(".get()")
+        return self._host.copy()
+
+    def __len__(self):
+        return len(self._host)
+
+    def __iter__(self):
+        raise Waits("iterating over a device array")
+
+    def __getitem__(self, index):
+        return _outer(self._host[_index(index)])
+
+    def __setitem__(self, index, value):
+        self._host[_index(index)] = _inner(value)
+
+    def __getattr__(self, name):
+        if cupy is not None and not hasattr(cupy.ndarray, name):
+            raise AttributeError(f"cupy.ndarray has no {name}")
+        if name in ("item", "tolist", "tobytes"):
+            _read(f".{name}()")
+        value = getattr(self._host, name)
+        if not callable(value):
+            return _outer(value)
+        return lambda *args, **options: _outer(
+            value(*map(_inner, args), **{k: _inner(v) for k, v in options.items()}))
+
+
+def _operator(name, function):
+    def apply(self, other):
+        if not isinstance(other, (ndarray, *SCALARS)):
+            raise TypeError(f"{name} of a device array and {type(other)}")
+        return _outer(function(self._host, _inner(other)))
+
+    def reflected(self, other):
+        if not isinstance(other, SCALARS):
+            raise TypeError(f"{name} of {type(other)} and a device array")
+        return _outer(function(other, self._host))
+
+    def in_place(self, other):
+        if not isinstance(other, (ndarray, *SCALARS)):
+            raise TypeError(f"{name} of a device array and {type(other)}")
+        self._host[...] = function(self._host, _inner(other))
+        return self
+
+    setattr(ndarray, f"__{name}__", apply)
+    setattr(ndarray, f"__r{name}__", reflected)
+    setattr(ndarray, f"__i{name}__", in_place)
+
+
+for _name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split():
+    _operator(_name, getattr(operator, _name + "_" * (_name in ("and", "or"))))
+
+
+def _matmul(self, other):
+    if not isinstance(other, ndarray):
+        raise TypeError(f"product of a device array and {type(other)}")
+    return _outer(self._host @ other._host)
+
+
+ndarray.__matmul__ = _matmul
+for _name in "lt le gt ge eq ne".split():
+    setattr(ndarray, f"__{_name}__", lambda self, other, f=getattr(operator, _name): _outer(
+        f(self._host, _inner(other))))
+for _name in "neg abs invert".split():
+    setattr(ndarray, f"__{_name}__", lambda self, f=getattr(operator, _name): _outer(
+        f(self._host)))
+for _name, _function in (("float", float), ("int", int), ("bool", bool)):
+    def _convert(self, name=_name, function=_function):
+        _read(f"{name}()")
+        return function(self._host)
+    setattr(ndarray, f"__{_name}__", _convert)
+
+
+class _Function:
+    def __init__(self, name):
+        self.name, self.function = name, getattr(numpy, name)
+        self.signature = None
+        if cupy is not None and not isinstance(self.function, numpy.ufunc):
+            with contextlib.suppress(ValueError, TypeError):
+                self.signature = inspect.signature(getattr(cupy, name))
+
+    def __call__(self, *args, **options):
+        if self.signature is not None:
+            self.signature.bind(*args, **options)  # TypeError for what CuPy does not take
+        if self.name in ("asarray", "array"):  # the way in: from NumPy as well
+            args = (args[0]._host if isinstance(args[0], ndarray) else args[0], *args[1:])
+            return _outer(numpy.array(*args, **options))
+        return _outer(self.function(*map(_inner, args),
+                                    **{k: _inner(v) for k, v in options.items()}))
+
+    def __getattr__(self, method):
+        if self.name not in UFUNC_METHODS.get(method, ()):
+            raise AttributeError(f"cupy.{self.name} has no {method}")
+        call = getattr(self.function, method)
+        return lambda *args, **options: _outer(
+            call(*map(_inner, args), **{k: _inner(v) for k, v in options.items()}))
+
+
+def __getattr__(name):
+    if cupy is not None and not hasattr(cupy, name):
+        raise AttributeError(f"cupy has no {name}")
+    value = getattr(numpy, name)
+    return _Function(name) if callable(value) and not isinstance(value, type) else value
