@@ -152,12 +152,15 @@ def _matmul(self, other):
 
 
 ndarray.__matmul__ = _matmul
-for _name in "lt le gt ge eq ne".split():
-    setattr(ndarray, f"__{_name}__", lambda self, other, f=getattr(operator, _name): _outer(
-        f(self._host, _inner(other))))
-for _name in "neg abs invert".split():
-    setattr(ndarray, f"__{_name}__", lambda self, f=getattr(operator, _name): _outer(
-        f(self._host)))
+
+
+def _plain(name, function):
+    setattr(ndarray, f"__{name}__", lambda self, *other: _outer(
+        function(self._host, *map(_inner, other))))
+
+
+for _name in "lt le gt ge eq ne neg abs invert".split():
+    _plain(_name, getattr(operator, _name))
 for _name, _function in (("float", float), ("int", int), ("bool", bool)):
     def _convert(self, name=_name, function=_function):
         _read(f"{name}()")
