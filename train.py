@@ -9,6 +9,7 @@
 
 import argparse
 import dataclasses
+import os
 import signal
 import sys
 import time
@@ -25,7 +26,8 @@ from rt_scratch.data.batches import count_windows, eval_windows, random_windows,
 from rt_scratch.model import loss, views
 from rt_scratch.optim import OPTIMIZERS, clip_by_global_norm, global_norm, learning_rate
 from rt_scratch.presets import preset
-from rt_scratch.step import gradients, move_centroids, set_blas_threads
+from rt_scratch.step import gradients, move_centroids
+from rt_scratch.threads import keep_freed_memory, set_blas_threads
 
 CAUSAL_WINDOWS = 64  # windows that --evaluate-causally scores unless told
 
@@ -388,9 +390,9 @@ def only(cls, values):
 def set_threads(xp, train):
     if xp is not np:
         return "one stream"
-    single = train.batch * train.accumulate > 1 and train.parts > 1
-    if single and set_blas_threads(1):
-        return f"{train.parts} parts of the batch on threads, 1 BLAS thread each"
+    keep_freed_memory()
+    if set_blas_threads(1):  # the work is cut into pieces above BLAS
+        return f"{os.cpu_count()} threads, 1 BLAS thread each"
     return "BLAS threads as NumPy chooses"
 
 

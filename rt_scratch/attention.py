@@ -154,6 +154,7 @@ def _outer(x, y):
 
 # ---------------------------------------------------------------------------- local attention
 
+@accelerated
 def local_attention(q, k, v, rel_k, rel_v, block, lookback, scale, segments=None, window=None,
                     dropped=None):
     """Causal attention in blocks: query t sees keys from the start of block t // S - lookback to t.
@@ -162,32 +163,44 @@ def local_attention(q, k, v, rel_k, rel_v, block, lookback, scale, segments=None
     multiple of S = block. With `segments` (B, H, T) a query sees only keys of its own segment, and
     with `window` only those at a distance below it (routing attention in `causal` mode is this, on
     the sequence sorted by cluster). Released code: attention_nd in one dimension, masked.
+    Cache: the inputs and the log-sum-exp of each query; the blocks are cut again.
     """
     t = q.shape[2]
     block = min(block, t)
     lookback = min(lookback, -(-t // block) - 1)
-    queries = _split(q, block)                                      # (B, H, n, S, D)
-    keys, values = _windows(k, block, lookback), _windows(v, block, lookback)
-    mask = _local_mask(q, t, block, lookback, segments, window)
-    rows_k = rows_v = cache_k = cache_v = None
-    if rel_k is not None:
-        reach = 1 - (lookback + 1) * block                          # the farthest key
-        rows_k, cache_k = distance_rows(rel_k, reach, 0)
-        rows_v, cache_v = distance_rows(rel_v, reach, 0)
-    o, cache = attend(queries, keys, values, rows_k, rows_v, mask, scale, dropped)
-    return _join(o, t), (cache, cache_k, cache_v, t, block, lookback)
+    reach = block, lookback, segments, window
+    inputs, _ = _local_inputs(q, k, v, rel_k, rel_v, reach)
+    o, (*_, lse) = attend(*inputs, scale, dropped)
+    return _join(o, t), (q, k, v, rel_k, rel_v, reach, scale, dropped, lse)
 
 
+@accelerated
 def local_attention_backward(do, cache):
     """Gradients of q, k, v, rel_k, rel_v."""
-    cache, cache_k, cache_v, t, block, lookback = cache
-    dqueries, dkeys, dvalues, drel_k, drel_v = attend_backward(_split(do, block), cache)
+    q, k, v, rel_k, rel_v, reach, scale, dropped, lse = cache
+    t, (block, lookback, _, _) = q.shape[2], reach
+    inputs, (cache_k, cache_v) = _local_inputs(q, k, v, rel_k, rel_v, reach)
+    dqueries, dkeys, dvalues, drel_k, drel_v = attend_backward(
+        _split(do, block), (*inputs, scale, dropped, lse))
     if drel_k is not None:
         drel_k = distance_rows_backward(drel_k, cache_k)
         drel_v = distance_rows_backward(drel_v, cache_v)
     dk = _windows_backward(dkeys, t, block, lookback)
     dv = _windows_backward(dvalues, t, block, lookback)
     return _join(dqueries, t), dk, dv, drel_k, drel_v
+
+
+def _local_inputs(q, k, v, rel_k, rel_v, reach):
+    """What `attend` takes: blocks of queries, windows of keys and values, rows, mask."""
+    block, lookback, segments, window = reach
+    rows_k = rows_v = cache_k = cache_v = None
+    if rel_k is not None:
+        first = 1 - (lookback + 1) * block                          # the farthest key
+        rows_k, cache_k = distance_rows(rel_k, first, 0)
+        rows_v, cache_v = distance_rows(rel_v, first, 0)
+    mask = _local_mask(q, q.shape[2], block, lookback, segments, window)
+    return (_split(q, block), _windows(k, block, lookback), _windows(v, block, lookback),
+            rows_k, rows_v, mask), (cache_k, cache_v)
 
 
 def _split(x, block):

@@ -30,8 +30,11 @@ def select_device(name: str):
     """(module, one-line description) of 'cpu', 'cuda' or 'auto'.
 
     'auto' takes the GPU if a small computation on it works and says why if not; 'cuda' never falls
-    back: it raises UserError.
+    back: it raises UserError. Registers the faster twins of the device.
     """
+    from rt_scratch.kernels import cpu
+
+    register_twins("numpy", cpu.TWINS)
     if name == "cpu":
         return np, "cpu: NumPy"
     try:
@@ -98,7 +101,7 @@ def register_twins(module: str, functions: dict, takes=None):
     takes(*args) says whether the twins can compute the call (say, its dtype); None: always.
     """
     for name, function in functions.items():
-        twins[name][module] = function, takes
+        twins.setdefault(name, {})[module] = function, takes
 
 
 @accelerated

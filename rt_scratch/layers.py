@@ -18,6 +18,7 @@ EPSILON = 1e-6  # of LayerNorm; the released code's value
 
 # ------------------------------------------------------------------------------------- linear
 
+@accelerated
 def linear(x, w, b=None):
     """y = x w + b.  x (..., I), w (I, O), b (O,) or None -> (..., O)."""
     y = (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
@@ -26,6 +27,7 @@ def linear(x, w, b=None):
     return y, (x, w)
 
 
+@accelerated
 def linear_backward(dy, cache):
     """dx = dy w^T,  dw = x^T dy,  db = sum of dy over rows (ignore it when there is no bias)."""
     x, w = cache
@@ -107,24 +109,31 @@ def geglu_backward(dy, cache):
     return da, dy * (0.5 * a * (1 + t))
 
 
+@accelerated
 def geglu_ffn(x, w_gate, w_value, w_out, dropped=None):
-    """y = dropout(gelu(x w_gate) * (x w_value)) w_out: no biases.  x (..., C), (C, M), (M, C)."""
-    a, cache_a = linear(x, w_gate)  # (..., M)
-    b, cache_b = linear(x, w_value)
-    h, cache_h = geglu(a, b)
-    h, cache_d = dropout(h, dropped)
-    y, cache_y = linear(h, w_out)
-    return y, (cache_a, cache_b, cache_h, cache_d, cache_y)
+    """y = dropout(gelu(x w_gate) * (x w_value)) w_out: no biases.  x (..., C), (C, M), (M, C).
+
+    The cache holds x and its two products; the hidden layer is computed again.
+    """
+    a, _ = linear(x, w_gate)  # (..., M)
+    b, _ = linear(x, w_value)
+    h, _ = geglu(a, b)
+    h, _ = dropout(h, dropped)
+    y, _ = linear(h, w_out)
+    return y, (x, w_gate, w_value, w_out, a, b, dropped)
 
 
+@accelerated
 def geglu_ffn_backward(dy, cache):
     """Gradients of x, w_gate, w_value, w_out."""
-    cache_a, cache_b, cache_h, cache_d, cache_y = cache
-    dh, dw_out, _ = linear_backward(dy, cache_y)
-    dh = dropout_backward(dh, cache_d)
-    da, db = geglu_backward(dh, cache_h)
-    dx_a, dw_gate, _ = linear_backward(da, cache_a)
-    dx_b, dw_value, _ = linear_backward(db, cache_b)
+    x, w_gate, w_value, w_out, a, b, dropped = cache
+    h, _ = geglu(a, b)
+    h, _ = dropout(h, dropped)
+    dh, dw_out, _ = linear_backward(dy, (h, w_out))
+    dh = dropout_backward(dh, dropped)
+    da, db = geglu_backward(dh, (a, b))
+    dx_a, dw_gate, _ = linear_backward(da, (x, w_gate))
+    dx_b, dw_value, _ = linear_backward(db, (x, w_value))
     return dx_a + dx_b, dw_gate, dw_value, dw_out
 
 

@@ -275,15 +275,18 @@ def _clusters(q, k, v, rel_k, rel_v, path, rule, dropped):
     """topk: each cluster is one block of W queries and W keys."""
     xp = array_module(q)
     window = path.index.shape[-1]
-    mask = xp.ones((1, 1), bool)
-    if rule.causal:  # by place, which for shared members is also by rank
+    mask = xp.ones((window, window), bool)
+    if rule.causal and path.key_index is path.index:  # members are in order of time
+        mask = xp.tril(mask)
+    elif rule.causal:
         mask = path.key_index[..., None, :] <= path.index[..., :, None]  # (B, H, K, W, W)
     rows_k = rows_v = cache_k = cache_v = None
     if rel_k is not None:
         last = 0 if rule.causal and path.key_index is path.index else window - 1
         rows_k, cache_k = distance_rows(rel_k, 1 - window, last)
         rows_v, cache_v = distance_rows(rel_v, 1 - window, last)
-    members = gather(q, path.index), gather(k, path.key_index), gather(v, path.key_index)
+    queries = gather(q, path.index)
+    members = queries, queries if k is q else gather(k, path.key_index), gather(v, path.key_index)
     o, cache = attend(*members, rows_k, rows_v, mask, rule.scale, dropped)  # (B, H, K, W, D)
     out, cache_mean = scatter_mean(o, path.index, q.shape[2])
     return out, (cache, cache_mean, cache_k, cache_v, path), cache_mean[1]
@@ -308,8 +311,10 @@ def _sorted_clusters(q, k, v, rel_k, rel_v, path, rule, dropped):
     xp = array_module(q)
     order = path.index                                              # (B, H, T)
     segments = xp.take_along_axis(path.winner, order, axis=2)
-    o, cache = local_attention(gather(q, order), gather(k, order), gather(v, order), rel_k, rel_v,
-                               rule.window, 1, rule.scale, segments, rule.window, dropped)
+    queries = gather(q, order)
+    o, cache = local_attention(queries, queries if k is q else gather(k, order), gather(v, order),
+                               rel_k, rel_v, rule.window, 1, rule.scale, segments, rule.window,
+                               dropped)
     back = inverse(order)
     return gather(o, back), (cache, order, back)
 

@@ -7,11 +7,6 @@ order of the parts, so the result depends on the number of parts, never on that 
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import os
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy
@@ -20,6 +15,7 @@ from rt_scratch.backend import array_module
 from rt_scratch.config import ModelConfig
 from rt_scratch.model import Noise, Report, loss, loss_backward, target_weights, views
 from rt_scratch.routing import Centroids, Membership, update_centroids
+from rt_scratch.threads import parallel
 
 
 class Step(NamedTuple):
@@ -55,7 +51,7 @@ def gradients(flat, grads, table, centroids, cfg: ModelConfig, parts, seed: int,
 
     if xp is numpy and len(parts) > 1:
         buffers = [grads] + [xp.empty_like(grads) for _ in parts[1:]]
-        results = list(_pool().map(run, range(len(parts))))
+        results = parallel(run, range(len(parts)))
         for buffer in buffers[1:]:
             grads += buffer
     else:
@@ -86,21 +82,3 @@ def move_centroids(centroids: dict[int, Centroids], memberships, cfg: ModelConfi
         return centroids
     return {i: update_centroids(c, memberships[i].counts, memberships[i].sums, cfg.centroid_decay)
             for i, c in centroids.items()}
-
-
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count())
-
-
-def set_blas_threads(n: int) -> bool:
-    """Ask NumPy's bundled OpenBLAS for n threads; False where NumPy has another BLAS."""
-    folders = (Path(numpy.__file__).parent.parent / "numpy.libs",
-               Path(numpy.__file__).parent / ".dylibs")
-    for path in (p for folder in folders for p in folder.glob("*openblas*")):
-        library = ctypes.CDLL(str(path))
-        for name in ("scipy_openblas_set_num_threads64_", "scipy_openblas_set_num_threads"):
-            if hasattr(library, name):
-                getattr(library, name)(n)
-                return True
-    return False

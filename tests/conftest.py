@@ -7,10 +7,23 @@ import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy; small products, quick tests
 
+import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+
+from rt_scratch import backend  # noqa: E402
 
 common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("dev", max_examples=50, **common)
 settings.register_profile("ci", max_examples=100, derandomize=True, **common)
 settings.register_profile("thorough", max_examples=1000, **common)
 settings.load_profile("dev")
+
+
+@pytest.fixture(autouse=True)
+def no_twins_left():
+    """Tests start with the plain functions: a script run inside a test registers faster twins."""
+    before = {name: dict(table) for name, table in backend.twins.items()}
+    yield
+    for name, table in backend.twins.items():
+        table.clear()
+        table.update(before.get(name, {}))

@@ -8,7 +8,7 @@ import pytest
 from models import setup
 from test_model import SMALL
 
-from rt_scratch import step
+from rt_scratch import step, threads
 
 
 def run(m, parts, recompute=False):
@@ -50,9 +50,9 @@ def test_random_keeps_its_centroids():
 def test_number_of_threads_changes_no_bit(monkeypatch):
     m = setup(dataclasses.replace(SMALL, attention_dropout=0.2), batch=4)
     results = []
-    for threads in (1, 2, 4):
-        pool = ThreadPoolExecutor(threads)
-        monkeypatch.setattr(step, "_pool", lambda pool=pool: pool)
+    for n in (1, 2, 4):
+        pool = ThreadPoolExecutor(n)
+        monkeypatch.setattr(threads, "_pool", lambda pool=pool: pool)
         results.append(run(m, (1, 1, 1, 1))[0])
     np.testing.assert_array_equal(results[0], results[1])
     np.testing.assert_array_equal(results[0], results[2])

@@ -1,0 +1,658 @@
+"""Faster twins for NumPy arrays: the same numbers up to rounding, in pieces that stay in cache.
+
+Three things make the plain functions slow on a CPU: every operation on a wide array is a pass
+through memory, NumPy's element-wise functions use one thread, and copies (windows of keys, masks,
+gathered rows) are written only to be read once. The twins work on pieces of some hundred kilobytes,
+in place, side by side on threads (`threads.parallel`), and build windows and masks piece by piece.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from rt_scratch.attention import _distance_index
+from rt_scratch.backend import segment_sum
+from rt_scratch.layers import EPSILON, GELU_CUBE, GELU_SCALE, dropout_mask
+from rt_scratch.threads import busy, parallel, tiles
+
+PIECE = 1 << 16      # entries of an array that element-wise work takes at a time
+ROWS = 512           # rows per matrix product that a thread takes
+COLUMNS = 256        # columns of a weight gradient that a thread takes
+LOGITS = 1 << 21     # logits alive at a time in the output layer
+
+
+# ------------------------------------------------------------------------------------- linear
+
+def linear(x, w, b=None):
+    rows = x.reshape(-1, x.shape[-1])
+    y = np.empty((len(rows), w.shape[1]), x.dtype)
+
+    def piece(r):
+        np.matmul(rows[r], w, out=y[r])
+        if b is not None:
+            y[r] += b
+
+    _over_rows(piece, len(rows))
+    return y.reshape(*x.shape[:-1], w.shape[1]), (x, w)
+
+
+def linear_backward(dy, cache):
+    x, w = cache
+    rows = dy.reshape(-1, dy.shape[-1])
+    dx = np.empty((len(rows), w.shape[0]), dy.dtype)
+    _over_rows(lambda r: np.matmul(rows[r], w.T, out=dx[r]), len(rows))
+    dw = _product(x.reshape(-1, x.shape[-1]), rows)
+    return dx.reshape(x.shape), dw, np.ones(len(rows), dy.dtype) @ rows
+
+
+def _over_rows(function, n):
+    """function(slice) over n rows: all of them at once where other threads are at work already."""
+    parallel(function, [slice(0, n)] if busy() else tiles(n, ROWS))
+
+
+def _product(x, y):
+    """x^T y, a piece of columns of x at a time: (N, I), (N, O) -> (I, O)."""
+    out = np.empty((x.shape[1], y.shape[1]), y.dtype)
+    pieces = [slice(0, x.shape[1])] if busy() else tiles(x.shape[1], COLUMNS)
+    parallel(lambda c: np.matmul(x[:, c].T, y, out=out[c]), pieces)
+    return out
+
+
+# ---------------------------------------------------------------------------------- LayerNorm
+
+def layer_norm(x, gain, bias):
+    y, mean, rstd = _normalized(x)
+
+    def piece(r):
+        y[r] *= gain
+        y[r] += bias
+
+    parallel(piece, tiles(len(y), PIECE // y.shape[1]))
+    return y.reshape(x.shape), (x, gain, mean, rstd)
+
+
+def layer_norm_backward(dy, cache):
+    x, gain, mean, rstd = cache
+    rows, c = dy.reshape(-1, dy.shape[-1]), dy.shape[-1]
+    pieces = tiles(len(rows), PIECE // c)
+    dx, sums = np.empty_like(rows), np.empty((len(pieces), 2, c), dy.dtype)
+    x, mean, rstd = x.reshape(-1, c), mean.reshape(-1, 1), rstd.reshape(-1, 1)
+
+    def piece(i):
+        r = pieces[i]
+        n = _n(x[r], mean[r], rstd[r])
+        ones = np.ones(len(n), dy.dtype)
+        sums[i, 0] = np.einsum("ij,ij->j", rows[r], n)
+        sums[i, 1] = ones @ rows[r]
+        _normalize_backward(rows[r] * gain, n, rstd[r], dx[r])
+
+    parallel(piece, range(len(pieces)))
+    dgain, dbias = sums.sum(0)
+    return dx.reshape(dy.shape), dgain, dbias
+
+
+def normalize(x):
+    y, mean, rstd = _normalized(x)
+    return y.reshape(x.shape), (x, mean, rstd)
+
+
+def normalize_backward(dn, cache):
+    x, mean, rstd = cache
+    d = x.shape[-1]
+    dx = np.empty(x.shape, dn.dtype)
+    flat, many = dx.reshape(-1, d), x.reshape(-1, d)
+    mean, rstd, rows = mean.reshape(-1, 1), rstd.reshape(-1, 1), dn.reshape(-1, d)
+
+    def piece(r):
+        _normalize_backward(rows[r].copy(), _n(many[r], mean[r], rstd[r]), rstd[r], flat[r])
+
+    parallel(piece, tiles(len(flat), PIECE // d))
+    return dx
+
+
+def _normalized(x):
+    """n (N, D) in a new array, mean and rstd (..., 1)."""
+    d = x.shape[-1]
+    rows = x.reshape(-1, d)
+    n = np.empty(rows.shape, x.dtype)
+    mean, rstd = (np.empty((len(rows), 1), x.dtype) for _ in range(2))
+    column = np.full((d, 1), 1 / d, x.dtype)
+
+    def piece(r):
+        np.matmul(rows[r], column, out=mean[r])
+        np.subtract(rows[r], mean[r], out=n[r])
+        variance = np.einsum("ij,ij->i", n[r], n[r])[:, None] / d
+        np.divide(1, np.sqrt(variance + EPSILON), out=rstd[r])
+        n[r] *= rstd[r]
+
+    parallel(piece, tiles(len(rows), PIECE // d))
+    return n, mean.reshape(*x.shape[:-1], 1), rstd.reshape(*x.shape[:-1], 1)
+
+
+def _n(x, mean, rstd):
+    n = x - mean
+    n *= rstd
+    return n
+
+
+def _normalize_backward(dn, n, rstd, out):
+    """Into out; dn and n are used up."""
+    d = n.shape[1]
+    along = np.einsum("ij,ij->i", dn, n)[:, None] / d
+    dn -= dn @ np.full((d, 1), 1 / d, dn.dtype)
+    n *= along
+    dn -= n
+    np.multiply(dn, rstd, out=out)
+
+
+# ------------------------------------------------------------------------------- feed-forward
+
+def geglu(a, b):
+    y = np.empty(a.shape, a.dtype)
+    flat_a, flat_b, flat = a.reshape(-1), b.reshape(-1), y.reshape(-1)
+    parallel(lambda r: _geglu(flat_a[r], flat_b[r], flat[r]), tiles(flat.size, PIECE))
+    return y, (a, b)
+
+
+def geglu_backward(dy, cache):
+    a, b = (z.reshape(-1) for z in cache)
+    da, db, dy = np.empty_like(a), np.empty_like(b), dy.reshape(-1)
+    parallel(lambda r: _geglu_backward(dy[r], a[r], b[r], da[r], db[r]), tiles(a.size, PIECE))
+    return da.reshape(cache[0].shape), db.reshape(cache[1].shape)
+
+
+def geglu_ffn(x, w_gate, w_value, w_out, dropped=None):
+    rows, m = x.reshape(-1, x.shape[-1]), w_gate.shape[1]
+    a, b = (np.empty((len(rows), m), x.dtype) for _ in range(2))
+    y = np.empty((len(rows), w_out.shape[1]), x.dtype)
+
+    def piece(r):
+        np.matmul(rows[r], w_gate, out=a[r])
+        np.matmul(rows[r], w_value, out=b[r])
+        h = np.empty((r.stop - r.start, m), x.dtype)
+        for s in tiles(len(h), PIECE // m):
+            _geglu(a[r][s], b[r][s], h[s])
+        _drop(h, dropped, r.start * m)
+        np.matmul(h, w_out, out=y[r])
+
+    parallel(piece, tiles(len(rows), ROWS))
+    wide = (*x.shape[:-1], m)
+    return y.reshape(*x.shape[:-1], -1), (
+        x, w_gate, w_value, w_out, a.reshape(wide), b.reshape(wide), dropped)
+
+
+def geglu_ffn_backward(dy, cache):
+    x, w_gate, w_value, w_out, a, b, dropped = cache
+    rows, flat, m = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), a.shape[-1]
+    a, b = a.reshape(-1, m), b.reshape(-1, m)
+    h, da, db = (np.empty(a.shape, a.dtype) for _ in range(3))
+    dx = np.empty(flat.shape, dy.dtype)
+
+    def piece(r):
+        dh = rows[r] @ w_out.T
+        _drop(dh, dropped, r.start * m)
+        for s in tiles(len(dh), PIECE // m):
+            _geglu_backward(dh[s], a[r][s], b[r][s], da[r][s], db[r][s], h[r][s])
+        _drop(h[r], dropped, r.start * m)
+        np.matmul(da[r], w_gate.T, out=dx[r])
+        dx[r] += db[r] @ w_value.T
+
+    parallel(piece, tiles(len(rows), ROWS))
+    return dx.reshape(x.shape), _product(flat, da), _product(flat, db), _product(h, rows)
+
+
+def _geglu(a, b, out):
+    """out = gelu(a) b, with (1 + tanh u) / 2 = 1 / (1 + exp(-2 u))."""
+    u = _minus_two_u(a)
+    np.exp(u, out=u)
+    u += 1
+    np.divide(a, u, out=out)
+    out *= b
+
+
+def _geglu_backward(dy, a, b, da, db, h=None):
+    """With s = 1 / (1 + exp(-2 u)): gelu = a s and gelu' = s + 2 a s (1 - s) u'."""
+    s = _minus_two_u(a)
+    np.exp(s, out=s)
+    s += 1
+    np.divide(1, s, out=s)
+    np.multiply(a, s, out=db)      # gelu
+    if h is not None:
+        np.multiply(db, b, out=h)
+    np.multiply(a, a, out=da)
+    da *= 6 * GELU_SCALE * GELU_CUBE
+    da += 2 * GELU_SCALE           # 2 u'
+    da *= db
+    db *= dy
+    t = 1 - s
+    da *= t
+    da += s                        # gelu'
+    da *= b
+    da *= dy
+
+
+def _minus_two_u(a):
+    """-2 sqrt(2/pi) (a + 0.044715 a^3), bounded so that exp stays finite."""
+    u = a * a
+    u *= -2 * GELU_SCALE * GELU_CUBE
+    u -= 2 * GELU_SCALE
+    u *= a
+    return np.minimum(u, 80, out=u)
+
+
+def dropout(x, dropped):
+    if dropped is None or not dropped[0]:
+        return x, None
+    y = x.copy()
+    flat = y.reshape(-1)
+    parallel(lambda r: _drop(flat[r], dropped, r.start), tiles(flat.size, PIECE))
+    return y, dropped
+
+
+def _drop(x, dropped, start):
+    """Entries start, start + 1, ... of a dropped-out array, in place."""
+    if dropped:
+        x *= dropout_mask(np, x.shape, *dropped, x.dtype, start)
+
+
+# ---------------------------------------------------------------------------- output and loss
+
+def linear_cross_entropy(x, w, b, targets, weights):
+    n = len(x)
+    top, total, hit = np.full(n, -np.inf, x.dtype), np.zeros(n, x.dtype), np.empty(n, x.dtype)
+    for c in _columns(n, w.shape[1]):
+        def piece(r, c=c):
+            z = x[r] @ w[:, c]
+            z += b[c]
+            here = targets[r] - c.start
+            own = np.flatnonzero((here >= 0) & (here < z.shape[1]))
+            hit[r][own] = z[own, here[own]]
+            new = np.maximum(top[r], z.max(1))
+            z -= new[:, None]
+            np.exp(z, out=z)
+            total[r] *= np.exp(top[r] - new)
+            total[r] += z @ np.ones(z.shape[1], z.dtype)
+            top[r] = new
+
+        parallel(piece, tiles(n, PIECE * 4 // (c.stop - c.start)))
+    lse = top + np.log(total)
+    return np.asarray(weights @ (lse - hit)), (x, w, b, targets, weights, lse)
+
+
+def linear_cross_entropy_backward(dloss, cache):
+    x, w, b, targets, weights, lse = cache
+    n = len(x)
+    dx, dw, db = np.zeros_like(x), np.empty(w.shape, w.dtype), np.empty_like(b)
+    factor = np.asarray(dloss, x.dtype) * weights
+    for c in _columns(n, w.shape[1]):
+        dz = np.empty((n, c.stop - c.start), x.dtype)
+
+        def piece(r, c=c, dz=dz):
+            z = np.matmul(x[r], w[:, c], out=dz[r])
+            z += b[c]
+            z -= lse[r, None]
+            np.exp(z, out=z)
+            here = targets[r] - c.start
+            own = np.flatnonzero((here >= 0) & (here < z.shape[1]))
+            z[own, here[own]] -= 1
+            z *= factor[r, None]
+            dx[r] += z @ w[:, c].T
+
+        parallel(piece, tiles(n, PIECE * 4 // (c.stop - c.start)))
+        dw[:, c] = _product(x, dz)
+        db[c] = np.ones(n, x.dtype) @ dz
+    return dx, dw, db
+
+
+def _columns(n, n_values):
+    """Slices of the vocabulary so that n rows of logits fit the bound."""
+    return tiles(n_values, max(256, LOGITS // n))
+
+
+# ---------------------------------------------------------------------------------- attention
+
+def attend(q, k, v, rel_k, rel_v, mask, scale, dropped=None):
+    *lead, s, d = q.shape
+    n = k.shape[-2]
+    blocks = math.prod(lead)
+    flat = [z.reshape(blocks, *z.shape[-2:]) for z in (q, k, v)]
+    tables = _transposed_tables(rel_k, rel_v)
+    o, lse = np.empty((blocks, s, v.shape[-1]), q.dtype), np.empty((blocks, s, 1), q.dtype)
+    hidden = _hidden(np.broadcast_to(mask, (*lead, s, n)), q.dtype)
+
+    def piece(r):
+        own_q, own_k, own_v = (z[r] for z in flat)
+        _attend(own_q * scale, own_k, own_v, tables, hidden(r), dropped, r.start * s * n,
+                o[r], lse[r])
+
+    parallel(piece, tiles(blocks, PIECE // (s * n)))
+    return o.reshape(*lead, s, -1), (q, k, v, rel_k, rel_v, mask, scale, dropped,
+                                     lse.reshape(*lead, s, 1))
+
+
+def attend_backward(do, cache):
+    q, k, v, rel_k, rel_v, mask, scale, dropped, lse = cache
+    *lead, s, d = q.shape
+    n = k.shape[-2]
+    blocks = math.prod(lead)
+    flat = [z.reshape(blocks, *z.shape[-2:]) for z in (q, k, v, do, lse)]
+    tables = _transposed_tables(rel_k, rel_v)
+    dq, dk, dv = (np.empty(z.shape, q.dtype) for z in flat[:3])
+    hidden = _hidden(np.broadcast_to(mask, (*lead, s, n)), q.dtype)
+    groups = tiles(blocks, -(-blocks // 8))  # each adds up its own gradient of the tables
+    drel = None if rel_k is None else np.zeros((2, len(groups), *rel_k.shape), q.dtype)
+
+    def group(i):
+        for r in tiles(groups[i].stop - groups[i].start, PIECE // (s * n)):
+            r = slice(groups[i].start + r.start, groups[i].start + r.stop)
+            own_q, own_k, own_v, own_do, own_lse = (z[r] for z in flat)
+            own_q = own_q * scale
+            _attend_backward(own_do, own_q, own_k, own_v, tables, hidden(r), dropped,
+                             r.start * s * n, own_lse, dq[r], dk[r], dv[r],
+                             None if drel is None else drel[:, i])
+            dq[r] *= scale
+
+    parallel(group, range(len(groups)))
+    return (dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape),
+            *((None, None) if drel is None else drel.sum(1)))
+
+
+def _hidden(mask, dtype):
+    """Function of a slice of blocks that gives 0 where a query may look, else -inf."""
+    if all(stride == 0 for stride in mask.strides[:-2]):  # one mask for all blocks
+        bias = np.where(mask.reshape(-1, *mask.shape[-2:])[:1], 0, -np.inf).astype(dtype)
+        return lambda r: bias
+    flat = mask.reshape(-1, *mask.shape[-2:])
+    return lambda r: np.where(flat[r], dtype.type(0), dtype.type(-np.inf))
+
+
+def _transposed_tables(rel_k, rel_v):
+    """Rows by distance with a row of zeros behind: the spare column that the skew needs."""
+    if rel_k is None:
+        return None
+    return tuple(np.concatenate([rel, np.zeros_like(rel[:1])]) for rel in (rel_k, rel_v))
+
+
+def _skewed(wide, n_keys):
+    """View of wide (G, S, P + 1) by distance as (G, S, N) by key; see `attention.skew`."""
+    g, s, p1 = wide.shape
+    size = wide.itemsize
+    start = wide.reshape(g, -1)[:, s - 1 :]
+    return as_strided(start, (g, s, n_keys), (wide.strides[0], (p1 - 1) * size, size))
+
+
+def _by_distance(y, tables):
+    """y (G, S, N) by key -> (G, S, P + 1) by distance, else 0; see `attention.unskew`."""
+    g, s, n = y.shape
+    wide = np.zeros((g, s, len(tables[0])), y.dtype)
+    _skewed(wide, n)[...] = y
+    return wide
+
+
+def _probabilities(q, k, tables, hidden):
+    """Logits of scaled queries q (G, S, D) and keys k (G, N, D)."""
+    z = q @ k.swapaxes(-1, -2)
+    if tables is not None:
+        z += _skewed(_rows_times(q, tables[0].T), k.shape[1])
+    z += hidden
+    return z
+
+
+def _rows_times(x, w):
+    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
+
+
+def _attend(q, k, v, tables, hidden, dropped, start, o, lse):
+    """Into o (G, S, D) and lse (G, S, 1)."""
+    tiny, lowest = np.finfo(q.dtype).tiny, np.finfo(q.dtype).min
+    p = _probabilities(q, k, tables, hidden)
+    top = np.maximum(p.max(-1, keepdims=True), lowest)
+    p -= top
+    np.exp(p, out=p)
+    total = p.sum(-1, keepdims=True)
+    _drop(p, dropped, start)
+    np.matmul(p, v, out=o)
+    if tables is not None:
+        o += _rows_times(_by_distance(p, tables), tables[1])
+    o /= np.maximum(total, tiny)
+    lse[...] = np.where(total > 0, top + np.log(np.maximum(total, tiny)), 0)
+
+
+def _attend_backward(do, q, k, v, tables, hidden, dropped, start, lse, dq, dk, dv, drel):
+    """Into dq (of the scaled queries), dk, dv; adds to drel (2, P, D)."""
+    p = _probabilities(q, k, tables, hidden)
+    p -= lse
+    np.exp(p, out=p)
+    dp = do @ v.swapaxes(-1, -2)
+    if tables is not None:
+        dp += _skewed(_rows_times(do, tables[1].T), k.shape[1])
+    used = p
+    if dropped:
+        keep = dropout_mask(np, p.shape, *dropped, p.dtype, start)
+        used = p * keep
+        dp *= keep
+    np.matmul(used.swapaxes(-1, -2), do, out=dv)
+    if tables is not None:
+        drel[1] += _outer(_by_distance(used, tables), do)[:-1]
+    dp -= np.einsum("gij,gij->gi", p, dp)[..., None]
+    dp *= p
+    np.matmul(dp, k, out=dq)
+    np.matmul(dp.swapaxes(-1, -2), q, out=dk)
+    if tables is not None:
+        by_distance = _by_distance(dp, tables)
+        dq += _rows_times(by_distance, tables[0])
+        drel[0] += _outer(by_distance, q)[:-1]
+
+
+def _outer(x, y):
+    return x.reshape(-1, x.shape[-1]).T @ y.reshape(-1, y.shape[-1])
+
+
+# ---------------------------------------------------------------------------- local attention
+
+def local_attention(q, k, v, rel_k, rel_v, block, lookback, scale, segments=None, window=None,
+                    dropped=None):
+    b, h, t, d = q.shape
+    block = min(block, t)
+    lookback = min(lookback, -(-t // block) - 1)
+    reach = block, lookback, segments, window
+    cut = _Cut(t, reach, rel_k, rel_v, q.dtype)
+    o = np.empty((b, h, t, v.shape[-1]), q.dtype)
+    lse = np.empty((b, h, cut.n, block, 1), q.dtype)
+
+    def head(i):
+        at = divmod(i, h)
+        own_q, own_k, own_v = cut.queries(q[at] * scale), cut.keys(k[at]), cut.keys(v[at])
+        out = np.empty((cut.n, block, v.shape[-1]), q.dtype)
+        for r in cut.pieces:
+            _attend(own_q[r], cut.windows(own_k, r), cut.windows(own_v, r), cut.tables,
+                    cut.hidden(r, at), dropped, (i * cut.n + r.start) * cut.size, out[r],
+                    lse[at][r])
+        o[at] = out.reshape(-1, out.shape[-1])[:t]
+
+    parallel(head, range(b * h))
+    return o, (q, k, v, rel_k, rel_v, reach, scale, dropped, lse)
+
+
+def local_attention_backward(do, cache):
+    q, k, v, rel_k, rel_v, reach, scale, dropped, lse = cache
+    b, h, t, d = q.shape
+    cut = _Cut(t, reach, rel_k, rel_v, q.dtype)
+    dq, dk, dv = (np.empty(z.shape, q.dtype) for z in (q, k, v))
+    drel = None if rel_k is None else np.zeros((b * h, 2, len(cut.tables[0]) - 1, d), q.dtype)
+
+    def head(i):
+        at = divmod(i, h)
+        own_q, own_k, own_v = cut.queries(q[at] * scale), cut.keys(k[at]), cut.keys(v[at])
+        own_do = cut.queries(do[at])
+        own_dq, own_dk, own_dv = (np.zeros_like(z) for z in (own_q, own_k, own_v))
+        for r in cut.pieces:
+            windows = cut.windows(own_k, r), cut.windows(own_v, r)
+            grads = [np.empty(z.shape, q.dtype) for z in windows]
+            _attend_backward(own_do[r], own_q[r], *windows, cut.tables, cut.hidden(r, at), dropped,
+                             (i * cut.n + r.start) * cut.size, lse[at][r], own_dq[r], *grads,
+                             None if drel is None else drel[i])
+            cut.add_windows(own_dk, grads[0], r)
+            cut.add_windows(own_dv, grads[1], r)
+        np.multiply(own_dq.reshape(-1, d)[:t], scale, out=dq[at])
+        first = cut.lookback * cut.block
+        dk[at], dv[at] = own_dk[first : first + t], own_dv[first : first + t]
+
+    parallel(head, range(b * h))
+    if drel is None:
+        return dq, dk, dv, None, None
+    index = _distance_index(rel_k, 1 - cut.n_keys, 0)
+    sums = drel.sum(0)
+    return dq, dk, dv, *(segment_sum(rows, index, len(rel_k)) for rows in sums)
+
+
+class _Cut:
+    """How a sequence of T tokens is cut into blocks, and the pieces of blocks worked on at a time.
+
+    Windows of keys are views of one padded copy per head; masks are made for a piece at a time.
+    """
+
+    def __init__(self, t, reach, rel_k, rel_v, dtype):
+        self.block, self.lookback, self.segments, self.window = reach
+        self.t, self.n = t, -(-t // self.block)
+        self.n_keys = (self.lookback + 1) * self.block
+        self.size = self.block * self.n_keys
+        self.pieces = tiles(self.n, PIECE // self.size)
+        self.tables = None
+        if rel_k is not None:
+            rows = _distance_index(rel_k, 1 - self.n_keys, 0)
+            self.tables = _transposed_tables(rel_k[rows], rel_v[rows])
+        distance = (np.arange(self.n_keys) - self.lookback * self.block
+                    - np.arange(self.block)[:, None])
+        seen = distance <= 0
+        if self.window is not None:
+            seen &= distance > -self.window
+        self.bias = np.where(seen, 0, -np.inf).astype(dtype)
+
+    def queries(self, x):
+        """(T, D) -> (n, S, D), filled up with zeros."""
+        if self.n * self.block > self.t:
+            x = np.concatenate([x, np.zeros((self.n * self.block - self.t, x.shape[1]), x.dtype)])
+        return np.ascontiguousarray(x).reshape(self.n, self.block, -1)
+
+    def keys(self, x):
+        """(T, D) -> ((lookback + n) S, D), zeros in front and behind."""
+        padded = np.zeros(((self.lookback + self.n) * self.block, x.shape[1]), x.dtype)
+        first = self.lookback * self.block
+        padded[first : first + self.t] = x
+        return padded
+
+    def windows(self, padded, r):
+        """The keys that blocks r may see, (G, N, ...), a view."""
+        step = padded.strides[0]
+        return as_strided(padded[r.start * self.block :],
+                          (r.stop - r.start, self.n_keys, *padded.shape[1:]),
+                          (self.block * step, step, *padded.strides[1:]))
+
+    def add_windows(self, padded, grads, r):
+        """Adds gradients (G, N, D) of windows to the places they are views of."""
+        for i in range(self.lookback + 1):
+            first = (r.start + i) * self.block
+            rows = padded[first : first + (r.stop - r.start) * self.block]
+            rows += grads[:, i * self.block : (i + 1) * self.block].reshape(rows.shape)
+
+    def hidden(self, r, at):
+        """0 where a query of the blocks r may look, else -inf: (S, N) or (G, S, N)."""
+        early = r.start < self.lookback  # windows that begin before the text
+        if not early and self.segments is None:
+            return self.bias
+        bias = np.repeat(self.bias[None], r.stop - r.start, axis=0)
+        if early:
+            for i in range(r.start, min(r.stop, self.lookback)):
+                bias[i - r.start, :, : (self.lookback - i) * self.block] = -np.inf
+        if self.segments is not None:
+            own = self.segments[at].astype(np.int32)
+            seen = np.zeros((self.lookback + self.n) * self.block, np.int32)
+            seen[self.lookback * self.block :][: self.t] = own
+            queries = seen[self.lookback * self.block :].reshape(self.n, self.block)[r]
+            apart = queries[:, :, None] != self.windows(seen, r)[:, None, :]
+            np.copyto(bias, -np.inf, where=apart)
+        return bias
+
+
+# ------------------------------------------------------------------------------------ routing
+
+def top_members(scores, window):
+    """The W-th best score by selection instead of a sort; then every place is in or out."""
+    t = scores.shape[-1]
+    flat = scores.reshape(-1, t)
+    out = np.empty((len(flat), window), np.int64)
+
+    def piece(r):
+        worst = np.partition(flat[r], t - window, axis=-1)[:, t - window, None]
+        above, equal = flat[r] > worst, flat[r] == worst
+        places = window - above.sum(-1, keepdims=True)
+        member = above | (equal & (np.cumsum(equal, axis=-1, dtype=np.int32) <= places))
+        out[r] = np.nonzero(member)[1].reshape(-1, window)
+
+    parallel(piece, tiles(len(flat), PIECE // t))
+    return out.reshape(*scores.shape[:-1], window)
+
+
+def by_cluster(winner):
+    """Sixteen bits are enough for a cluster's number, and NumPy sorts them by radix."""
+    small = winner.astype(np.uint16)
+    return small.argsort(axis=-1, kind="stable")
+
+
+def inverse(order):
+    out = np.empty_like(order)
+    np.put_along_axis(out, order, np.arange(order.shape[-1]).reshape(
+        (1,) * (order.ndim - 1) + (-1,)), axis=-1)
+    return out
+
+
+def gather(x, index):
+    b, h = x.shape[:2]
+    out = np.empty((*index.shape, x.shape[-1]), x.dtype)
+
+    def head(i):
+        at = divmod(i, h)
+        np.take(x[at], index[at], axis=0, out=out[at], mode="clip")
+
+    parallel(head, range(b * h))
+    return out
+
+
+# ---------------------------------------------------------------------------------- optimizer
+
+def adamw_update(flat, grads, state, table, lr, step, *, beta1=0.9, beta2=0.99, eps=1e-8,
+                 weight_decay=0.0):
+    if weight_decay:
+        for leaf in table:
+            if len(leaf.shape) >= 2:
+                flat[leaf.start : leaf.stop] *= 1 - lr * weight_decay
+    unbias1, unbias2 = 1 - beta1 ** (step + 1), math.sqrt(1 - beta2 ** (step + 1))
+
+    def piece(r):
+        g, m, v = grads[r], state["m"][r], state["v"][r]
+        change = g - m
+        change *= 1 - beta1
+        m += change
+        np.multiply(g, g, out=change)
+        change -= v
+        change *= 1 - beta2
+        v += change
+        np.sqrt(v, out=change)
+        change /= unbias2
+        change += eps
+        np.divide(m, change, out=change)
+        change *= lr / unbias1
+        flat[r] -= change
+
+    parallel(piece, tiles(flat.size, PIECE))
+
+
+TWINS = {f.__name__: f for f in (
+    linear, linear_backward, layer_norm, layer_norm_backward, normalize, normalize_backward, geglu,
+    geglu_backward, geglu_ffn, geglu_ffn_backward, dropout, linear_cross_entropy,
+    linear_cross_entropy_backward, attend, attend_backward, local_attention,
+    local_attention_backward, top_members, by_cluster, inverse, gather, adamw_update)}

@@ -1,0 +1,78 @@
+"""Work on several CPU cores: NumPy releases the interpreter's lock while it computes.
+
+Work is cut into pieces whose number and sizes depend on the arrays alone, so results do not depend
+on the number of threads. BLAS runs with one thread inside each piece.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy
+
+_here = threading.local()
+
+
+def parallel(function, items) -> list:
+    """[function(item) for item in items], side by side; one after another inside such a call."""
+    items = list(items)
+    if len(items) < 2 or busy():
+        return [function(item) for item in items]
+
+    def call(item):
+        _here.busy = True
+        try:
+            return function(item)
+        finally:
+            _here.busy = False
+
+    return list(_pool().map(call, items))
+
+
+def busy() -> bool:
+    """True inside `parallel`."""
+    return getattr(_here, "busy", False)
+
+
+def tiles(n: int, size: int) -> list[slice]:
+    """0 .. n cut into slices of `size`."""
+    size = max(1, size)
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+                              else os.cpu_count())
+
+
+def set_blas_threads(n: int) -> bool:
+    """Ask NumPy's bundled OpenBLAS for n threads; False where NumPy has another BLAS."""
+    folders = (Path(numpy.__file__).parent.parent / "numpy.libs",
+               Path(numpy.__file__).parent / ".dylibs")
+    for path in (p for folder in folders for p in folder.glob("*openblas*")):
+        library = ctypes.CDLL(str(path))
+        for name in ("scipy_openblas_set_num_threads64_", "scipy_openblas_set_num_threads"):
+            if hasattr(library, name):
+                getattr(library, name)(n)
+                return True
+    return False
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to reuse freed arrays instead of giving their pages back to the system.
+
+    A fresh page costs as much as several passes over it. False where malloc is not glibc's.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    trim_threshold, mmap_threshold, arena_max = -1, -3, -8
+    return all([mallopt(arena_max, 1), mallopt(mmap_threshold, 32 << 20),
+                mallopt(trim_threshold, 2**31 - 1)])

@@ -1,0 +1,209 @@
+"""Twins for NumPy arrays: equal to the plain functions, whatever the sizes and the threads."""
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from models import setup
+from strategies import configs, lengths, normal, seeds, sizes, widths
+from test_model import NOISE, SMALL
+
+from rt_scratch import attention, backend, layers, optim, routing, threads
+from rt_scratch.kernels import cpu
+from rt_scratch.model import parameter_table
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    """Pieces so small that the arrays here are cut into many."""
+    for name, value in (("PIECE", 64), ("ROWS", 3), ("COLUMNS", 2), ("LOGITS", 40)):
+        monkeypatch.setattr(cpu, name, value)
+
+
+@pytest.fixture
+def twins(monkeypatch):
+    """Switches the twins on, for one test."""
+    def on():
+        for name, function in cpu.TWINS.items():
+            monkeypatch.setitem(backend.twins[name], "numpy", (function, None))
+    return on
+
+
+def same(a, b, rtol=1e-10):
+    """Equal trees: arrays nearly, anything else exactly."""
+    if isinstance(a, tuple | list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            same(x, y, rtol)
+    elif isinstance(a, np.ndarray):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        # Not below 1: the tails of gelu and gradients near 0 are differences of larger numbers.
+        scale = np.abs(b[np.isfinite(b)]).max(initial=1) if b.dtype.kind == "f" else 0
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * scale)
+    else:
+        assert a == b
+
+
+def check(function, backward, args, seed, dtype="float64", options=None):
+    """Twin = plain function: result, cache, and gradients from either cache."""
+    options = options or {}
+    rtol = 1e-10 if dtype == "float64" else 1e-4
+    args = [a.astype(dtype) if isinstance(a, np.ndarray) and a.dtype.kind == "f" else a
+            for a in args]
+    twin, twin_backward = (cpu.TWINS[f.__name__] for f in (function, backward))
+    y, cache = function.reference(*args, **options)
+    own, own_cache = twin(*args, **options)
+    same(own, y, rtol)
+    same(own_cache, cache, rtol)
+    dy = normal(np.random.default_rng(seed), y.shape).astype(dtype)
+    expected = backward.reference(dy, cache)
+    same(twin_backward(dy, cache), expected, rtol)
+    same(twin_backward(dy, own_cache), expected, rtol)
+
+
+dtypes = st.sampled_from(["float64", "float32"])
+
+
+@given(sizes, sizes, widths, st.booleans(), dtypes, seeds)
+def test_linear(n, width, out, biased, dtype, seed):
+    rng = np.random.default_rng(seed)
+    args = normal(rng, (2, n, width)), normal(rng, (width, out)), normal(rng, (out,))
+    check(layers.linear, layers.linear_backward, args[: 3 if biased else 2], seed, dtype)
+
+
+@given(lengths, widths, dtypes, seeds)
+def test_layer_norm(n, width, dtype, seed):
+    rng = np.random.default_rng(seed)
+    x, gain, bias = normal(rng, (2, n, width)), normal(rng, (width,)), normal(rng, (width,))
+    check(layers.layer_norm, layers.layer_norm_backward, (x, gain, bias), seed, dtype)
+    heads = normal(rng, (2, n, 3, width)).swapaxes(1, 2)[:, :2]
+    check(layers.normalize, layers.normalize_backward, (heads,), seed, dtype)
+
+
+@given(lengths, widths, sizes, st.booleans(), dtypes, seeds)
+def test_feed_forward(n, width, hidden, dropping, dtype, seed):
+    rng = np.random.default_rng(seed)
+    dropped = (0.3, (seed, 1, 2)) if dropping else None
+    shapes = (2, n, width), (width, hidden), (width, hidden), (hidden, width)
+    args = [3 * normal(rng, shape) for shape in shapes]
+    check(layers.geglu_ffn, layers.geglu_ffn_backward, args, seed, dtype, {"dropped": dropped})
+    a, b = normal(rng, (2, n, hidden)), normal(rng, (2, n, hidden))
+    check(layers.geglu, layers.geglu_backward, (a, b), seed, dtype)
+    same(cpu.dropout(a, dropped), layers.dropout.reference(a, dropped))
+
+
+def test_gelu_of_large_numbers():
+    """No overflow, no NaN: gelu(a) is a or 0, its derivative 1 or 0."""
+    a = np.array([-1e6, -1e4, -50, -13, 0, 13, 50, 1e4, 1e6], "float32")
+    y, cache = cpu.geglu(a, np.ones_like(a))
+    da, _ = cpu.geglu_backward(np.ones_like(a), cache)
+    np.testing.assert_allclose(y, np.maximum(a, 0), atol=1e-6)
+    np.testing.assert_allclose(da, (a > 0) + 0.5 * (a == 0), atol=1e-6)
+
+
+@given(lengths, widths, st.sampled_from([1, 2, 11, 300]), dtypes, seeds)
+def test_cross_entropy(n, width, n_values, dtype, seed):
+    rng = np.random.default_rng(seed)
+    x, w, b = normal(rng, (n, width)), normal(rng, (width, n_values)), normal(rng, (n_values,))
+    targets, weights = rng.integers(0, n_values, n), rng.random(n)
+    check(layers.linear_cross_entropy, layers.linear_cross_entropy_backward,
+          (x, w, b, targets, weights), seed, dtype)
+
+
+@given(sizes, sizes, widths, st.booleans(), st.sampled_from([None, 0.3]),
+       st.sampled_from(["none", "shared", "each", "empty"]), dtypes, seeds)
+def test_attend(s, extra, d, relative, rate, masking, dtype, seed):
+    rng = np.random.default_rng(seed)
+    n = s + extra
+    q, k, v = (normal(rng, (2, 3, rows, d)) for rows in (s, n, n))
+    mask = {"none": np.ones((1, 1), bool), "shared": rng.random((s, n)) < 0.7,
+            "each": rng.random((2, 3, s, n)) < 0.7, "empty": np.zeros((s, n), bool)}[masking]
+    rel = [normal(rng, (s + n - 1, d)) if relative else None for _ in "kv"]
+    dropped = None if rate is None else (rate, (seed, 1, 2))
+    check(attention.attend, attention.attend_backward, (q, k, v, *rel, mask, 0.7), seed, dtype,
+          {"dropped": dropped})
+
+
+@given(lengths, st.sampled_from([1, 2, 4, 5]), st.sampled_from([0, 1, 2]), widths, st.booleans(),
+       st.booleans(), st.sampled_from([None, 0.3]), dtypes, seeds)
+def test_local_attention(t, block, lookback, d, relative, segmented, rate, dtype, seed):
+    rng = np.random.default_rng(seed)
+    q, k, v = (normal(rng, (2, t, 3, d)).swapaxes(1, 2) for _ in "qkv")
+    rel = [normal(rng, (7, d)) if relative else None for _ in "kv"]
+    segments = np.sort(rng.integers(0, 3, (2, 3, t)), axis=-1) if segmented else None
+    window = block if segmented else None
+    dropped = None if rate is None else (rate, (seed, 1, 2))
+    check(attention.local_attention, attention.local_attention_backward,
+          (q, k, v, *rel, block, lookback, 0.7, segments, window), seed, dtype,
+          {"dropped": dropped})
+
+
+@given(lengths, sizes, st.booleans(), seeds)
+def test_choosing(t, n_clusters, ties, seed):
+    """Integers: equal to the last one, ties included."""
+    rng = np.random.default_rng(seed)
+    scores = normal(rng, (2, 3, n_clusters, t))
+    scores = scores.round() if ties else scores
+    for window in {1, (t + 1) // 2, t}:
+        same(cpu.top_members(scores, window), routing.top_members.reference(scores, window))
+    winner = rng.integers(0, n_clusters, (2, 3, t))
+    order = routing.by_cluster.reference(winner)
+    same(cpu.by_cluster(winner), order)
+    same(cpu.inverse(order), routing.inverse.reference(order))
+    rows = normal(rng, (2, t, 3, 4)).swapaxes(1, 2)
+    for index in (order, routing.top_members.reference(scores, t)):
+        same(cpu.gather(rows, index), routing.gather.reference(rows, index))
+
+
+@given(sizes, seeds)
+def test_adamw(steps, seed):
+    rng = np.random.default_rng(seed)
+    table = parameter_table(SMALL)
+    flat = rng.normal(size=table[-1].stop)
+    own, plain = flat.copy(), flat.copy()
+    states = [optim.adamw_init(flat, table) for _ in "ab"]
+    for i in range(min(steps, 3)):
+        grads = rng.normal(size=flat.shape)
+        cpu.adamw_update(own, grads, states[0], table, 0.1, i, weight_decay=0.2)
+        optim.adamw_update.reference(plain, grads, states[1], table, 0.1, i, weight_decay=0.2)
+    same(own, plain)
+    same(list(states[0].values()), list(states[1].values()))
+
+
+@given(configs(), seeds)
+def test_whole_model(cfg, seed):
+    m = setup(cfg, seed)
+    ends = []
+    with pytest.MonkeyPatch.context() as patch:
+        for fast in (False, True):
+            if fast:
+                for name, function in cpu.TWINS.items():
+                    patch.setitem(backend.twins[name], "numpy", (function, None))
+            loss, cache, report = m.loss(noise=NOISE)
+            ends.append((np.asarray(loss), m.gradient(cache), list(report.routes.values())))
+    same(ends[1][2], ends[0][2])
+    same(ends[1][0], ends[0][0])
+    same(ends[1][1], ends[0][1], 1e-8)
+
+
+def test_number_of_threads_changes_no_bit(monkeypatch, twins):
+    twins()
+    m = setup(dataclasses.replace(SMALL, attention_dropout=0.2, ffn_dropout=0.2), batch=3)
+    results = []
+    for n in (1, 2, 4):
+        pool = ThreadPoolExecutor(n)
+        monkeypatch.setattr(threads, "_pool", lambda pool=pool: pool)
+        loss, cache, _ = m.loss(noise=NOISE)
+        results.append((loss, m.gradient(cache)))
+    for loss, gradient in results[1:]:
+        assert loss == results[0][0]
+        np.testing.assert_array_equal(gradient, results[0][1])
+
+
+def test_every_twin_has_a_reference():
+    for name in cpu.TWINS:
+        assert any(hasattr(getattr(module, name, None), "reference")
+                   for module in (layers, attention, routing, optim)), name
