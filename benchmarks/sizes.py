@@ -10,12 +10,12 @@ SIZES = {  # name: (configuration, batch). GEGLU of hidden width 4 C, half of th
 
 
 def model(name: str, **changes) -> tuple[ModelConfig, int]:
-    """(ModelConfig, batch) of a size; K = T / W, relative positions as the port has them."""
+    """(ModelConfig, batch) of a size; K = T / W, relative positions in every head."""
     size, batch = SIZES[name]
-    size = size | changes
+    size = dict(size)
     heads, window = size.pop("heads"), size["window"]
     fields = dict(
         size, ffn_width=4 * size["width"], n_local_heads=heads // 2, n_routing_heads=heads // 2,
         block=window, n_clusters=max(1, size["seq_len"] // window), local_max_distance=window,
-        routing_max_distance=0)
-    return ModelConfig(**fields).validate(), batch
+        routing_max_distance=window)
+    return ModelConfig(**fields | changes).validate(), batch

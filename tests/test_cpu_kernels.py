@@ -175,16 +175,17 @@ def test_adamw(steps, seed):
 
 @given(configs(), seeds)
 def test_whole_model(cfg, seed):
+    """Loss and gradient, with the same routes: rounding may break a tie in them."""
     m = setup(cfg, seed)
+    routes = m.loss(noise=NOISE)[2].routes
     ends = []
     with pytest.MonkeyPatch.context() as patch:
         for fast in (False, True):
             if fast:
                 for name, function in cpu.TWINS.items():
                     patch.setitem(backend.twins[name], "numpy", (function, None))
-            loss, cache, report = m.loss(noise=NOISE)
-            ends.append((np.asarray(loss), m.gradient(cache), list(report.routes.values())))
-    same(ends[1][2], ends[0][2])
+            loss, cache, _ = m.loss(noise=NOISE, fixed=routes)
+            ends.append((np.asarray(loss), m.gradient(cache)))
     same(ends[1][0], ends[0][0])
     same(ends[1][1], ends[0][1], 1e-8)
 

@@ -19,8 +19,8 @@ from rt_scratch.layers import EPSILON, GELU_CUBE, GELU_SCALE, dropout_mask
 from rt_scratch.threads import busy, parallel, tiles
 
 PIECE = 1 << 16      # entries of an array that element-wise work takes at a time
-ROWS = 512           # rows per matrix product that a thread takes
-COLUMNS = 256        # columns of a weight gradient that a thread takes
+ROWS = 1024        # rows per matrix product that a thread takes
+COLUMNS = 256      # columns of a weight gradient that a thread takes
 LOGITS = 1 << 21     # logits alive at a time in the output layer
 
 
