@@ -34,7 +34,7 @@ def select_device(name: str):
     """
     from rt_scratch.kernels import cpu
 
-    register_twins("numpy", cpu.TWINS)
+    register_twins("numpy", cpu.TWINS, cpu.worthwhile)
     if name == "cpu":
         return np, "cpu: NumPy"
     try:

@@ -651,6 +651,11 @@ def adamw_update(flat, grads, state, table, lr, step, *, beta1=0.9, beta2=0.99, 
     parallel(piece, tiles(flat.size, PIECE))
 
 
+def worthwhile(*args) -> bool:
+    """False for arrays so small that a single token's step is quicker without any of this."""
+    return args[0].size >= PIECE // 8
+
+
 TWINS = {f.__name__: f for f in (
     linear, linear_backward, layer_norm, layer_norm_backward, normalize, normalize_backward, geglu,
     geglu_backward, geglu_ffn, geglu_ffn_backward, dropout, linear_cross_entropy,
