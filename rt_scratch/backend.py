@@ -79,17 +79,18 @@ def accelerated(function):
     def call(*args, **kwargs):
         if not table:
             return function(*args, **kwargs)
-        twin, takes = table.get(array_module(_first_array(args)).__name__, (function, None))
+        twin, takes = table.get(array_module(first_array(args)).__name__, (function, None))
         return (twin if takes is None or takes(*args) else function)(*args, **kwargs)
 
     call.reference = function
     return call
 
 
-def _first_array(values):
+def first_array(values):
+    """The first array in a tree of tuples, None if there is none."""
     for value in values:
         if isinstance(value, tuple):
-            value = _first_array(value)
+            value = first_array(value)
         if hasattr(value, "dtype"):
             return value
     return None

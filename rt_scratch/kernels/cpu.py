@@ -14,7 +14,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from rt_scratch.attention import _distance_index
-from rt_scratch.backend import segment_sum
+from rt_scratch.backend import first_array, segment_sum
 from rt_scratch.layers import EPSILON, GELU_CUBE, GELU_SCALE, dropout_mask
 from rt_scratch.threads import busy, parallel, tiles
 
@@ -653,7 +653,7 @@ def adamw_update(flat, grads, state, table, lr, step, *, beta1=0.9, beta2=0.99, 
 
 def worthwhile(*args) -> bool:
     """False for arrays so small that a single token's step is quicker without any of this."""
-    return args[0].size >= PIECE // 8
+    return first_array(args).size >= PIECE // 8
 
 
 TWINS = {f.__name__: f for f in (
