@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rt_scratch import data, decode, run
-from rt_scratch.backend import array_module, select_device, to_host
+from rt_scratch.backend import array_module, select_device, select_precision, to_host
 from rt_scratch.checkpoint import newest_run
 from rt_scratch.config import ModelConfig, TrainConfig, UserError, from_json
 from rt_scratch.data.batches import count_windows, eval_windows, random_windows, shuffled_images
@@ -36,6 +36,8 @@ def main(argv=None):
     args = parse(argv)
     xp, device = select_device(args.device)
     folder, config, dataset, model, train = prepare(args)
+    precision, dtype = select_precision(train.precision, xp)
+    train = dataclasses.replace(train, precision=precision)
     state = run.new_state(model, train, xp)
     if args.resume or args.evaluate:
         name = "best.npz" if args.evaluate and (folder / "best.npz").is_file() else "last.npz"
@@ -57,12 +59,19 @@ def main(argv=None):
         run.open_folder(folder, config, dataset.codec_file)
         (folder / "log.csv").unlink(missing_ok=True)
     run.trim_log(folder, state.step)
-    fit(state, dataset, model, train, config, folder, xp, args.stop_after)
+    try:
+        fit(state, dataset, model, train, config, folder, xp, dtype, args.stop_after)
+    except MemoryError as error:
+        raise UserError(
+            f"out of memory at --batch {train.batch} x {model.seq_len} tokens, precision "
+            f"{train.precision} ({error}); the last checkpoint in {folder} is intact; try "
+            "--recompute, a smaller --batch with --accumulate, or on a GPU --precision bf16"
+        ) from error
 
 
-def fit(state, dataset, model, train, config, folder, xp, stop_after):
-    """The training loop."""
-    flat, table, centroids, optimizer, first, best, seconds = state
+def fit(state, dataset, model, train, config, folder, xp, dtype, stop_after):
+    """The training loop. The network computes in `dtype` (None: that of the parameters)."""
+    flat, table, centroids, optimizer, first, best, seconds, scale = state
     grads = xp.empty_like(flat)
     update = OPTIMIZERS[train.optimizer][1]
     last = min(train.steps, stop_after or train.steps)
@@ -70,7 +79,8 @@ def fit(state, dataset, model, train, config, folder, xp, stop_after):
     started = time.time() - seconds
 
     def now(done):
-        return run.State(flat, table, centroids, optimizer, done, best, time.time() - started)
+        return run.State(flat, table, centroids, optimizer, done, best, time.time() - started,
+                         scale)
 
     # Ctrl-C is looked at between steps, when everything is whole; a second one stops at once.
     interrupted = []
@@ -84,15 +94,19 @@ def fit(state, dataset, model, train, config, folder, xp, stop_after):
             lr = learning_rate(step, train.schedule, train.lr, train.warmup, train.steps)
 
             result = gradients(flat, grads, table, centroids, model, parts, train.seed, step,
-                               train.recompute)
+                               train.recompute, dtype, scale.value)
             norm = clip_by_global_norm(grads, train.clip) if train.clip else global_norm(grads)
             done = step + 1
             scoring = done == last or (train.eval_every and done % train.eval_every == 0)
             logging = scoring or done % train.log_every == 0
-            if logging or done == 1:  # the one wait for a GPU
+            fits = train.precision != "fp16" or overflow_free(norm)
+            if logging or done == 1 if fits else scale.value < 1e-3:  # the one wait for a GPU
                 check_finite(result.nats, norm, step, folder)
-            update(flat, grads, optimizer, table, lr, step, weight_decay=train.weight_decay)
-            centroids = move_centroids(centroids, result.memberships, model)
+            if fits:
+                update(flat, grads, optimizer, table, lr, step, weight_decay=train.weight_decay)
+                centroids = move_centroids(centroids, result.memberships, model)
+            if train.precision == "fp16":
+                scale = scale.after(fits)
 
             bar.update()
             if logging:
@@ -124,7 +138,7 @@ def fit(state, dataset, model, train, config, folder, xp, stop_after):
 
 
 def batch_parts(dataset, model, train, step, xp):
-    """The windows of a step, in `accumulate` x `threads` parts of whole windows."""
+    """The windows of a step, in `accumulate` (on a CPU times `parts`) parts of whole windows."""
     n = train.batch * train.accumulate
     labels = None
     if model.kind == "image":
@@ -132,7 +146,8 @@ def batch_parts(dataset, model, train, step, xp):
         labels = dataset.labels["train"][index] if model.n_classes else None
     else:
         ids = random_windows(dataset.splits["train"], model.seq_len, n, train.seed, step)
-    cuts = np.array_split(np.arange(n), min(n, train.accumulate * train.parts))
+    parts = train.accumulate * (train.parts if xp is np else 1)
+    cuts = np.array_split(np.arange(n), min(n, parts))
     return [(xp.asarray(ids[c]), None if labels is None else xp.asarray(labels[c])) for c in cuts]
 
 
@@ -149,7 +164,7 @@ def evaluate(state, dataset, model, train, split, xp, stride=0, limit=0):
             picked = np.arange(row, row + len(ids)) % len(tokens)
             labels = xp.asarray(dataset.labels[split][picked])
         (part, _), _, _ = loss(params, state.centroids, model, xp.asarray(ids),
-                               xp.asarray(weights.astype(train.precision)), labels,
+                               xp.asarray(weights.astype(train.dtype)), labels,
                                recompute=True)
         nats += float(part)
         n += float(weights.sum())
@@ -245,6 +260,11 @@ def cluster_line(row):
             f"{row['dead']} without any\n")
 
 
+def overflow_free(norm) -> bool:
+    """False if a gradient left the range of fp16. Only fp16 waits for this in every step."""
+    return bool(np.isfinite(float(norm)))
+
+
 def check_finite(nats, norm, step, folder):
     if not np.isfinite(float(nats)) or not np.isfinite(float(norm)):
         what = "loss" if not np.isfinite(float(nats)) else "gradient"
@@ -279,7 +299,7 @@ def flops(model, table):
 
 def memory(model, train, n_parameters):
     """Rough bytes of a step: parameters, gradients, optimizer state, activations."""
-    size = np.dtype(train.precision).itemsize
+    size = np.dtype(train.dtype).itemsize
     per_token = model.n_layers * (10 * model.width + 3 * model.ffn_width)
     live = train.batch * model.seq_len
     if train.recompute:

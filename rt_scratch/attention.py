@@ -169,8 +169,9 @@ def local_attention(q, k, v, rel_k, rel_v, block, lookback, scale, segments=None
     block = min(block, t)
     lookback = min(lookback, -(-t // block) - 1)
     reach = block, lookback, segments, window
-    inputs, _ = _local_inputs(q, k, v, rel_k, rel_v, reach)
-    o, (*_, lse) = attend(*inputs, scale, dropped)
+    inputs, _ = _local_inputs(q, k, v, rel_k, rel_v, block, lookback)
+    mask = _local_mask(q, t, *reach)
+    o, (*_, lse) = attend(*inputs, mask, scale, dropped)
     return _join(o, t), (q, k, v, rel_k, rel_v, reach, scale, dropped, lse)
 
 
@@ -179,28 +180,31 @@ def local_attention_backward(do, cache):
     """Gradients of q, k, v, rel_k, rel_v."""
     q, k, v, rel_k, rel_v, reach, scale, dropped, lse = cache
     t, (block, lookback, _, _) = q.shape[2], reach
-    inputs, (cache_k, cache_v) = _local_inputs(q, k, v, rel_k, rel_v, reach)
-    dqueries, dkeys, dvalues, drel_k, drel_v = attend_backward(
-        _split(do, block), (*inputs, scale, dropped, lse))
+    inputs, caches = _local_inputs(q, k, v, rel_k, rel_v, block, lookback)
+    mask = _local_mask(q, t, *reach)
+    gradients = attend_backward(_split(do, block), (*inputs, mask, scale, dropped, lse))
+    return _local_gradients(*gradients, caches, t, block, lookback)
+
+
+def _local_gradients(dq, dk, dv, drel_k, drel_v, caches, t, block, lookback):
+    """From those of blocks, windows and rows to those of q, k, v, rel_k, rel_v."""
     if drel_k is not None:
-        drel_k = distance_rows_backward(drel_k, cache_k)
-        drel_v = distance_rows_backward(drel_v, cache_v)
-    dk = _windows_backward(dkeys, t, block, lookback)
-    dv = _windows_backward(dvalues, t, block, lookback)
-    return _join(dqueries, t), dk, dv, drel_k, drel_v
+        drel_k = distance_rows_backward(drel_k, caches[0])
+        drel_v = distance_rows_backward(drel_v, caches[1])
+    dk = _windows_backward(dk, t, block, lookback)
+    dv = _windows_backward(dv, t, block, lookback)
+    return _join(dq, t), dk, dv, drel_k, drel_v
 
 
-def _local_inputs(q, k, v, rel_k, rel_v, reach):
-    """What `attend` takes: blocks of queries, windows of keys and values, rows, mask."""
-    block, lookback, segments, window = reach
+def _local_inputs(q, k, v, rel_k, rel_v, block, lookback):
+    """What `attend` takes: blocks of queries, windows of keys and values, rows by distance."""
     rows_k = rows_v = cache_k = cache_v = None
     if rel_k is not None:
         first = 1 - (lookback + 1) * block                          # the farthest key
         rows_k, cache_k = distance_rows(rel_k, first, 0)
         rows_v, cache_v = distance_rows(rel_v, first, 0)
-    mask = _local_mask(q, q.shape[2], block, lookback, segments, window)
     return (_split(q, block), _windows(k, block, lookback), _windows(v, block, lookback),
-            rows_k, rows_v, mask), (cache_k, cache_v)
+            rows_k, rows_v), (cache_k, cache_v)
 
 
 def _split(x, block):

@@ -39,6 +39,9 @@ def select_device(name: str):
         return np, "cpu: NumPy"
     try:
         module, text = _probe_cuda()
+        from rt_scratch.kernels import cuda
+
+        register_twins("cupy", cuda.TWINS, cuda.supports)
     except Exception as error:  # whatever a broken driver, wheel or library raises
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" \
             if str(error).strip() else type(error).__name__
@@ -59,6 +62,34 @@ def _probe_cuda():
         raise RuntimeError("a small product on the GPU came out wrong")
     name = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
     return cupy, f"cuda: {name}, CuPy {cupy.__version__}"
+
+
+def select_precision(name: str, xp):
+    """(name, dtype of activations or None for that of the parameters): what 'auto' means here.
+
+    bf16 on GPUs that have it (compute capability 8 and more), float32 elsewhere. UserError where
+    the device cannot do what was asked for.
+    """
+    on_gpu = xp.__name__ == "cupy"
+    has_bf16 = on_gpu and int(xp.cuda.Device().compute_capability) >= 80
+    if name == "auto":
+        name = "bf16" if has_bf16 else "float32"
+    if name in ("tf32", "bf16", "fp16") and not on_gpu:
+        raise UserError(f"--precision {name}: for GPUs; a CPU takes float32 or float64")
+    if name in ("tf32", "bf16") and not has_bf16:
+        raise UserError(f"--precision {name}: this GPU does not have it; take fp16 or float32")
+    if on_gpu:
+        from rt_scratch.kernels import gemm
+
+        gemm.use_tf32(name == "tf32")
+    if name == "bf16":
+        try:
+            import ml_dtypes
+        except ImportError:
+            raise UserError("--precision bf16 needs ml_dtypes: pip install "
+                            "'rt-scratch[cuda13]'") from None
+        return name, ml_dtypes.bfloat16
+    return name, "float16" if name == "fp16" else None
 
 
 # Faster twins. `@accelerated` marks a plain function that `rt_scratch.kernels` may replace for some

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 ROUTING_MODES = ("causal", "topk", "random")
 ATTENTION_KINDS = ("routing", "local", "full")
+PRECISIONS = ("auto", "float32", "float64", "tf32", "bf16", "fp16")
 
 
 class UserError(Exception):
@@ -145,7 +146,7 @@ class TrainConfig:
 
     batch: int = _field(4, "windows per forward pass")
     accumulate: int = _field(1, "forward passes per optimizer step")
-    parts: int = _field(2, "parts a batch is cut into; on a CPU they run on threads")
+    parts: int = _field(2, "parts a batch is cut into on a CPU, one thread each")
     recompute: bool = _field(False, "store only block inputs and compute the rest again: less "
                                     "memory, the same numbers")
     steps: int = _field(1450, "optimizer steps")
@@ -158,11 +159,19 @@ class TrainConfig:
     warmup: int = _field(50, "warm-up steps (see schedule)")
     weight_decay: float = _field(0.0, "decoupled decay (adamw), L2 loss (adafactor)")
     clip: float = _field(1.0, "largest global norm of the gradient; 0: no clipping")
-    precision: str = _field("float32", "arithmetic of the network", ("float32", "float64"))
+    precision: str = _field(
+        "auto", "arithmetic of the network. auto: bf16 on a GPU that has it, else float32. tf32, "
+                "bf16 and fp16 (with loss scaling) are for GPUs; parameters, their gradients, "
+                "statistics and centroids stay float32", PRECISIONS)
     seed: int = _field(0, "seed of weights, data order and dropout")
     eval_every: int = _field(290, "steps between evaluations; 0: only at the end")
     eval_windows: int = _field(64, "windows per evaluation; 0: the whole split")
     log_every: int = _field(10, "steps between log lines")
+
+    @property
+    def dtype(self) -> str:
+        """Of parameters, gradients, optimizer state and centroids."""
+        return "float64" if self.precision == "float64" else "float32"
 
     def validate(self) -> TrainConfig:
         """Raise UserError on settings that cannot run; else return them."""

@@ -186,10 +186,11 @@ def timing_signal(xp, n_positions: int, width: int, dtype, start: int = 0):
     """
     n = width // 2
     step = math.log(10000) / max(n - 1, 1)
-    rates = xp.exp(-step * xp.arange(n, dtype=dtype))
-    angles = xp.arange(start, start + n_positions, dtype=dtype)[:, None] * rates  # (T, n)
-    parts = [xp.sin(angles), xp.cos(angles)]
-    return xp.concatenate(parts + [xp.zeros((n_positions, width - 2 * n), dtype)], axis=1)
+    wide = xp.promote_types(dtype, "float32")  # half precision cannot count to 8192
+    rates = xp.exp(-step * xp.arange(n, dtype=wide))
+    angles = xp.arange(start, start + n_positions, dtype=wide)[:, None] * rates  # (T, n)
+    parts = [xp.sin(angles), xp.cos(angles), xp.zeros((n_positions, width - 2 * n), wide)]
+    return xp.concatenate(parts, axis=1).astype(dtype, copy=False)
 
 
 def image_embedding(ids, start, table, rows, columns):
@@ -209,7 +210,7 @@ def image_embedding(ids, start, table, rows, columns):
     row, column = pixel // side * 3 + channel, pixel % side * 3 + channel  # (T,)
     position = rows.reshape(-1, width)[row] + columns.reshape(-1, width)[column]  # (T, C)
     y = math.sqrt(width) * table[index] + math.sqrt(3 * width) * position
-    return y, (index, row, column, table, rows, columns)
+    return y.astype(table.dtype, copy=False), (index, row, column, table, rows, columns)
 
 
 def image_embedding_backward(dy, cache):

@@ -7,6 +7,7 @@ place. `table` lists the leaves of the buffer (name, shape, start, stop).
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from rt_scratch.backend import accelerated, array_module
 
@@ -41,6 +42,30 @@ def learning_rate(step: int, schedule: str, lr: float, warmup: int, total: int) 
         return lr
     x = min(1.0, (step - warmup) / max(1, total - warmup))
     return lr * (0.1 + 0.45 * (1 + math.cos(math.pi * x)))
+
+
+# --------------------------------------------------------------------------------- loss scaling
+
+class LossScale(NamedTuple):
+    """Factor of the loss that keeps half-precision gradients above the smallest fp16 number.
+
+    Halved when a gradient overflows (that step is left out), doubled after 2,000 steps without
+    (Micikevicius et al. 2018). A power of two: it changes no bit of what does not underflow.
+    """
+
+    value: float
+    steady: int  # steps since it last changed
+
+    def after(self, finite: bool) -> LossScale:
+        """The scale of the next step."""
+        if not finite:
+            return LossScale(self.value / 2, 0)
+        if self.steady + 1 >= 2000:
+            return LossScale(self.value * 2, 0)
+        return LossScale(self.value, self.steady + 1)
+
+
+FIRST_SCALE = LossScale(2.0**16, 0)
 
 
 # -------------------------------------------------------------------------------------- AdamW

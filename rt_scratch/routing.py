@@ -57,7 +57,7 @@ def nearest(x, mu, equal_length: bool = False):
     if equal_length:
         tiny = xp.finfo(mu.dtype).tiny
         mu = mu / xp.sqrt(xp.maximum((mu * mu).sum(-1, keepdims=True), tiny))
-    return (x @ mu.swapaxes(-1, -2)).argmax(-1)
+    return (x.astype(mu.dtype, copy=False) @ mu.swapaxes(-1, -2)).argmax(-1)
 
 
 @accelerated
@@ -90,11 +90,14 @@ def update_centroids(state: Centroids, counts, sums, decay: float) -> Centroids:
 def commitment(x, mu, winner):
     """loss = mean over all entries of (x - mu[winner])^2: keeps tokens near their centroid.
 
+    Computed in the dtype of mu, float32 even where x has half the bits; so are its gradient and
+    all choices.
+
     x (B, H, T, D), mu (H, K, D), winner (B, H, T). No gradient reaches mu.
     """
     xp = array_module(x)
     own = mu[xp.arange(x.shape[1])[:, None], winner]  # (B, H, T, D)
-    apart = x - own
+    apart = x.astype(mu.dtype, copy=False) - own
     return (apart * apart).mean(), apart
 
 
@@ -136,7 +139,7 @@ def route(q, k, mu, mode: str, window: int, places=None) -> Route:
 
 
 def _scores(x, mu):
-    return mu @ x.swapaxes(-1, -2)  # (B, H, K, T)
+    return mu @ x.astype(mu.dtype, copy=False).swapaxes(-1, -2)  # (B, H, K, T)
 
 
 @accelerated
@@ -195,7 +198,7 @@ def scatter_mean(rows, index, n_tokens: int):
 def scatter_mean_backward(dout, cache):
     """drows = (dout / (times + 1e-2))[index]."""
     index, times = cache
-    return gather(dout / (times + MEAN_FLOOR), index)
+    return gather((dout / (times + MEAN_FLOOR)).astype(dout.dtype, copy=False), index)
 
 
 # ---------------------------------------------------------------------------- routing attention
@@ -234,7 +237,7 @@ def routing_attention(q, k, v, rel_k, rel_v, mu, rule, places=None, fixed=None, 
     kn, cache_n = (qn, None) if k is None else normalize(k)
     path = fixed or route(qn, kn, mu, mode, rule.window, places)
 
-    loss, apart, apart_k = xp.zeros((), q.dtype), None, None
+    loss, apart, apart_k = xp.zeros((), mu.dtype), None, None
     counts, sums = cluster_statistics(qn, path.winner, n_clusters)
     if mode != "random":
         loss, apart = commitment(qn, mu, path.winner)
@@ -250,7 +253,7 @@ def routing_attention(q, k, v, rel_k, rel_v, mu, rule, places=None, fixed=None, 
         uncovered, several = (times == 0).mean(), (times > 1).mean()
     else:
         o, cache = _sorted_clusters(qn, kn, v, rel_k, rel_v, path, rule, dropped)
-        uncovered = several = xp.zeros((), q.dtype)
+        uncovered = several = xp.zeros((), mu.dtype)
     return ((o, loss), (cache, cache_q, cache_n, apart, apart_k, mode, n_tokens),
             Membership(counts, sums, uncovered, several), path)
 
@@ -263,11 +266,11 @@ def routing_attention_backward(do, dloss, cache):
     if cache_n is None:  # keys are queries: the loss was counted twice
         dqn = dqn + dkn
         if apart is not None:
-            dqn += 2 * commitment_backward(dloss, apart)
+            dqn += (2 * commitment_backward(dloss, apart)).astype(dqn.dtype, copy=False)
         return normalize_backward(dqn, cache_q), None, dv, drel_k, drel_v
     if apart is not None:
-        dqn = dqn + commitment_backward(dloss, apart)
-        dkn = dkn + commitment_backward(dloss, apart_k)
+        dqn = dqn + commitment_backward(dloss, apart).astype(dqn.dtype, copy=False)
+        dkn = dkn + commitment_backward(dloss, apart_k).astype(dkn.dtype, copy=False)
     return normalize_backward(dqn, cache_q), normalize_backward(dkn, cache_n), dv, drel_k, drel_v
 
 

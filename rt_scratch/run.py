@@ -14,7 +14,7 @@ from rt_scratch import checkpoint
 from rt_scratch.backend import to_host
 from rt_scratch.config import ModelConfig, TrainConfig, UserError, from_json, to_json
 from rt_scratch.model import init_centroids, init_parameters
-from rt_scratch.optim import OPTIMIZERS
+from rt_scratch.optim import FIRST_SCALE, OPTIMIZERS, LossScale
 from rt_scratch.routing import Centroids
 
 COLUMNS = ("step", "split", "nats", "score", "unit", "tokens_per_s", "seconds", "lr", "grad_norm",
@@ -31,14 +31,16 @@ class State(NamedTuple):
     step: int                         # optimizer steps done
     best: float                       # best validation loss so far, nats per token
     seconds: float                    # training time so far
+    scale: LossScale
 
 
 def new_state(model: ModelConfig, train: TrainConfig, xp) -> State:
     """Fresh parameters, centroids and optimizer state."""
-    flat, table = init_parameters(model, xp, train.precision, train.seed)
-    centroids = init_centroids(model, xp, train.precision, train.seed)
+    flat, table = init_parameters(model, xp, train.dtype, train.seed)
+    centroids = init_centroids(model, xp, train.dtype, train.seed)
     optimizer = OPTIMIZERS[train.optimizer][0](flat, table)
-    return State(flat, table, centroids, optimizer, 0, float("inf"), 0.0)
+    scale = FIRST_SCALE if train.precision == "fp16" else LossScale(1.0, 0)
+    return State(flat, table, centroids, optimizer, 0, float("inf"), 0.0, scale)
 
 
 def save(path: Path, state: State, config: dict) -> None:
@@ -49,7 +51,7 @@ def save(path: Path, state: State, config: dict) -> None:
             arrays[f"centroids.{i}.{name}"] = array
     arrays |= {f"opt.{name}": array for name, array in state.optimizer.items()}
     checkpoint.save(path, arrays, {"config": config, "step": state.step, "best": state.best,
-                                   "seconds": state.seconds})
+                                   "seconds": state.seconds, "scale": state.scale})
 
 
 def restore(path: Path, fresh: State, config: dict, xp) -> State:
@@ -70,7 +72,7 @@ def restore(path: Path, fresh: State, config: dict, xp) -> State:
                  for i, c in fresh.centroids.items()}
     optimizer = {name: take(f"opt.{name}", like) for name, like in fresh.optimizer.items()}
     return State(take("params", fresh.flat), fresh.table, centroids, optimizer, meta["step"],
-                 meta["best"], meta["seconds"])
+                 meta["best"], meta["seconds"], LossScale(*meta["scale"]))
 
 
 def load_model(run: Path, xp, name: str | None = None):

@@ -28,14 +28,16 @@ class Step(NamedTuple):
 
 
 def gradients(flat, grads, table, centroids, cfg: ModelConfig, parts, seed: int, step: int,
-              recompute: bool = False) -> Step:
+              recompute: bool = False, dtype=None, loss_scale: float = 1.0) -> Step:
     """Fill `grads` with the gradient of nats + beta commitment over all parts of the batch.
 
     parts: list of (ids (B, T), labels (B,) or None). Every target weighs the same whatever part it
-    is in, so cutting a batch differently changes nothing but rounding.
+    is in, so cutting a batch differently changes nothing but rounding. The network computes in
+    `dtype` (default: that of flat), on a rounded copy of the parameters; `grads` keeps the dtype of
+    flat. With `loss_scale` the backward pass runs on so many times the loss.
     """
     xp = array_module(flat)
-    params = views(flat, table)
+    params = views(flat if dtype is None else flat.astype(dtype), table)
     weights = [target_weights(cfg, ids, flat.dtype) for ids, _ in parts]
     total = sum(w.sum() for w in weights)
     share = 1 / len(parts)
@@ -46,7 +48,8 @@ def gradients(flat, grads, table, centroids, cfg: ModelConfig, parts, seed: int,
         (nats, commitment), cache, report = loss(
             params, centroids, cfg, ids, weights[part] / total, labels, Noise(seed, step, part),
             recompute=recompute)
-        loss_backward(1.0, cfg.commitment * share, cache, views(buffer, table))
+        loss_backward(loss_scale, loss_scale * cfg.commitment * share, cache,
+                      views(buffer, table))
         return nats, commitment, report
 
     if xp is numpy and len(parts) > 1:
@@ -63,6 +66,8 @@ def gradients(flat, grads, table, centroids, cfg: ModelConfig, parts, seed: int,
             results.append(run(part))
             if part:
                 grads += spare
+    if loss_scale != 1:
+        grads *= 1 / loss_scale
     nats, commitments, reports = zip(*results, strict=True)
     return Step(sum(nats), share * sum(commitments), _merge(reports), list(reports))
 

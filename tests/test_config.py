@@ -3,8 +3,10 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
+from rt_scratch.backend import select_precision
 from rt_scratch.config import ModelConfig, TrainConfig, UserError, from_json, to_json
 
 IMAGE = dict(kind="image", image_size=2, seq_len=12)
@@ -64,3 +66,34 @@ def test_heads_of_layers():
     cfg = ModelConfig(n_layers=3, n_local_heads=1, n_routing_heads=2, routing_layers=(-1,), width=6)
     assert [cfg.heads(i) for i in range(3)] == [(0, 3), (0, 3), (2, 1)]
     assert ModelConfig(attention="local").heads(0) == (0, 4)
+
+
+@pytest.mark.parametrize("name", ["tf32", "bf16", "fp16"])
+def test_half_precision_is_for_gpus(name):
+    with pytest.raises(UserError, match="for GPUs"):
+        select_precision(name, np)
+
+
+def test_precision_of_a_cpu():
+    assert select_precision("auto", np) == ("float32", None)
+    assert select_precision("float64", np) == ("float64", None)
+
+
+class FakeGPU:
+    """As much of CuPy as the choice of a precision asks."""
+
+    __name__ = "cupy"
+
+    def __init__(self, capability):
+        self.cuda = self
+        self.Device = lambda: self
+        self.compute_capability = capability
+
+
+def test_precision_of_a_gpu():
+    assert select_precision("fp16", FakeGPU("75")) == ("fp16", "float16")
+    assert select_precision("auto", FakeGPU("75")) == ("float32", None)
+    with pytest.raises(UserError, match="does not have it"):
+        select_precision("bf16", FakeGPU("75"))
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    assert select_precision("auto", FakeGPU("90")) == ("bf16", ml_dtypes.bfloat16)

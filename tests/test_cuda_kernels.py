@@ -16,10 +16,20 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda"))
 
+import models  # noqa: E402
 import nvrtc_check  # noqa: E402
 import run_on_cpu  # noqa: E402
 
-from rt_scratch import attention, backend, config, layers, model, optim, routing  # noqa: E402
+from rt_scratch import (  # noqa: E402
+    attention,
+    backend,
+    config,
+    layers,
+    model,
+    optim,
+    routing,
+)
+from rt_scratch import step as step_module  # noqa: E402
 from rt_scratch.kernels import cuda, gemm  # noqa: E402
 
 FILES = sorted({kernel.file for kernel in cuda.kernels().values()})
@@ -733,3 +743,50 @@ def test_no_race(file):
 def test_missing_barrier_is_a_race():
     code, text = sanitized("top_members.cu", without=2)
     assert code == 66 and "data race" in text, text[-3000:]
+
+
+# ------------------------------------------------------------------------------- the whole model
+
+def whole(cfg, dtype, fixed=None, loss_scale=1.0):
+    """(nats, gradient, routes) of one step of a small model."""
+    m = models.setup(cfg, dtype="float32")
+    grads = np.empty_like(m.flat)
+    if fixed is not None:
+        plain_loss = step_module.loss
+        step_module.loss = lambda *args, **options: plain_loss(*args, fixed=fixed, **options)
+    try:
+        result = step_module.gradients(
+            m.flat, grads, m.table, m.centroids, cfg, [(m.ids, m.labels)], 0, 0, dtype=dtype,
+            loss_scale=loss_scale)
+    finally:
+        if fixed is not None:
+            step_module.loss = plain_loss
+    return float(result.nats), grads, result.reports[0].routes
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"routing": "topk"}, {"share_qk": False, "norm": "post", "ffn": "relu"},
+    {"timing_signal": True, "tie_embedding": True, "attention_dropout": 0.2, "ffn_dropout": 0.2},
+    {"kind": "image", "image_size": 3, "seq_len": 27, "vocab_size": 256, "n_classes": 2},
+], ids=str)
+@each_dtype
+def test_whole_model(on_cpu, monkeypatch, changes, dtype):
+    """Forward and backward with every twin at once against the plain functions in float32."""
+    cfg = config.ModelConfig(**dict(
+        vocab_size=11, seq_len=23, n_layers=2, width=24, ffn_width=16, n_local_heads=1,
+        n_routing_heads=2, n_clusters=3, window=6, block=4, lookback=2, local_max_distance=3,
+        routing_max_distance=2, commitment=0.1) | changes).validate()
+    nats, grads, routes = whole(cfg, None)
+    for name, function in cuda.TWINS.items():
+        monkeypatch.setitem(backend.twins[name], "numpy", (function, cuda.supports))
+    used, started = set(), cuda.launch
+    monkeypatch.setattr(cuda, "launch",
+                        lambda name, *args, **options: (used.add(name),
+                                                        started(name, *args, **options)))
+    exact = np.dtype(dtype) == np.float32
+    own_nats, own, _ = whole(cfg, None if exact else dtype, routes, 1.0 if exact else 8.0)
+    tolerance = 2e-5 if exact else 40 * epsilon(dtype)
+    assert own.dtype == np.float32
+    assert abs(own_nats - nats) < tolerance * nats
+    assert np.linalg.norm(own - grads) < tolerance * np.linalg.norm(grads)
+    assert {"layer_norm", "attention_softmax", "cross_entropy_backward"} <= used

@@ -120,7 +120,7 @@ def test_training_script_waits_once_per_log_line(tmp_path, monkeypatch, interval
     text.write_bytes(bytes(range(97, 117)) * 100)
     flags = [str(text), "--seq-len", "32", "--window", "8", "--block", "8", "--n-layers", "1",
              "--width", "16", "--ffn-width", "16", "--steps", "6", "--log-every", str(interval),
-             "--eval-every", "0", "--eval-windows", "2"]
+             "--eval-every", "0", "--eval-windows", "2", "--parts", "1"]
     monkeypatch.setattr(train, "select_device", lambda _: (np, "plain"))
     with redirect_stdout(io.StringIO()):
         train.main([*flags, "--out", str(tmp_path / "host")])

@@ -97,3 +97,13 @@ def test_optimizers_go_downhill(name):
     for step in range(200):
         update(flat, flat - goal, state, TABLE, 0.02, step)
     assert ((flat - goal) ** 2).sum() < 0.05
+
+
+def test_loss_scale():
+    """Halved by an overflow, doubled after 2,000 steps without; powers of two throughout."""
+    scale = optim.FIRST_SCALE
+    assert scale.after(False) == (2.0**15, 0)
+    for _ in range(1999):
+        scale = scale.after(True)
+    assert scale == (2.0**16, 1999)
+    assert scale.after(True) == (2.0**17, 0)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rt_scratch import attention
 from rt_scratch.backend import array_module
 from rt_scratch.kernels.gemm import matmul
 
@@ -165,6 +166,26 @@ def supports(*arguments) -> bool:
         elif hasattr(x, "dtype") and x.dtype.kind not in "iub" and x.dtype.name not in WORD:
             return False
     return True
+
+
+# -------------------------------------------------------------------------------------- linear
+
+def linear(x, w, b=None):
+    """Twin of layers.linear."""
+    rows = x.reshape(-1, x.shape[-1])
+    y = matmul(rows, w)
+    if b is not None:
+        y += b
+    return y.reshape(*x.shape[:-1], w.shape[1]), (x, w)
+
+
+def linear_backward(dy, cache):
+    """Twin of layers.linear_backward; gradients of w and b are summed, and left, in float32."""
+    x, w = cache
+    rows = _contiguous(dy.reshape(-1, dy.shape[-1]))
+    dx = matmul(rows, w.T)
+    dw = matmul(x.reshape(-1, x.shape[-1]).T, rows, dtype="float32")
+    return dx.reshape(x.shape), dw, column_sum(rows)
 
 
 # --------------------------------------------------------------------------- columns, LayerNorm
@@ -315,7 +336,7 @@ def linear_cross_entropy_backward(dloss, cache):
         matmul(dz, w.T, out=dx[rows])
         matmul(x[rows].T, dz, out=dw, beta=1)
         db += column_sum(dz)
-    return dx, dw.astype(w.dtype, copy=False), db.astype(b.dtype, copy=False)
+    return dx, dw, db
 
 
 def column_sum(x):
@@ -455,6 +476,33 @@ def _softmax(name, part, s, r, rule, arrays, table, scale, dropped):
     launch(name, (_blocks(rows, WARPS),), (THREADS,), s, r, mask, segment, *arrays,
            part.start * n_queries, rows, n_queries, n_keys, distances, mask_blocks, blocks, tokens,
            offset, window, scale, *_drop(dropped))
+
+
+def local_attention(q, k, v, rel_k, rel_v, block, lookback, scale, segments=None, window=None,
+                    dropped=None):
+    """Twin of attention.local_attention: no mask exists, the kernel knows its rule."""
+    t = q.shape[2]
+    block = min(block, t)
+    lookback = min(lookback, -(-t // block) - 1)
+    reach = block, lookback, segments, window
+    inputs, _ = attention._local_inputs(q, k, v, rel_k, rel_v, block, lookback)
+    o, (*_, lse) = attend(*inputs, _band(t, *reach), scale, dropped)
+    return attention._join(o, t), (q, k, v, rel_k, rel_v, reach, scale, dropped, lse)
+
+
+def local_attention_backward(do, cache):
+    """Twin of attention.local_attention_backward."""
+    q, k, v, rel_k, rel_v, reach, scale, dropped, lse = cache
+    t, (block, lookback, _, _) = q.shape[2], reach
+    inputs, caches = attention._local_inputs(q, k, v, rel_k, rel_v, block, lookback)
+    gradients = attend_backward(attention._split(do, block),
+                                (*inputs, _band(t, *reach), scale, dropped, lse))
+    return attention._local_gradients(*gradients, caches, t, block, lookback)
+
+
+def _band(t, block, lookback, segments, window):
+    segments = None if segments is None else segments.reshape(-1, t)
+    return Band(-(-t // block), t, lookback * block, window or t, segments)
 
 
 # ------------------------------------------------------------------------------------- routing
@@ -662,7 +710,8 @@ def _matrices(xp, table):
 
 # What may be registered as the twin of the function of the same name, when `supports` agrees.
 TWINS = {function.__name__: function for function in (
-    normalize, normalize_backward, layer_norm, layer_norm_backward, geglu, geglu_backward, dropout,
-    linear_cross_entropy, linear_cross_entropy_backward, attend, attend_backward, top_members,
+    linear, linear_backward, normalize, normalize_backward, layer_norm, layer_norm_backward, geglu,
+    geglu_backward, dropout, linear_cross_entropy, linear_cross_entropy_backward, attend,
+    attend_backward, local_attention, local_attention_backward, top_members,
     by_cluster, inverse, gather, scatter_sum, scatter_mean, segment_sum, cluster_statistics,
     adamw_update, adafactor_update)}
