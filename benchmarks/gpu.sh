@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call of under 8 minutes: the tests, then the measurements.
+#   benchmarks/gpu.sh OUT            (needs: pip install -e '.[cuda13,test]'; rivals: '.[bench]')
+set -uo pipefail
+out=${1:?usage: benchmarks/gpu.sh OUT_FOLDER}
+cd "$(dirname "$0")/.."
+mkdir -p "$out"
+nvidia-smi > "$out/nvidia-smi.txt" 2>&1
+timeout 150 python -m pytest -q -m gpu 2>&1 | tee "$out/tests.txt" | tail -n 15
+timeout 400 python benchmarks/gpu_bench.py --out "$out" --seconds 240 2>&1 | tee "$out/bench.txt"

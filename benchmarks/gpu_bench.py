@@ -1,0 +1,293 @@
+"""The GPU engine measured: one table per question, written to OUT as each is done.
+
+    python benchmarks/gpu_bench.py --out results/gpu            on a GPU, about 6 minutes
+    python benchmarks/gpu_bench.py --out /tmp/dry --dry         tiny sizes on the CPU: does it run?
+
+Training steps per size and precision; with torch installed also the port (float32, TF32) and the
+torch twin (eager and compiled, bf16 autocast). Time per kernel and its bandwidth; the longest
+window that trains; generation.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from race import matrix_flops, table
+from sizes import model as size_model
+
+from rt_scratch import decode
+from rt_scratch.backend import select_device, select_precision
+from rt_scratch.config import ModelConfig, UserError
+from rt_scratch.model import init_centroids, init_parameters, views
+from rt_scratch.optim import adamw_init, adamw_update, clip_by_global_norm
+from rt_scratch.presets import preset
+from rt_scratch.step import gradients, move_centroids
+
+
+class Bench:
+    """What all measurements share: the module, the clock, the sizes, the results so far."""
+
+    def __init__(self, xp, out, dry):
+        self.xp, self.out, self.dry, self.report = xp, out, dry, []
+        out.mkdir(parents=True, exist_ok=True)
+
+    def wait(self):
+        if self.xp is not np:
+            self.xp.cuda.Device().synchronize()
+
+    def seconds(self, function, n=8, warm_up=3):
+        """Median seconds of a call, waiting for the GPU after each."""
+        if self.dry:
+            n = warm_up = 1
+        times = []
+        for i in range(warm_up + n):
+            self.wait()
+            start = time.perf_counter()
+            function(i)
+            self.wait()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[warm_up:])
+
+    def free(self):
+        if self.xp is not np:
+            self.xp.get_default_memory_pool().free_all_blocks()
+
+    def peak(self):
+        return self.xp.get_default_memory_pool().total_bytes() / 2**20 if self.xp is not np else 0
+
+    def write(self, title, header, rows):
+        text = f"## {title}\n\n" + table(header, rows)
+        print(text, flush=True)
+        self.report.append(text)
+        (self.out / "gpu.md").write_text("\n".join(self.report))
+
+
+def sizes(dry):
+    """(name, ModelConfig, batch): the enwik8 released model and two smaller ones."""
+    if dry:
+        return [("tiny", size_model("1.1M", seq_len=128, width=32, ffn_width=64)[0], 2)]
+    fields = {k: v for k, v in preset("enwik8", "released").items()
+              if k in ModelConfig.__dataclass_fields__}
+    released = ModelConfig(**fields | {"vocab_size": 256}).validate()
+    return [("enwik8 released, T 8192", released, 1), ("24.7M", *size_model("24.7M")),
+            ("4.2M", *size_model("4.2M")[:1], 16)]
+
+
+def trainer(bench, cfg, batch, precision, recompute=False):
+    """(a function that takes one training step, number of parameters)."""
+    xp = bench.xp
+    _, dtype = select_precision(precision, xp)
+    flat, table_ = init_parameters(cfg, xp, "float32", 0)
+    centroids, grads = init_centroids(cfg, xp, "float32", 0), xp.empty_like(flat)
+    state = adamw_init(flat, table_)
+    ids = xp.asarray(np.random.default_rng(0).integers(0, cfg.vocab_size, (batch, cfg.seq_len)))
+
+    def one(i):
+        nonlocal centroids
+        result = gradients(flat, grads, table_, centroids, cfg, [(ids, None)], 0, i, recompute,
+                           dtype, 2.0**10 if precision == "fp16" else 1.0)
+        clip_by_global_norm(grads, 1.0)
+        adamw_update(flat, grads, state, table_, 1e-4, i)
+        centroids = move_centroids(centroids, result.memberships, cfg)
+
+    return one, flat.size
+
+
+def matrix_rate(bench, precision):
+    """FLOP/s of a product of 8192 x 8192."""
+    n = 256 if bench.dry else 8192
+    if bench.xp is np:
+        a = np.ones((n, n), "float32")
+        return 2 * n**3 / bench.seconds(lambda _: a @ a)
+    from rt_scratch.kernels.gemm import matmul
+
+    _, dtype = select_precision(precision, bench.xp)
+    a = bench.xp.ones((n, n), dtype or "float32")
+    out = bench.xp.empty_like(a)
+    return 2 * n**3 / bench.seconds(lambda _: matmul(a, a, out=out))
+
+
+def steps(bench):
+    precisions = ("float32",) if bench.xp is np else ("float32", "tf32", "bf16", "fp16")
+    rates = {p: matrix_rate(bench, p) for p in precisions}
+    bench.write("Matrix product of 8192 x 8192", ["precision", "TFLOP/s"],
+                [[p, f"{r / 1e12:.1f}"] for p, r in rates.items()])
+    rows = []
+    for name, cfg, batch in sizes(bench.dry):
+        for p in precisions:
+            bench.free()
+            one, n = trainer(bench, cfg, batch, p)
+            seconds = bench.seconds(one)
+            tokens = batch * cfg.seq_len
+            share = matrix_flops(cfg) * tokens / seconds / rates[p]
+            rows.append([name, "ours", p, f"{n:,}", f"{seconds * 1e3:.1f}",
+                         f"{tokens / seconds:,.0f}", f"{share:.0%}", f"{bench.peak():.0f}"])
+        rows += rivals(bench, name, cfg, batch)
+    bench.write("Training steps", ["size", "contender", "precision", "parameters", "ms/step",
+                                   "tokens/s", "of the matrix rate", "peak MiB"], rows)
+
+
+def rivals(bench, name, cfg, batch):
+    """Rows of the port and of the torch twin; none where torch is missing."""
+    try:
+        import torch
+        import torch_twin
+        from routing_transformer import RoutingTransformerLM
+        from routing_transformer.autoregressive_wrapper import AutoregressiveWrapper
+    except ImportError:
+        return []
+    device = "cpu" if bench.xp is np else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        return []
+    torch.set_default_device(device)
+    rows = []
+
+    def run(contender, precision, make_loss, parameters):
+        optimizer = torch.optim.AdamW(parameters, 1e-4)
+
+        def one(_):
+            with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+                loss = make_loss()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            seconds = bench.seconds(one)
+            peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else 0
+            n = sum(p.numel() for p in parameters)
+            tokens = batch * cfg.seq_len
+            rows.append([name, contender, precision, f"{n:,}", f"{seconds * 1e3:.1f}",
+                         f"{tokens / seconds:,.0f}", "", f"{peak:.0f}"])
+        except RuntimeError as error:
+            rows.append([name, contender, precision, "", str(error).splitlines()[0], "", "", ""])
+
+    net = AutoregressiveWrapper(RoutingTransformerLM(
+        num_tokens=cfg.vocab_size, dim=cfg.width, depth=cfg.n_layers, max_seq_len=cfg.seq_len,
+        heads=cfg.n_heads, dim_head=cfg.head_width, window_size=cfg.window, causal=True,
+        n_local_attn_heads=cfg.n_local_heads, ff_glu=True, shared_qk=True)).to(device)
+    ids = torch.randint(0, cfg.vocab_size, (batch, cfg.seq_len + 1))
+    for precision in ("float32", "bf16") if bench.dry else ("float32", "tf32", "bf16"):
+        run("port", precision, lambda net=net: net(ids, return_loss=True), list(net.parameters()))
+    del net
+    flat, table_ = init_parameters(cfg, np, "float32", 0)
+    params = torch_twin.tree(views(flat, table_))
+    params = torch.utils._pytree.tree_map(
+        lambda x: x.detach().to(device).requires_grad_(), params)
+    mu = {i: torch.tensor(c.mu) for i, c in init_centroids(cfg, np, "float32", 0).items()}
+    twin = torch_twin.loss
+    for contender in ("twin eager",) if bench.dry else ("twin eager", "twin compiled"):
+        if contender == "twin compiled":
+            twin = torch.compile(twin)
+        run(contender, "bf16", lambda twin=twin: twin(params, mu, cfg, ids[:, 1:]),
+            list(torch_twin.leaves(params)))
+    torch.set_default_device("cpu")
+    return rows
+
+
+def kernels(bench):
+    """Time and bandwidth of every kernel in a step, by CUDA events around each launch."""
+    if bench.xp is np:
+        return
+    from rt_scratch.kernels import cuda
+
+    name, cfg, batch = sizes(False)[0]
+    one, _ = trainer(bench, cfg, batch, "bf16")
+    one(0)
+    one(1)
+    events, launch = [], cuda.launch
+
+    def timed(kernel, grid, block, *arguments, **options):
+        start, end = bench.xp.cuda.Event(), bench.xp.cuda.Event()
+        start.record()
+        launch(kernel, grid, block, *arguments, **options)
+        end.record()
+        size = sum(a.nbytes for a in arguments if hasattr(a, "nbytes") and getattr(a, "ndim", 0))
+        events.append((kernel, size, start, end))
+
+    cuda.launch = timed
+    try:
+        one(2)
+        bench.wait()
+    finally:
+        cuda.launch = launch
+    totals = {}
+    for kernel, size, start, end in events:
+        ms = bench.xp.cuda.get_elapsed_time(start, end)
+        calls, time_, bytes_ = totals.get(kernel, (0, 0.0, 0))
+        totals[kernel] = calls + 1, time_ + ms, bytes_ + size
+    rows = [[k, c, f"{ms:.3f}", f"{b / ms / 1e6:.0f}"]
+            for k, (c, ms, b) in sorted(totals.items(), key=lambda item: -item[1][1])]
+    bench.write(f"Kernels of a bf16 step, {name} (bytes: all array arguments once)",
+                ["kernel", "calls", "ms", "GB/s"], rows)
+
+
+def longest(bench):
+    """The longest window that trains at C = 512, 6 layers, with recomputation."""
+    rows, t, last = [], (256 if bench.dry else 16384), (512 if bench.dry else 524288)
+    while t <= last:
+        cfg, _ = size_model("1.1M" if bench.dry else "24.7M", seq_len=t)
+        bench.free()
+        try:
+            one, _ = trainer(bench, cfg, 1, "auto", recompute=True)
+            seconds = bench.seconds(one, n=1, warm_up=1)
+        except MemoryError:
+            rows.append([t, "out of memory", "", ""])
+            break
+        rows.append([t, f"{seconds:.2f}", f"{t / seconds:,.0f}", f"{bench.peak():.0f}"])
+        t *= 2
+    bench.write("Length of one window, C = 512, 6 layers, recomputation",
+                ["T", "s/step", "tokens/s", "peak MiB"], rows)
+
+
+def generation(bench):
+    rows = []
+    for name, cfg, _ in sizes(bench.dry):
+        bench.free()
+        flat, table_ = init_parameters(cfg, bench.xp, "float32", 0)
+        params = views(flat, table_)
+        centroids = init_centroids(cfg, bench.xp, "float32", 0)
+        context = min(4000, cfg.seq_len // 2)
+        prompt = bench.xp.asarray(np.random.default_rng(0).integers(0, 256, (1, context)))
+        _, cache = decode.prefill(params, centroids, cfg, prompt, context + 64)
+        args = params, centroids, cfg, cache
+        seconds = bench.seconds(lambda i, args=args, prompt=prompt: decode.step(
+            *args, prompt[:, i]), n=20)
+        rows.append([name, cfg.routing, context, f"{seconds * 1e3:.2f}", f"{1 / seconds:.0f}"])
+    bench.write("Generation, batch 1", ["size", "routing", "context", "ms/token", "tokens/s"],
+                rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for gpu.md")
+    parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--seconds", type=int, default=360, help="start no part after this time")
+    args = parser.parse_args()
+    try:
+        xp, device = select_device("cpu" if args.dry else "cuda")
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    bench, started = Bench(xp, args.out, args.dry), time.time()
+    bench.report.append(f"# GPU engine\n\n{time.strftime('%Y-%m-%d')}; {device}\n")
+    for part in (steps, kernels, generation, longest):
+        if time.time() - started > args.seconds:
+            bench.report.append(f"{part.__name__}: left out, no time\n")
+            continue
+        try:
+            part(bench)
+        except Exception as error:  # the other tables are worth having
+            bench.write(f"{part.__name__} failed", ["error"], [[repr(error)[:500]]])
+    (args.out / "gpu.md").write_text("\n".join(bench.report))
+    (args.out / "command.json").write_text(json.dumps(sys.argv) + "\n")
+
+
+if __name__ == "__main__":
+    main()
