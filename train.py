@@ -333,7 +333,8 @@ def parse(argv):
                              f"--eval-windows (default {CAUSAL_WINDOWS}) windows")
     parser.add_argument("--stride", type=int, default=0,
                         help="tokens between evaluation windows (default: no overlap)")
-    parser.add_argument("--dry-run", action="store_true", help="describe the run and stop")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="describe the run and stop; needs no files")
     for cls, title in ((ModelConfig, "model"), (TrainConfig, "training")):
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(cls):
@@ -378,17 +379,23 @@ def prepare(args):
         if args.download:
             data.fetch(name, args.data_dir)
         fields = preset(name, args.preset or "small") | given
-        dataset = data.load(name, args.data_dir, fields.pop("vocab_size", 0))
+        vocab_size = fields.pop("vocab_size", 0)
+        if args.dry_run and not data.present(name, args.data_dir):
+            dataset = data.outline(name, vocab_size)
+        else:
+            dataset = data.load(name, args.data_dir, vocab_size)
         fields |= {"kind": dataset.kind, "vocab_size": dataset.vocab_size,
                    "pad_id": dataset.pad_id}
         if dataset.kind == "image":
             fields.setdefault("image_size", dataset.image_shape[0])
-            fields.setdefault("seq_len", dataset.splits["train"].shape[1])
+            fields.setdefault("seq_len", 3 * fields["image_size"] ** 2)
         model = ModelConfig(**only(ModelConfig, fields))
         train = TrainConfig(**only(TrainConfig, fields))
         folder = args.out or default_folder(name)
     model.validate()
     train.validate()
+    if args.dry_run and not dataset.splits:
+        return folder, {}, dataset, model, train
     if model.n_classes and model.n_classes != dataset.n_classes:
         raise UserError(f"--n-classes {model.n_classes}: {name} has {dataset.n_classes} classes")
     if model.kind == "text" and len(dataset.splits["train"]) < model.seq_len:

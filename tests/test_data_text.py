@@ -132,7 +132,7 @@ def test_vocabulary_must_fit(tmp_path):
 def test_table_names_real_modules():
     import importlib
 
-    for module, about in DATASETS.values():
+    for module, about, *_ in DATASETS.values():
         assert callable(importlib.import_module(f"rt_scratch.data.{module}").load)
         assert about
 

@@ -15,15 +15,15 @@ from pathlib import Path
 from rt_scratch.config import UserError
 from rt_scratch.data.dataset import Dataset, codec, score
 
-__all__ = ["DATASETS", "Dataset", "codec", "fetch", "load", "score"]
+__all__ = ["DATASETS", "Dataset", "codec", "fetch", "load", "outline", "present", "score"]
 
-DATASETS = {  # name: (module in this folder, what it is)
-    "stdlib": ("stdlib", "bytes of the Python standard library's own source files"),
-    "enwik8": ("enwik8", "100 MB of Wikipedia, bytes"),
-    "wikitext103": ("wikitext103", "Wikipedia articles, words"),
-    "pg19": ("pg19", "books before 1919, subwords"),
-    "cifar10": ("cifar10", "32 x 32 images of 10 classes"),
-    "imagenet64": ("imagenet64", "64 x 64 images of 1000 classes"),
+DATASETS = {  # name: (module in this folder, what it is, V and image size of the official files)
+    "stdlib": ("stdlib", "bytes of the Python standard library's own source files", 256, 0),
+    "enwik8": ("enwik8", "100 MB of Wikipedia, bytes", 256, 0),
+    "wikitext103": ("wikitext103", "Wikipedia articles, words", 267_735, 0),
+    "pg19": ("pg19", "books before 1919, subwords", 98_304, 0),
+    "cifar10": ("cifar10", "32 x 32 images of 10 classes", 256, 32),
+    "imagenet64": ("imagenet64", "64 x 64 images of 1000 classes", 256, 64),
 }
 
 
@@ -52,6 +52,19 @@ def load(name: str, data_dir: str | Path | None = None, vocab_size: int = 0) -> 
         raise UserError(f"{name} has {data.vocab_size} token values, not {vocab_size}: the "
                         "checkpoint or --vocab-size belongs to other data")
     return data
+
+
+def outline(name: str, vocab_size: int = 0) -> Dataset:
+    """`name` as far as it is known without its files: no splits. For planning a run."""
+    _, about, v, size = DATASETS[name]
+    return Dataset(name, "image" if size else "text", vocab_size or v, "", {},
+                   f"{about}; not here, so as the official files are",
+                   image_shape=(size, size, 3) if size else None)
+
+
+def present(name: str, data_dir: str | Path | None = None) -> bool:
+    """False if `name` needs files and there is no folder for them."""
+    return name not in DATASETS or name == "stdlib" or _folder(name, data_dir).is_dir()
 
 
 def fetch(name: str, data_dir: str | Path | None = None) -> None:

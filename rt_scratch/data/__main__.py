@@ -14,7 +14,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m rt_scratch.data", description="Fetch, check and encode a dataset.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(f"  {name:12} {about}" for name, (_, about) in DATASETS.items()))
+        epilog="\n".join(f"  {name:12} {about}" for name, (_, about, *_) in DATASETS.items()))
     parser.add_argument("name", help="a dataset of the list below, or a text file")
     parser.add_argument("--data-dir", metavar="DIR",
                         help="folder of the official files (default: data/NAME)")

@@ -1,0 +1,73 @@
+"""Every preset of every dataset: what it asks for without data, and one real step, narrowed."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import train
+from rt_scratch import run
+from rt_scratch.config import ModelConfig, UserError
+from rt_scratch.model import parameter_table
+from rt_scratch.optim import OPTIMIZERS
+from rt_scratch.presets import PRESETS, preset
+from rt_scratch.step import gradients, move_centroids
+
+ALL = [(dataset, name) for dataset, names in PRESETS.items() for name in names]
+
+
+def planned(dataset, name, tmp_path):
+    flags = [dataset, "--preset", name, "--dry-run", "--data-dir", tmp_path / "nothing"]
+    return train.prepare(train.parse([str(flag) for flag in flags]))[3:]
+
+
+@pytest.mark.parametrize("dataset, name", ALL)
+def test_one_step(dataset, name, tmp_path):
+    """Heads, routing, norms, dropouts and optimizer as they are; width, length and V small."""
+    model, recipe = planned(dataset, name, tmp_path)
+    shorter = model.seq_len // 192
+    model = dataclasses.replace(
+        model, vocab_size=256, width=8 * model.n_heads, ffn_width=24, n_layers=3,
+        embed_width=8 if model.embed_width else 0, seq_len=192,
+        image_size=8 if model.image_size else 0, window=max(model.window // shorter, 1),
+        block=max(model.block // shorter, 1)).validate()
+    ids = np.random.default_rng(0).integers(0, 256, (2, 192))
+    state = run.new_state(model, recipe, np)
+    grads = np.zeros_like(state.flat)
+    result = gradients(state.flat, grads, state.table, state.centroids, model, [(ids, None)],
+                       seed=0, step=0)
+    before = state.flat.copy()
+    OPTIMIZERS[recipe.optimizer][1](state.flat, grads, state.optimizer, state.table, recipe.lr, 0,
+                                    weight_decay=recipe.weight_decay)
+    moved = move_centroids(state.centroids, result.memberships, model)
+    assert np.isfinite(result.nats) and np.isfinite(state.flat).all()
+    assert all((state.flat != before)[leaf.start : leaf.stop].any() for leaf in state.table)
+    assert len(moved) == sum(model.heads(i)[0] > 0 for i in range(model.n_layers)) > 0
+
+
+@pytest.mark.parametrize("dataset, millions", [
+    ("enwik8", 165), ("wikitext103", 325), ("pg19", 583), ("imagenet64", 197), ("cifar10", 96)])
+def test_size_of_the_released_recipes(dataset, millions, tmp_path):
+    model, _ = planned(dataset, "released", tmp_path)
+    table = parameter_table(model)
+    assert round(table[-1].stop / 1e6) == millions
+
+
+def test_where_the_paper_differs():
+    def changed(dataset):
+        a, b = preset(dataset, "released"), preset(dataset, "paper")
+        return {k: v for k, v in b.items() if a.get(k) != v}
+
+    assert changed("enwik8") == {"n_clusters": 32, "window": 256}
+    assert changed("wikitext103") == {"n_layers": 10, "n_clusters": 16, "window": 256}
+    assert changed("pg19") == {"routing_layers": (-2, -1)}
+    with pytest.raises(UserError, match="pg19 has released, small, paper"):
+        preset("pg19", "large")
+    assert preset("some.txt", "small") == {}
+
+
+def test_fields_exist():
+    known = {f.name for f in dataclasses.fields(ModelConfig)}
+    known |= {f.name for f in dataclasses.fields(train.TrainConfig)}
+    for dataset, name in ALL:
+        assert set(PRESETS[dataset][name]) <= known
