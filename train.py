@@ -94,7 +94,8 @@ def fit(state, dataset, model, train, config, folder, xp, dtype, stop_after):
             lr = learning_rate(step, train.schedule, train.lr, train.warmup, train.steps)
 
             result = gradients(flat, grads, table, centroids, model, parts, train.seed, step,
-                               train.recompute, dtype, scale.value)
+                               train.recompute, dtype, scale.value,
+                               train.parts if xp is np else 1)
             norm = clip_by_global_norm(grads, train.clip) if train.clip else global_norm(grads)
             done = step + 1
             scoring = done == last or (train.eval_every and done % train.eval_every == 0)
@@ -300,11 +301,12 @@ def flops(model, table):
 def memory(model, train, n_parameters):
     """Rough bytes of a step: parameters, gradients, optimizer state, activations."""
     size = np.dtype(train.dtype).itemsize
+    copies = 2 + 2 * (train.optimizer == "adamw") + min(train.parts, train.batch) - 1
     per_token = model.n_layers * (10 * model.width + 3 * model.ffn_width)
     live = train.batch * model.seq_len
     if train.recompute:
         per_token = per_token // model.n_layers + model.n_layers * model.width
-    return size * (n_parameters * (3 + train.parts) + per_token * live)
+    return size * (n_parameters * copies + per_token * live)
 
 
 # --------------------------------------------------------------------------------- command line

@@ -101,7 +101,8 @@ def profile(size, n_steps, changes):
         if i == 2:
             records.clear()
             start = time.perf_counter()
-        result = step.gradients(flat, grads, table, centroids, cfg, parts, 0, i)
+        result = step.gradients(flat, grads, table, centroids, cfg, parts, 0, i,
+                                together=len(parts))
         optim.adamw_update(flat, grads, state, table, 1e-3, i)
         centroids = step.move_centroids(centroids, result.memberships, cfg)
     seconds = (time.perf_counter() - start) / n_steps

@@ -54,7 +54,7 @@ def step_ours(size, changes, n_steps):
 
     def one(i):
         nonlocal centroids
-        result = gradients(flat, grads, table, centroids, cfg, parts, 0, i)
+        result = gradients(flat, grads, table, centroids, cfg, parts, 0, i, together=len(parts))
         adamw_update(flat, grads, state, table, 1e-3, i)
         centroids = move_centroids(centroids, result.memberships, cfg)
 

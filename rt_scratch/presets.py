@@ -17,8 +17,7 @@ _RELEASED_IMAGE = dict(
     local_max_distance=0, routing_max_distance=0,
 )
 _SMALL = dict(seq_len=1024, n_clusters=16, batch=2)  # and the defaults of config.py
-# A block is one row of the image: a query sees the row above it.
-_SMALL_IMAGE = dict(eval_windows=16)
+_SMALL_IMAGE = dict(eval_windows=16)  # and a block is one row: a query sees the row above it
 
 PRESETS: dict[str, dict[str, dict]] = {
     "enwik8": {

@@ -1,15 +1,13 @@
 """The gradient of one optimizer step, from as many parts as the batch is cut into.
 
-On a CPU the parts run side by side on threads (NumPy releases the interpreter's lock while it
+On a CPU a few parts run side by side on threads (NumPy releases the interpreter's lock while it
 computes), each with one BLAS thread and a gradient buffer of its own. The buffers are added in the
-order of the parts, so the result depends on the number of parts, never on that of threads.
+order of the parts, so the result depends on how the batch is cut, never on the number of threads.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
-
-import numpy
 
 from rt_scratch.backend import array_module
 from rt_scratch.config import ModelConfig
@@ -28,23 +26,30 @@ class Step(NamedTuple):
 
 
 def gradients(flat, grads, table, centroids, cfg: ModelConfig, parts, seed: int, step: int,
-              recompute: bool = False, dtype=None, loss_scale: float = 1.0) -> Step:
+              recompute: bool = False, dtype=None, loss_scale: float = 1.0,
+              together: int = 1) -> Step:
     """Fill `grads` with the gradient of nats + beta commitment over all parts of the batch.
 
     parts: list of (ids (B, T), labels (B,) or None). Every target weighs the same whatever part it
     is in, so cutting a batch differently changes nothing but rounding. The network computes in
     `dtype` (default: that of flat), on a rounded copy of the parameters; `grads` keeps the dtype of
-    flat. With `loss_scale` the backward pass runs on so many times the loss.
+    flat. With `loss_scale` the backward pass runs on so many times the loss. `together` parts run
+    side by side: as many times the activations, and as many gradient buffers.
     """
     xp = array_module(flat)
     params = views(flat if dtype is None else flat.astype(dtype), table)
     weights = [target_weights(cfg, ids, flat.dtype) for ids, _ in parts]
     total = sum(w.sum() for w in weights)
-    share = 1 / len(parts)
+    n = len(parts)
+    share = 1 / n
+    spare = {slot: xp.empty_like(grads) for slot in {part % together for part in range(1, n)}}
+    grads[...] = 0
 
     def run(part):
-        (ids, labels), buffer = parts[part], buffers[part]
-        buffer[...] = 0
+        (ids, labels), buffer = parts[part], grads
+        if part:
+            buffer = spare[part % together]
+            buffer[...] = 0
         (nats, commitment), cache, report = loss(
             params, centroids, cfg, ids, weights[part] / total, labels, Noise(seed, step, part),
             recompute=recompute)
@@ -52,20 +57,13 @@ def gradients(flat, grads, table, centroids, cfg: ModelConfig, parts, seed: int,
                       views(buffer, table))
         return nats, commitment, report
 
-    if xp is numpy and len(parts) > 1:
-        buffers = [grads] + [xp.empty_like(grads) for _ in parts[1:]]
-        results = parallel(run, range(len(parts)))
-        for buffer in buffers[1:]:
-            grads += buffer
-    else:
-        grads[...] = 0
-        spare = xp.empty_like(grads) if len(parts) > 1 else None
-        results = []
-        for part in range(len(parts)):
-            buffers = {part: spare if part else grads}
-            results.append(run(part))
+    results = []
+    for first in range(0, n, together):
+        group = range(first, min(first + together, n))
+        results += parallel(run, group)
+        for part in group:
             if part:
-                grads += spare
+                grads += spare[part % together]
     if loss_scale != 1:
         grads *= 1 / loss_scale
     nats, commitments, reports = zip(*results, strict=True)

@@ -11,12 +11,13 @@ from test_model import SMALL
 from rt_scratch import step, threads
 
 
-def run(m, parts, recompute=False):
-    """(gradient, Step) of the batch cut into parts of the given sizes."""
+def run(m, parts, together=None):
+    """(gradient, Step) of the batch cut into parts of the given sizes, `together` of them at once.
+    """
     grads = np.full_like(m.flat, np.nan)
     cuts = np.split(m.ids, np.cumsum(parts)[:-1])
     result = step.gradients(m.flat, grads, m.table, m.centroids, m.cfg, [(c, None) for c in cuts],
-                            seed=0, step=3, recompute=recompute)
+                            seed=0, step=3, together=together or len(parts))
     return grads, result
 
 
@@ -56,6 +57,13 @@ def test_number_of_threads_changes_no_bit(monkeypatch):
         results.append(run(m, (1, 1, 1, 1))[0])
     np.testing.assert_array_equal(results[0], results[1])
     np.testing.assert_array_equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("together", [1, 2, 4, 7])
+def test_parts_at_once_change_no_bit(together):
+    m = setup(dataclasses.replace(SMALL, attention_dropout=0.2), batch=5)
+    one, some = run(m, (1,) * 5, 5)[0], run(m, (1,) * 5, together)[0]
+    np.testing.assert_array_equal(one, some)
 
 
 def test_parts_draw_different_dropout():
