@@ -158,20 +158,16 @@ def evaluate(state, dataset, model, train, split, xp, stride=0, limit=0):
     if count_windows(tokens, model.seq_len, stride) == 0:
         raise UserError(f"the {split} split is empty: give more text")
     params = views(state.flat, state.table)
-    nats, n, row = 0.0, 0.0, 0
-    for ids, weights in eval_windows(tokens, model.seq_len, train.batch, stride, limit):
-        labels = None
-        if model.n_classes:
-            picked = np.arange(row, row + len(ids)) % len(tokens)
-            labels = xp.asarray(dataset.labels[split][picked])
+    nats, n = 0.0, 0.0
+    for ids, weights, index in eval_windows(tokens, model.seq_len, train.batch, stride, limit):
+        labels = xp.asarray(dataset.labels[split][index]) if model.n_classes else None
         (part, _), _, _ = loss(params, state.centroids, model, xp.asarray(ids),
                                xp.asarray(weights.astype(train.dtype)), labels,
                                recompute=True)
         nats += float(part)
         n += float(weights.sum())
-        row += len(ids)
     total = count_windows(tokens, model.seq_len, stride)
-    seen = f"first {limit} windows of {total}" if limit and limit < total else "whole split"
+    seen = f"{limit} of {total} windows, evenly spread" if 0 < limit < total else "whole split"
     leak = "; TOPK ROUTING LEAKS THE FUTURE into this score" \
         if model.routing == "topk" and model.heads_route() else ""
     value = data.score(nats, n, dataset, split)
@@ -187,12 +183,12 @@ def evaluate_causally(state, dataset, model, split, xp, limit):
     later tokens choose the members, the difference is what looking ahead is worth.
     """
     tokens, params = dataset.splits[split], views(state.flat, state.table)
-    nats, n, row = 0.0, 0.0, 0
-    for ids, weights in eval_windows(tokens, model.seq_len, limit, 0, limit):
-        labels = None
-        if model.n_classes:
-            labels = xp.asarray(dataset.labels[split][row : row + len(ids)])
-        ids, row = xp.asarray(ids), row + len(ids)
+    total = count_windows(tokens, model.seq_len)
+    limit = min(limit, total)
+    nats, n = 0.0, 0.0
+    for ids, weights, index in eval_windows(tokens, model.seq_len, limit, 0, limit):
+        labels = xp.asarray(dataset.labels[split][index]) if model.n_classes else None
+        ids = xp.asarray(ids)
         scores, cache = decode.prefill(
             params, state.centroids, model, ids[:, :0], model.seq_len, labels)
         for t in range(ids.shape[1]):
@@ -205,8 +201,8 @@ def evaluate_causally(state, dataset, model, split, xp, limit):
         n += float(weights.sum())
     value = data.score(nats, n, dataset, split)
     return nats / n, (f"{split} {value:.4f} {dataset.unit}  by incremental decoding, nothing seen "
-                      f"ahead  (first {row} windows, {n:.0f} tokens, context {model.seq_len}, "
-                      f"routing {model.routing})")
+                      f"ahead  ({limit} of {total} windows, evenly spread, {n:.0f} tokens, context "
+                      f"{model.seq_len}, routing {model.routing})")
 
 
 def sample(state, dataset, model, train, step, folder, n_tokens=160, n_images=4):

@@ -115,7 +115,7 @@ def contender(name, size, data, minutes, lr):
 
     me = Port(size) if name == "port" else Ours(size, "causal" if name == "ours" else "topk")
     splits, t = load(data).splits, me.cfg.seq_len
-    windows = np.concatenate([ids for ids, w in eval_windows(splits["valid"], t, 8, 0, WINDOWS)
+    windows = np.concatenate([ids for ids, w, _ in eval_windows(splits["valid"], t, 8, 0, WINDOWS)
                               if w.all()]).astype(np.int64)
     seconds = 0.0
 

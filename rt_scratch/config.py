@@ -165,7 +165,8 @@ class TrainConfig:
                 "statistics and centroids stay float32", PRECISIONS)
     seed: int = _field(0, "seed of weights, data order and dropout")
     eval_every: int = _field(290, "steps between evaluations; 0: only at the end")
-    eval_windows: int = _field(64, "windows per evaluation; 0: the whole split")
+    eval_windows: int = _field(64, "windows per evaluation, evenly spread over the "
+                                  "split; 0: the whole split")
     log_every: int = _field(10, "steps between log lines")
 
     @property

@@ -86,12 +86,14 @@ def test_each_token_is_scored_once_with_its_context(n, t, batch, data):
     text = np.arange(1, n + 1)  # distinct, so that a token tells its place; 0 is only filling
     scored = []
     windows = 0
-    for tokens, weights in eval_windows(text, t, batch, stride):
+    for tokens, weights, index in eval_windows(text, t, batch, stride):
         assert tokens.shape == weights.shape == (batch, t)
         assert tokens.dtype == np.int32
         assert weights.dtype == np.float32
         assert set(np.unique(weights)) <= {0, 1}
-        windows += int(tokens.any(1).sum())
+        filled = tokens.any(1).nonzero()[0]
+        assert index[filled].tolist() == list(range(windows, windows + len(filled)))
+        windows += len(filled)
         for row, weight in zip(tokens, weights, strict=True):
             places = np.flatnonzero(weight)
             scored += row[places].tolist()
@@ -105,13 +107,15 @@ def test_each_token_is_scored_once_with_its_context(n, t, batch, data):
     assert windows == count_windows(text, t, stride)
 
 
-def test_first_windows_only():
+def test_some_windows_are_spread_evenly():
     text = np.arange(1, 101)
-    weights = sum(w.sum() for _, w in eval_windows(text, 10, 4, limit=3))
-    assert weights == 30
-    weights = sum(w.sum() for _, w in eval_windows(text, 10, 4, stride=2, limit=3))
+    tokens, weights, index = next(eval_windows(text, 10, 4, limit=3))
+    assert tokens[:3, 0].tolist() == [1, 31, 61]
+    assert index[:3].tolist() == [0, 3, 6]
+    assert weights.sum() == 30
+    weights = sum(w.sum() for _, w, _ in eval_windows(text, 10, 4, stride=2, limit=3))
     assert weights == 14
-    assert count_windows(text, 10, limit=1000) == 10
+    assert sum(w.sum() for _, w, _ in eval_windows(text, 10, 4, limit=1000)) == 100
     assert count_windows(text[:0], 10) == 0
     assert list(eval_windows(text[:0], 10, 2)) == []
 
@@ -119,12 +123,12 @@ def test_first_windows_only():
 def test_images_are_scored_once():
     split = np.arange(5 * 12, dtype=np.uint8).reshape(5, 12)
     batches = list(eval_windows(split, 12, 2))
-    rows = np.concatenate([tokens for tokens, _ in batches])
-    weights = np.concatenate([w for _, w in batches])
+    rows = np.concatenate([tokens for tokens, _, _ in batches])
+    weights = np.concatenate([w for _, w, _ in batches])
     assert (rows[:5] == split).all()
     assert weights.sum() == split.size
     assert (weights[5] == 0).all()
-    assert sum(w.sum() for _, w in eval_windows(split, 12, 2, limit=3)) == 36
+    assert sum(w.sum() for _, w, _ in eval_windows(split, 12, 2, limit=3)) == 36
 
 
 def test_impossible_strides_and_sizes():
@@ -146,6 +150,6 @@ def test_memory_mapped_text_is_not_read_whole(tmp_path):
         f.write(b"abcde")
     text = np.memmap(path, np.uint8, "r")
     assert random_windows(text, 100, 2, seed=0, step=0).shape == (2, 100)
-    tokens, weights = next(eval_windows(text, 8, 1, limit=1))
+    _, weights, _ = next(eval_windows(text, 8, 1, limit=2))
     assert weights.sum() == 8
     assert count_windows(text, 1000) == 3_000_000

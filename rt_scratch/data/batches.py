@@ -46,25 +46,32 @@ def shuffled_images(split: np.ndarray, batch: int, seed: int, step: int):
 
 
 def eval_windows(split: np.ndarray, n_tokens: int, batch: int, stride: int = 0,
-                 limit: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches (B, T) int32 tokens, (B, T) float32 weights: 1 where the token is scored, else 0.
+                 limit: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Batches of tokens (B, T) int32, weights (B, T) float32: 1 where the token is scored, else 0,
+    and which windows of the split they are (B,).
 
     Text, stride 0: windows that follow each other. Text, 0 < stride < T: windows every `stride`
     tokens; each scores its last `stride` tokens, the first all, so that a token has at least
     T - stride tokens of context (but for the first T). Either way each token is scored once; the
     last window is filled up with id 0 at weight 0. Images (N, T): one per row, `stride` unused.
-    Batches always have B rows; spare rows have weight 0. `limit`: only the first windows (0: all).
+    Batches always have B rows; spare rows have weight 0. `limit`: only so many windows, evenly
+    spread over the split (0: all).
     """
     if split.ndim == 2 and split.shape[1] != n_tokens:
         raise UserError(f"images have {split.shape[1]} values, --seq-len is {n_tokens}")
     stride = stride or n_tokens
     if not 0 < stride <= n_tokens:
         raise UserError(f"--stride {stride}: must be from 1 to --seq-len {n_tokens}")
-    n_windows = count_windows(split, n_tokens, stride, limit)
+    total = count_windows(split, n_tokens, stride)
+    n_windows = min(limit or total, total)
+    chosen = range(total) if n_windows == total else [
+        i * total // n_windows for i in range(n_windows)]
     for first in range(0, n_windows, batch):
         tokens = np.zeros((batch, n_tokens), np.int32)
         weights = np.zeros((batch, n_tokens), np.float32)
-        for row, window in enumerate(range(first, min(first + batch, n_windows))):
+        index = np.zeros(batch, np.int64)
+        for row, window in enumerate(chosen[first : first + batch]):
+            index[row] = window
             if split.ndim == 2:
                 part, scored_from = split[window], 0
             else:
@@ -72,18 +79,16 @@ def eval_windows(split: np.ndarray, n_tokens: int, batch: int, stride: int = 0,
                 scored_from = n_tokens - stride if window else 0
             tokens[row, : len(part)] = part
             weights[row, scored_from : len(part)] = 1
-        yield tokens, weights
+        yield tokens, weights, index
 
 
-def count_windows(split: np.ndarray, n_tokens: int, stride: int = 0, limit: int = 0) -> int:
-    """Number of windows that `eval_windows` makes: 1 + ceil((n - T) / stride) for text."""
+def count_windows(split: np.ndarray, n_tokens: int, stride: int = 0) -> int:
+    """Number of windows in a whole split: 1 + ceil((n - T) / stride) for text."""
     if split.ndim == 2:
-        n_windows = len(split)
-    elif len(split) == 0:
-        n_windows = 0
-    else:
-        n_windows = 1 + -(-max(len(split) - n_tokens, 0) // (stride or n_tokens))
-    return min(n_windows, limit) if limit else n_windows
+        return len(split)
+    if len(split) == 0:
+        return 0
+    return 1 + -(-max(len(split) - n_tokens, 0) // (stride or n_tokens))
 
 
 def _generator(seed, step, purpose):
