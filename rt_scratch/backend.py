@@ -47,7 +47,7 @@ def select_device(name: str):
             if str(error).strip() else type(error).__name__
         if name == "cuda":
             raise UserError(f"--device cuda: no usable GPU ({reason}); use --device cpu, or "
-                            "install a driver and pip install 'rt-scratch[cuda13]'") from error
+                            "install a driver and pip install -e '.[cuda13]'") from error
         return np, f"cpu: NumPy (no GPU: {reason})"
     return module, text
 
@@ -87,7 +87,7 @@ def select_precision(name: str, xp):
             import ml_dtypes
         except ImportError:
             raise UserError("--precision bf16 needs ml_dtypes: pip install "
-                            "'rt-scratch[cuda13]'") from None
+                            "-e '.[cuda13]'") from None
         return name, ml_dtypes.bfloat16
     return name, "float16" if name == "fp16" else None
 

@@ -56,10 +56,10 @@ class ModelConfig:
     share_qk: bool = _field(True, "routing heads use their queries as keys")
     n_clusters: int = _field(8, "K, centroids per routing head")
     window: int = _field(64, "W, tokens that attend to each other in a cluster")
-    block: int = _field(64, "S, queries per block of local attention")
+    block: int = _field(16, "S, queries per block of local attention")
     lookback: int = _field(1, "earlier blocks that a local block sees")
     local_max_distance: int = _field(
-        65, "Shaw relative positions of local heads, clipped at this distance; 0: none")
+        17, "Shaw relative positions of local heads, clipped at this distance; 0: none")
     routing_max_distance: int = _field(
         65, "the same for routing heads, where distance is the rank in the cluster; 0: none")
     # k-means
@@ -144,12 +144,12 @@ class ModelConfig:
 class TrainConfig:
     """The training run."""
 
-    batch: int = _field(4, "windows per forward pass")
+    batch: int = _field(2, "windows per forward pass")
     accumulate: int = _field(1, "forward passes per optimizer step")
     parts: int = _field(2, "parts a batch is cut into on a CPU, one thread each")
     recompute: bool = _field(False, "store only block inputs and compute the rest again: less "
                                     "memory, the same numbers")
-    steps: int = _field(1450, "optimizer steps")
+    steps: int = _field(2900, "optimizer steps")
     optimizer: str = _field("adamw", "optimizer", ("adamw", "adafactor"))
     lr: float = _field(3e-3, "peak learning rate")
     schedule: str = _field("cosine", "cosine: linear warm-up, then to 10 %%; constant: linear "
@@ -164,10 +164,10 @@ class TrainConfig:
                 "bf16 and fp16 (with loss scaling) are for GPUs; parameters, their gradients, "
                 "statistics and centroids stay float32", PRECISIONS)
     seed: int = _field(0, "seed of weights, data order and dropout")
-    eval_every: int = _field(290, "steps between evaluations; 0: only at the end")
+    eval_every: int = _field(580, "steps between evaluations; 0: only at the end")
     eval_windows: int = _field(64, "windows per evaluation, evenly spread over the "
                                   "split; 0: the whole split")
-    log_every: int = _field(10, "steps between log lines")
+    log_every: int = _field(20, "steps between log lines")
 
     @property
     def dtype(self) -> str:

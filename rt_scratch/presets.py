@@ -16,8 +16,8 @@ _RELEASED_IMAGE = dict(
     _RELEASED_TEXT, ffn="relu", ffn_width=2048, residual_dropout=0.3, width=1024,
     local_max_distance=0, routing_max_distance=0,
 )
-_SMALL = dict(seq_len=1024, n_clusters=16, batch=2)  # and the defaults of config.py
-_SMALL_IMAGE = dict(eval_windows=16)  # and a block is one row: a query sees the row above it
+_SMALL = dict(seq_len=1024, n_clusters=16)  # and the defaults of config.py
+_SMALL_IMAGE = dict(eval_windows=16, eval_every=250)  # a block is one row: it sees the row above
 
 PRESETS: dict[str, dict[str, dict]] = {
     "enwik8": {
@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, dict]] = {
             _RELEASED_TEXT, seq_len=12288, n_layers=12, width=1024, ffn_width=3072,
             n_local_heads=4, n_routing_heads=4, n_clusters=48, window=256, block=128, lookback=1,
             local_max_distance=257, routing_max_distance=257),
-        "small": dict(_SMALL, steps=4000),
+        "small": dict(_SMALL, steps=2600),
     },
     "wikitext103": {
         "released": dict(
@@ -38,14 +38,14 @@ PRESETS: dict[str, dict[str, dict]] = {
             block=256, lookback=1, local_max_distance=513, routing_max_distance=513,
             embed_dropout=0.4, attention_dropout=0.4, ffn_dropout=0.4, residual_dropout=0.4,
             target_dropout=0.25, weight_decay=2e-5),
-        "small": dict(_SMALL, embed_width=64, steps=1800),
+        "small": dict(_SMALL, embed_width=64, steps=1200),
     },
     "pg19": {
         "released": dict(
             _RELEASED_TEXT, seq_len=8192, n_layers=22, width=1032, ffn_width=4096,
             n_local_heads=6, n_routing_heads=2, routing_layers=(-1,), n_clusters=16, window=512,
             block=256, lookback=1, local_max_distance=513, routing_max_distance=513),
-        "small": dict(_SMALL, vocab_size=8192, steps=2400),
+        "small": dict(_SMALL, vocab_size=8192, steps=1600),
     },
     "imagenet64": {
         "released": dict(
@@ -53,7 +53,8 @@ PRESETS: dict[str, dict[str, dict]] = {
             n_clusters=8, window=2048, block=256, lookback=1),
         "small": dict(
             _SMALL_IMAGE, seq_len=12288, batch=1, n_clusters=64, window=192, block=192,
-            local_max_distance=384, routing_max_distance=192, eval_windows=4),
+            local_max_distance=384, routing_max_distance=192, steps=400, eval_every=100,
+            eval_windows=4),
     },
     "cifar10": {
         "released": dict(
@@ -61,7 +62,7 @@ PRESETS: dict[str, dict[str, dict]] = {
             n_clusters=6, window=512, block=256, lookback=1),
         "small": dict(
             _SMALL_IMAGE, seq_len=3072, batch=2, n_clusters=32, window=96, block=96,
-            local_max_distance=192, routing_max_distance=96, steps=1400),
+            local_max_distance=192, routing_max_distance=96, steps=1000),
     },
 }
 PRESETS["enwik8"]["paper"] = dict(PRESETS["enwik8"]["released"], n_clusters=32, window=256)

@@ -156,7 +156,7 @@ def pillow():
     try:
         from PIL import Image
     except ImportError:
-        raise UserError("images need Pillow: pip install 'rt-scratch[data]'") from None
+        raise UserError("images need Pillow: pip install -e '.[data]'") from None
     return Image
 
 

@@ -24,7 +24,7 @@ def missing() -> str | None:
         compile_text("#include <cuda_bf16.h>\n__global__ void f() {}", ["f"])
     except Exception as error:  # ImportError, what cuda.pathfinder raises, or NVRTC's complaint
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return f"CUDA sources cannot be compiled ({reason}); pip install 'rt-scratch[gpu-check]'"
+        return f"CUDA sources cannot be compiled ({reason}); pip install -e '.[gpu-check]'"
     return None
 
 
