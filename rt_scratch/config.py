@@ -149,7 +149,7 @@ class TrainConfig:
     parts: int = _field(2, "parts a batch is cut into on a CPU, one thread each")
     recompute: bool = _field(False, "store only block inputs and compute the rest again: less "
                                     "memory, the same numbers")
-    steps: int = _field(2500, "optimizer steps")
+    steps: int = _field(2400, "optimizer steps")
     optimizer: str = _field("adamw", "optimizer", ("adamw", "adafactor"))
     lr: float = _field(3e-3, "peak learning rate")
     schedule: str = _field("cosine", "cosine: linear warm-up, then to 10 %%; constant: linear "
@@ -164,7 +164,7 @@ class TrainConfig:
                 "bf16 and fp16 (with loss scaling) are for GPUs; parameters, their gradients, "
                 "statistics and centroids stay float32", PRECISIONS)
     seed: int = _field(0, "seed of weights, data order and dropout")
-    eval_every: int = _field(500, "steps between evaluations; 0: only at the end")
+    eval_every: int = _field(600, "steps between evaluations; 0: only at the end")
     eval_windows: int = _field(64, "windows per evaluation, evenly spread over the "
                                   "split; 0: the whole split")
     log_every: int = _field(20, "steps between log lines")
