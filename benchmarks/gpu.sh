@@ -7,4 +7,4 @@ cd "$(dirname "$0")/.."
 mkdir -p "$out"
 nvidia-smi > "$out/nvidia-smi.txt" 2>&1
 timeout 150 python -m pytest -q -m gpu 2>&1 | tee "$out/tests.txt" | tail -n 15
-timeout 400 python benchmarks/gpu_bench.py --out "$out" --seconds 240 2>&1 | tee "$out/bench.txt"
+timeout 310 python benchmarks/gpu_bench.py --out "$out" --seconds 240 2>&1 | tee "$out/bench.txt"
