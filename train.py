@@ -172,8 +172,7 @@ def evaluate(state, dataset, model, train, split, xp, stride=0, limit=0):
         if model.routing == "topk" and model.heads_route() else ""
     value = data.score(nats, n, dataset, split)
     return nats / n, (f"{split} {value:.4f} {dataset.unit}  ({seen}, {n:.0f} tokens, context "
-                      f"{model.seq_len}, stride {stride or model.seq_len}, "
-                      f"routing {model.routing}{leak})")
+                      f"{model.seq_len}, stride {stride or model.seq_len}, {mode(model)}{leak})")
 
 
 def evaluate_causally(state, dataset, model, split, xp, limit):
@@ -202,7 +201,14 @@ def evaluate_causally(state, dataset, model, split, xp, limit):
     value = data.score(nats, n, dataset, split)
     return nats / n, (f"{split} {value:.4f} {dataset.unit}  by incremental decoding, nothing seen "
                       f"ahead  ({limit} of {total} windows, evenly spread, {n:.0f} tokens, context "
-                      f"{model.seq_len}, routing {model.routing})")
+                      f"{model.seq_len}, {mode(model)})")
+
+
+def mode(model):
+    """How the model attends, for the line with its score."""
+    if model.heads_route():
+        return f"routing {model.routing}"
+    return "full attention" if model.attention == "full" else "local heads only"
 
 
 def sample(state, dataset, model, train, step, folder, n_tokens=160, n_images=4):
@@ -273,8 +279,10 @@ def describe(device, threads, dataset, model, train, state):
     """What is about to happen, before it does."""
     n, tokens = state.flat.size, train.batch * train.accumulate * model.seq_len
     print(f"device: {device}, {threads}")
-    print(f"model: {n:,} parameters, {model.n_layers} layers of {model.n_local_heads} local + "
-          f"{model.n_routing_heads} {model.routing} routing heads")
+    heads = f"{model.n_local_heads} local + {model.n_routing_heads} {model.routing} routing heads"
+    if not model.heads_route():
+        heads = f"{model.n_heads} heads, {mode(model)}"
+    print(f"model: {n:,} parameters, {model.n_layers} layers of {heads}")
     print(f"step: {tokens:,} tokens, about {flops(model, state.table) * tokens / 1e9:,.0f} GFLOP, "
           f"about {memory(model, train, n) / 2**20:,.0f} MiB")
     print(f"data: {dataset.protocol}", flush=True)
