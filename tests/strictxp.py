@@ -108,7 +108,7 @@ class ndarray:
         self._host[_index(index)] = _inner(value)
 
     def __getattr__(self, name):
-        if cupy is not None and not hasattr(cupy.ndarray, name):
+        if name.startswith("__") or cupy is not None and not hasattr(cupy.ndarray, name):
             raise AttributeError(f"cupy.ndarray has no {name}")
         if name in ("item", "tolist", "tobytes"):
             _read(f".{name}()")
