@@ -7,6 +7,7 @@
 
 import argparse
 import codecs
+import os
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from rt_scratch import data, run
 from rt_scratch.backend import select_device
 from rt_scratch.checkpoint import newest_run
 from rt_scratch.config import UserError
+from rt_scratch.console import Parser, script
 from rt_scratch.decode import generate
 from rt_scratch.model import views
 
@@ -40,14 +42,14 @@ def write_text(args, params, centroids, model, settings, encode, decode):
     """Stream the first sample to the terminal as it is drawn; the others follow at the end."""
     if args.out or args.complete or args.label is not None:
         raise UserError("--out, --complete and --label are for images; this run is text")
-    text = args.prompt_file.read_bytes() if args.prompt_file else args.prompt.encode()
+    text = args.prompt_file.read_bytes() if args.prompt_file else os.fsencode(args.prompt)
     prompt = np.asarray(encode(text), dtype=np.int64)[None]
+    shown = decode(prompt[0]).decode("utf-8", "replace")  # as the model reads it
     if model.attention == "full":
         room = max(0, model.seq_len - args.tokens)  # full attention has seen no longer text
         prompt = prompt[:, -room:] if room else prompt[:, :0]
     texts = [Text(decode, args.stop) for _ in range(args.num)]
     drawn, started = 0, time.time()
-    shown = text.decode("utf-8", "replace")
     print(shown, end="", flush=True)
     for tokens in generate(params, centroids, model, args.tokens,
                            prompt=np.repeat(prompt, args.num, axis=0), **settings):
@@ -127,7 +129,7 @@ def draw_images(args, params, centroids, model, settings, xp):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="sample.py", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", type=Path, help="run folder (default: the newest)")
@@ -154,18 +156,13 @@ def parse(argv):
             raise UserError(f"{path}: no such file")
     for name, least in (("tokens", 1), ("num", 1), ("temperature", 0), ("top_k", 0),
                         ("top_p", 0), ("seed", 0)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least "
-                            f"{least}")
+        if not least <= getattr(args, name) < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a number "
+                            f"of at least {least}")
+    if args.top_p > 1:
+        raise UserError(f"--top-p {args.top_p}: a probability is at most 1")
     return args
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print()
-        sys.exit(130)
+    script(main)

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from rt_scratch import data, decode, run
 from rt_scratch.backend import array_module, select_device, select_precision, to_host
 from rt_scratch.checkpoint import newest_run
 from rt_scratch.config import ModelConfig, TrainConfig, UserError, from_json
+from rt_scratch.console import Parser, script
 from rt_scratch.data.batches import count_windows, eval_windows, random_windows, shuffled_images
 from rt_scratch.model import loss, views
 from rt_scratch.optim import OPTIMIZERS, clip_by_global_norm, global_norm, learning_rate
@@ -35,13 +37,17 @@ CAUSAL_WINDOWS = 64  # windows that --evaluate-causally scores unless told
 def main(argv=None):
     args = parse(argv)
     xp, device = select_device(args.device)
-    folder, config, dataset, model, train = prepare(args)
+    folder, path, saved = saved_run(args) if args.resume or args.evaluate else new_run(args)
+    config, dataset, model, train = prepare(args, folder, saved)
     precision, dtype = select_precision(train.precision, xp)
     train = dataclasses.replace(train, precision=precision)
-    state = run.new_state(model, train, xp)
-    if args.resume or args.evaluate:
-        name = "best.npz" if args.evaluate and (folder / "best.npz").is_file() else "last.npz"
-        state = run.restore(folder / name, state, config, xp)
+    try:
+        state = run.new_state(model, train, xp)
+    except (MemoryError, ValueError) as error:  # ValueError: more than any array can have
+        raise UserError(f"the parameters do not fit in memory ({error}); choose a smaller model, "
+                        "say --width or --vocab-size") from error
+    if saved:
+        state = run.restore(path, saved, state, config, xp)
     threads = set_threads(xp, train)
     describe(device, threads, dataset, model, train, state)
     if args.evaluate:
@@ -52,21 +58,18 @@ def main(argv=None):
         return
     if args.dry_run:
         return
-    if not args.resume:
-        if (folder / "last.npz").exists():
-            raise UserError(f"--out {folder}: holds a run already; add --resume to continue it, or "
-                            "choose another folder")
+    if not saved:
         run.open_folder(folder, config, dataset.codec_file)
-        (folder / "log.csv").unlink(missing_ok=True)
     run.trim_log(folder, state.step)
     try:
-        fit(state, dataset, model, train, config, folder, xp, dtype, args.stop_after)
+        with warnings.catch_warnings():  # a run that diverges is stopped below, by its loss
+            warnings.simplefilter("ignore", RuntimeWarning)
+            fit(state, dataset, model, train, config, folder, xp, dtype, args.stop_after)
     except MemoryError as error:
         raise UserError(
             f"out of memory at --batch {train.batch} x {model.seq_len} tokens, precision "
-            f"{train.precision} ({error}); the last checkpoint in {folder} is intact; try "
-            "--recompute, a smaller --batch with --accumulate, or on a GPU --precision bf16"
-        ) from error
+            f"{train.precision} ({error}); {run.kept(folder / 'last.npz')}; try --recompute, a "
+            "smaller --batch with --accumulate, or on a GPU --precision bf16") from error
 
 
 def fit(state, dataset, model, train, config, folder, xp, dtype, stop_after):
@@ -120,14 +123,18 @@ def fit(state, dataset, model, train, config, folder, xp, dtype, stop_after):
                                       limit=train.eval_windows)
                 row |= {"split": "valid", "step": done, "nats": nats,
                         "score": data.score(nats, 1, dataset, "valid")}
+                if not np.isfinite(nats):
+                    raise UserError(f"the validation loss is not finite after step {done}; "
+                                    f"{run.kept(folder / 'last.npz')}; lower --lr, or set --clip 1")
                 run.append_log(folder, row)
-                bar.write(f"step {done}  {text}\n" + cluster_line(row)
-                          + sample(now(done), dataset, model, train, done, folder))
                 if nats < best:
                     best = nats
                     run.save(folder / "best.npz", now(done), config)
             if scoring or interrupted:
                 run.save(folder / "last.npz", now(done), config)
+            if scoring:
+                bar.write(f"step {done}  {text}\n" + cluster_line(row)
+                          + sample(now(done), dataset, model, train, done, folder))
             if interrupted:
                 raise UserError(f"interrupted and saved after step {done}; continue with: python "
                                 f"train.py --resume --out {folder}")
@@ -271,8 +278,8 @@ def overflow_free(norm) -> bool:
 def check_finite(nats, norm, step, folder):
     if not np.isfinite(float(nats)) or not np.isfinite(float(norm)):
         what = "loss" if not np.isfinite(float(nats)) else "gradient"
-        raise UserError(f"the {what} is not finite at step {step}; the last good checkpoint is "
-                        f"kept in {folder}; lower --lr, or set --clip 1")
+        raise UserError(f"the {what} is not finite at step {step}; "
+                        f"{run.kept(folder / 'last.npz')}; lower --lr, or set --clip 1")
 
 
 def describe(device, threads, dataset, model, train, state):
@@ -317,7 +324,7 @@ def memory(model, train, n_parameters):
 
 def parse(argv):
     """Flags; those of the model and of training come from the dataclasses in config.py."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="train.py", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", nargs="?", default=None,
@@ -335,17 +342,29 @@ def parse(argv):
                         help="score a finished run on train, valid or test, and stop; the whole "
                              "split unless --eval-windows is given")
     parser.add_argument("--evaluate-causally", action="store_true",
-                        help="with --evaluate: also score by incremental decoding, on the first "
+                        help="with --evaluate: also score by incremental decoding, on "
                              f"--eval-windows (default {CAUSAL_WINDOWS}) windows")
     parser.add_argument("--stride", type=int, default=0,
-                        help="tokens between evaluation windows (default: no overlap)")
+                        help="with --evaluate: tokens between windows (default: no overlap)")
     parser.add_argument("--dry-run", action="store_true",
                         help="describe the run and stop; needs no files")
     for cls, title in ((ModelConfig, "model"), (TrainConfig, "training")):
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(cls):
             group.add_argument("--" + f.name.replace("_", "-"), **flag(f))
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("stop_after", "stride"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be "
+                            "negative")
+    for name, needs in (("stride", args.evaluate), ("evaluate_causally", args.evaluate),
+                        ("download", not (args.resume or args.evaluate)),
+                        ("preset", not (args.resume or args.evaluate))):
+        if getattr(args, name) and not needs:
+            why = "needs --evaluate" if name in ("stride", "evaluate_causally") else \
+                "not used with --resume or --evaluate"
+            raise UserError(f"--{name.replace('_', '-')}: {why}")
+    return args
 
 
 def flag(f):
@@ -356,30 +375,52 @@ def flag(f):
     if isinstance(f.default, bool):
         return settings | {"action": argparse.BooleanOptionalAction}
     if isinstance(f.default, tuple):
-        return settings | {"type": lambda text: tuple(int(x) for x in text.split(",") if x),
-                           "metavar": "I,J,..."}
+        return settings | {"type": layer_list, "metavar": "I,J,..."}
     return settings | {"type": type(f.default), "metavar": type(f.default).__name__.upper()}
 
 
-def prepare(args):
-    """(run folder, config, dataset, ModelConfig, TrainConfig) of what the flags ask for."""
+def layer_list(text):
+    """Numbers with commas between them."""
+    return tuple(int(x) for x in text.split(",") if x)
+
+
+def new_run(args):
+    """(run folder, None, None); UserError if there is a run in it."""
+    folder = args.out or default_folder(args.dataset or "stdlib")
+    if not args.dry_run and run.best_checkpoint(folder).exists():
+        raise UserError(f"--out {folder}: holds a run already; add --resume to continue it, or "
+                        "choose another folder")
+    return folder, None, None
+
+
+def saved_run(args):
+    """(run folder, checkpoint, what it holds) of the run to continue or to score."""
+    folder = args.out or (default_folder(args.dataset) if args.dataset else newest_run("runs"))
+    path = run.best_checkpoint(folder) if args.evaluate else folder / "last.npz"
+    return folder, path, run.load(path)
+
+
+def prepare(args, folder, saved):
+    """(config, dataset, ModelConfig, TrainConfig) of what the flags ask for."""
     given = {f.name: getattr(args, f.name) for cls in (ModelConfig, TrainConfig)
              for f in dataclasses.fields(cls) if getattr(args, f.name) is not None}
-    if args.resume or args.evaluate:
-        folder = args.out or (default_folder(args.dataset) if args.dataset
-                              else newest_run("runs"))
-        _, meta = run.checkpoint.load(folder / "last.npz")
-        config = meta["config"]
-        name = config["dataset"]
+    if saved:
+        before = saved[1]["config"]
+        name = before["dataset"]
         if args.dataset not in (None, name):
-            raise UserError(f"{folder} was trained on {name}, not on {args.dataset}")
-        if args.preset:
-            raise UserError("--preset: not used with --resume or --evaluate")
+            if args.dataset in data.DATASETS or name in data.DATASETS:
+                raise UserError(f"{folder} was trained on {name}, not on {args.dataset}")
+            name = args.dataset  # own text that was moved
         model = dataclasses.replace(
-            from_json(ModelConfig, config["model"]), **only(ModelConfig, given))
+            from_json(ModelConfig, before["model"]), **only(ModelConfig, given))
         train = dataclasses.replace(
-            from_json(TrainConfig, config["train"]), **only(TrainConfig, given))
+            from_json(TrainConfig, before["train"]), **only(TrainConfig, given))
         dataset = data.load(name, args.data_dir, model.vocab_size)
+        if dataset.protocol != before["data"]:
+            changed = f"trained on other data: {before['data']}"
+            if args.resume:
+                raise UserError(f"{folder} was {changed}; now there is: {dataset.protocol}")
+            print(f"note: {changed}")
     else:
         name = args.dataset or "stdlib"
         if args.download:
@@ -390,6 +431,10 @@ def prepare(args):
             dataset = data.outline(name, vocab_size)
         else:
             dataset = data.load(name, args.data_dir, vocab_size)
+        for fixed in ("kind", "pad_id"):
+            if given.get(fixed, getattr(dataset, fixed)) != getattr(dataset, fixed):
+                raise UserError(f"--{fixed.replace('_', '-')} {given[fixed]}: {name} has "
+                                f"{getattr(dataset, fixed)}")
         fields |= {"kind": dataset.kind, "vocab_size": dataset.vocab_size,
                    "pad_id": dataset.pad_id}
         if dataset.kind == "image":
@@ -397,18 +442,21 @@ def prepare(args):
             fields.setdefault("seq_len", 3 * fields["image_size"] ** 2)
         model = ModelConfig(**only(ModelConfig, fields))
         train = TrainConfig(**only(TrainConfig, fields))
-        folder = args.out or default_folder(name)
     model.validate()
     train.validate()
-    if args.dry_run and not dataset.splits:
-        return folder, {}, dataset, model, train
+    if dataset.splits:
+        check_fits(model, dataset)
+    return run.describe(name, dataset, model, train), dataset, model, train
+
+
+def check_fits(model, dataset):
+    """UserError if this model cannot be trained on this data."""
     if model.n_classes and model.n_classes != dataset.n_classes:
-        raise UserError(f"--n-classes {model.n_classes}: {name} has {dataset.n_classes} classes")
+        raise UserError(f"--n-classes {model.n_classes}: {dataset.name} has {dataset.n_classes} "
+                        "classes")
     if model.kind == "text" and len(dataset.splits["train"]) < model.seq_len:
         raise UserError(f"the training text has {len(dataset.splits['train'])} tokens, fewer than "
                         f"--seq-len {model.seq_len}: give a longer text or a smaller --seq-len")
-    codec = dataset.codec_file.name if dataset.codec_file else None
-    return folder, run.describe(name, model, train, codec), dataset, model, train
 
 
 def default_folder(dataset):
@@ -430,8 +478,4 @@ def set_threads(xp, train):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    script(main)

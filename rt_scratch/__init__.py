@@ -22,8 +22,8 @@ with no state but what is passed. Reading order, an evening:
     optim       Adafactor, AdamW, schedules
     decode      one token at a time, at a cost that does not grow with the text
 
-Around them: checkpoint, run (a run folder), released (the authors' variables), presets, data/ (one
-file per dataset), kernels/ (the twins).
+Around them: checkpoint, run (a run folder), console (errors in one line), released (the authors'
+variables), presets, data/ (one file per dataset), kernels/ (the twins).
 """
 
 from rt_scratch.config import ModelConfig, TrainConfig, UserError

@@ -9,9 +9,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,23 +17,23 @@ from rt_scratch.backend import to_host
 from rt_scratch.config import UserError
 
 VERSION = 1
+OTHER_COPY = "copy best.npz or a backup over it, or train again"
 _META = "__meta__"
 
 
 def save(path, arrays: dict, meta: dict) -> None:
     """Write arrays and JSON-able meta to `path` (.npz).
 
-    Goes to a temporary file beside it, which is synced and then renamed: whatever happens, `path`
-    is either the old file or the new one. UserError when the disk is full or not writable.
+    Goes to `path`.tmp, which is synced and then renamed: whatever happens, `path` is either the
+    old file or the new one. UserError when the disk is full or not writable.
     """
     path = Path(path)
     host = {name: np.asarray(to_host(a), order="C") for name, a in arrays.items()}
     header = {"rt_scratch": VERSION, "sha256": _digest(host, meta), "meta": meta}
     text = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    temporary = None
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            temporary = Path(file.name)
+        with temporary.open("wb") as file:
             np.savez(file, **{_META: text}, **host)
             file.flush()
             os.fsync(file.fileno())
@@ -46,7 +43,7 @@ def save(path, arrays: dict, meta: dict) -> None:
         raise UserError(f"cannot write {path}: {error.strerror or error}; the checkpoint from "
                         "before, if any, is intact") from error
     finally:
-        if temporary is not None:
+        with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
@@ -59,18 +56,17 @@ def load(path) -> tuple[dict[str, np.ndarray], dict]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         header = json.loads(arrays.pop(_META).tobytes()) if _META in arrays else {}
-    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, AttributeError,
-            SyntaxError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}); use best.npz or another "
-                        "copy, or train again") from error
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except Exception as error:  # a damaged zip or array header raises nearly anything
+        raise UserError(f"{path} is damaged ({type(error).__name__}); {OTHER_COPY}") from error
     if not isinstance(header, dict) or "rt_scratch" not in header:
         raise UserError(f"{path} is not a checkpoint of rt_scratch")
     if header["rt_scratch"] != VERSION:
         raise UserError(f"{path} has format {header['rt_scratch']}, this version reads {VERSION}; "
                         "update rt_scratch")
     if header.get("sha256") != _digest(arrays, header.get("meta")):
-        raise UserError(f"{path} is damaged (checksum); use best.npz or another copy, or train "
-                        "again")
+        raise UserError(f"{path} is damaged (checksum); {OTHER_COPY}")
     return arrays, header["meta"]
 
 

@@ -7,6 +7,7 @@ help text; `train.py` builds its flags from them, and a checkpoint stores both a
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 
 ROUTING_MODES = ("causal", "topk", "random")
@@ -95,6 +96,7 @@ class ModelConfig:
 
     def validate(self) -> ModelConfig:
         """Raise UserError on a configuration that cannot run; else return it."""
+        _check_numbers(self)
         for name in ("vocab_size", "seq_len", "n_layers", "width", "ffn_width", "n_clusters",
                      "window", "block"):
             if getattr(self, name) < 1:
@@ -176,6 +178,7 @@ class TrainConfig:
 
     def validate(self) -> TrainConfig:
         """Raise UserError on settings that cannot run; else return them."""
+        _check_numbers(self)
         for name in ("batch", "accumulate", "parts", "steps", "log_every"):
             if getattr(self, name) < 1:
                 _fail(f"--{_flag(name)} {getattr(self, name)}: must be at least 1")
@@ -190,6 +193,15 @@ class TrainConfig:
                 _fail(f"--{_flag(f.name)} {getattr(self, f.name)}: choose from "
                       f"{', '.join(choices)}")
         return self
+
+
+def _check_numbers(config):
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            _fail(f"--{_flag(f.name)} {value}: must be a finite number")
+        if isinstance(value, int) and abs(value) >= 2 ** 31:
+            _fail(f"--{_flag(f.name)} {value}: must be below 2^31")
 
 
 def _flag(name: str) -> str:

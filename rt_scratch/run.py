@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rt_scratch import checkpoint
-from rt_scratch.backend import to_host
+from rt_scratch.backend import array_module, to_host
 from rt_scratch.config import ModelConfig, TrainConfig, UserError, from_json, to_json
+from rt_scratch.data import Dataset
 from rt_scratch.model import init_centroids, init_parameters
 from rt_scratch.optim import FIRST_SCALE, OPTIMIZERS, LossScale
 from rt_scratch.routing import Centroids
@@ -44,7 +46,10 @@ def new_state(model: ModelConfig, train: TrainConfig, xp) -> State:
 
 
 def save(path: Path, state: State, config: dict) -> None:
-    """Write the state as a checkpoint."""
+    """Write the state as a checkpoint; UserError, and nothing written, if it is not finite."""
+    if not array_module(state.flat).isfinite(state.flat).all():
+        raise UserError(f"the parameters are not finite after step {state.step}; {kept(path)}; "
+                        "lower --lr, or set --clip 1")
     arrays = {"params": state.flat}
     for i, centroids in state.centroids.items():
         for name, array in centroids._asdict().items():
@@ -54,11 +59,26 @@ def save(path: Path, state: State, config: dict) -> None:
                                    "seconds": state.seconds, "scale": state.scale})
 
 
-def restore(path: Path, fresh: State, config: dict, xp) -> State:
-    """The state saved at `path`; `fresh` says which arrays and shapes it must have."""
+def kept(path: Path) -> str:
+    """What is left when this checkpoint is not written."""
+    for name in ("last.npz", "best.npz"):
+        if path.with_name(name).is_file():
+            return f"the checkpoint before, {path.with_name(name)}, is kept"
+    return "there is no checkpoint yet"
+
+
+def load(path: Path) -> tuple[dict, dict]:
+    """(arrays, meta) of a checkpoint of a run."""
     arrays, meta = checkpoint.load(path)
-    saved = meta["config"]
-    checkpoint.check_matches(saved["model"], config["model"], str(path))
+    if not {"config", "step", "best", "seconds", "scale"} <= set(meta):
+        raise UserError(f"{path} is not the checkpoint of a training run")
+    return arrays, meta
+
+
+def restore(path: Path, saved: tuple[dict, dict], fresh: State, config: dict, xp) -> State:
+    """The state `saved` at `path`; `fresh` says which arrays and shapes it must have."""
+    arrays, meta = saved
+    checkpoint.check_matches(meta["config"]["model"], config["model"], str(path))
 
     def take(name, like):
         array = arrays.get(name)
@@ -80,21 +100,24 @@ def load_model(run: Path, xp, name: str | None = None):
 
     Takes best.npz if there is one, else last.npz, unless `name` says which.
     """
-    path = run / (name or "best.npz")
-    if name is None and not path.is_file():
-        path = run / "last.npz"
-    if not path.is_file():
-        raise UserError(f"{run} has no checkpoint: train first, or name another run folder")
-    _, meta = checkpoint.load(path)
-    config = meta["config"]
+    path = run / name if name else best_checkpoint(run)
+    saved = load(path)
+    config = saved[1]["config"]
     model = from_json(ModelConfig, config["model"])
     train = from_json(TrainConfig, config["train"])
-    return restore(path, new_state(model, train, xp), config, xp), config, model
+    return restore(path, saved, new_state(model, train, xp), config, xp), config, model
 
 
-def describe(dataset: str, model: ModelConfig, train: TrainConfig, codec: str | None) -> dict:
-    """What config.json and every checkpoint say."""
-    return {"dataset": dataset, "model": to_json(model), "train": to_json(train), "codec": codec}
+def best_checkpoint(folder: Path) -> Path:
+    """The checkpoint to sample from and to score: best.npz, or last.npz before there is one."""
+    best = folder / "best.npz"
+    return best if best.is_file() else folder / "last.npz"
+
+
+def describe(name: str, dataset: Dataset, model: ModelConfig, train: TrainConfig) -> dict:
+    """What config.json and every checkpoint say; `name` is how train.py was asked for the data."""
+    return {"dataset": name, "data": dataset.protocol, "model": to_json(model),
+            "train": to_json(train), "codec": dataset.codec_file and dataset.codec_file.name}
 
 
 def open_folder(folder: Path, config: dict, codec_file: Path | None) -> None:
@@ -108,23 +131,39 @@ def open_folder(folder: Path, config: dict, codec_file: Path | None) -> None:
 def append_log(folder: Path, row: dict) -> None:
     """One line of log.csv; the header on the first."""
     path = folder / "log.csv"
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    _write_rows(path, [row], "a", header=not path.exists())
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The whole lines of log.csv; none where there is no log."""
+    path = folder / "log.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        return [row for row in csv.DictReader(file) if _whole(row)]
 
 
 def trim_log(folder: Path, step: int) -> None:
-    """Drop the lines after `step`: a resumed run writes them again."""
-    path = folder / "log.csv"
-    if path.exists():
-        with path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-        path.unlink()
-        for row in rows:
-            append_log(folder, row)
+    """Drop the lines after `step`, which a resumed run writes again, and any that was cut off."""
+    rows = [row for row in read_log(folder) if int(row["step"]) <= step]
+    _write_rows(folder / "log.csv.tmp", rows, "w", header=True)
+    os.replace(folder / "log.csv.tmp", folder / "log.csv")
+
+
+def _write_rows(path, rows, mode, header):
+    with path.open(mode, newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def _whole(row):
+    try:
+        return (set(row) == set(COLUMNS) and None not in row.values()
+                and int(row["step"]) >= 0 and float(row["score"]) >= 0)
+    except (TypeError, ValueError):
+        return False
 
 
 def plot_loss(folder: Path) -> bool:
@@ -135,15 +174,14 @@ def plot_loss(folder: Path) -> bool:
         import matplotlib.pyplot as plt
     except ImportError:
         return False
-    with (folder / "log.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_log(folder)
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     for split, style in (("train", "-"), ("valid", "o-")):
         points = [(int(r["step"]), float(r["score"])) for r in rows if r["split"] == split]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=split, lw=1.2, ms=4,
                       alpha=0.6 if split == "train" else 1)
-    axes.set(xlabel="optimizer step", ylabel=rows[0]["unit"])
+    axes.set(xlabel="optimizer step", ylabel=rows[0]["unit"] if rows else "")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(folder / "loss.png", dpi=150)

@@ -18,6 +18,7 @@ import train
 from rt_scratch import decode, run
 from rt_scratch.backend import to_host
 from rt_scratch.config import TrainConfig
+from rt_scratch.data.dataset import byte_dataset
 from rt_scratch.model import views
 from rt_scratch.optim import OPTIMIZERS, clip_by_global_norm
 from rt_scratch.step import gradients, move_centroids
@@ -97,17 +98,17 @@ def test_decoding(name):
 def test_checkpoints_travel(tmp_path, name):
     """Saved from a device, restored on the host, and back: every array the same."""
     model, settings = MODELS[name], TrainConfig()
-    config = run.describe("x", model, settings, None)
+    config = run.describe("x", byte_dataset("x", {}, ""), model, settings)
     state = run.new_state(model, settings, np)
     fresh = run.new_state(model, settings, strictxp)
     assert_same(fresh.flat, state.flat)  # the same seed, the same start, wherever
     with strictxp.reading():
         run.save(tmp_path / "a.npz", fresh._replace(step=3), config)
-    home = run.restore(tmp_path / "a.npz", state, config, np)
+    home = run.restore(tmp_path / "a.npz", run.load(tmp_path / "a.npz"), state, config, np)
     assert home.step == 3
     np.testing.assert_array_equal(home.flat, state.flat)
     run.save(tmp_path / "b.npz", home, config)
-    back = run.restore(tmp_path / "b.npz", fresh, config, strictxp)
+    back = run.restore(tmp_path / "b.npz", run.load(tmp_path / "b.npz"), fresh, config, strictxp)
     assert_same(back.flat, state.flat)
     assert_same(back.optimizer["m"], state.optimizer["m"])
 

@@ -10,6 +10,7 @@ from test_model import SMALL
 
 from rt_scratch import run
 from rt_scratch.config import ModelConfig, TrainConfig, UserError
+from rt_scratch.data.dataset import byte_dataset
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -17,7 +18,7 @@ import sample  # noqa: E402
 
 
 def make_run(folder, cfg):
-    config = run.describe("stdlib", cfg.validate(), TrainConfig(), None)
+    config = run.describe("stdlib", byte_dataset("stdlib", {}, ""), cfg.validate(), TrainConfig())
     run.open_folder(folder, config, None)
     run.save(folder / "last.npz", run.new_state(cfg, TrainConfig(), np), config)
     return str(folder)
@@ -108,6 +109,9 @@ def test_bad_input(text_run, image_run, tmp_path):
             ([text_run, "--tokens", "0"], "at least 1"),
             ([text_run, "--prompt", "a", "--prompt-file", __file__], "give one"),
             ([text_run, "--prompt-file", "missing.txt"], "no such file"),
+            ([text_run, "--temperature", "nan"], "must be a number"),
+            ([text_run, "--top-p", "1.5"], "at most 1"),
+            ([text_run, "--tokens", "many"], "invalid int"),
             ([str(tmp_path / "nothing")], "no checkpoint")):
         with pytest.raises(UserError, match=word) as error:
             sample.main([*argv, "--device", "cpu"])

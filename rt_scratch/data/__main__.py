@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
-from rt_scratch.config import UserError
+from rt_scratch.console import Parser, script
 from rt_scratch.data import DATASETS, fetch, load
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Exit code: 0, or 2 after one line that says what is wrong."""
-    parser = argparse.ArgumentParser(
+def main(arguments: list[str] | None = None) -> None:
+    """The command; UserError for all that the user can mend."""
+    parser = Parser(
         prog="python -m rt_scratch.data", description="Fetch, check and encode a dataset.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="\n".join(f"  {name:12} {about}" for name, (_, about, *_) in DATASETS.items()))
@@ -23,18 +22,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--vocab-size", type=int, default=0, metavar="V",
                         help="subwords to train, where that can be chosen (pg19)")
     flags = parser.parse_args(arguments)
-    try:
-        if flags.download:
-            fetch(flags.name, flags.data_dir)
-        data = load(flags.name, flags.data_dir, flags.vocab_size)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    if flags.download:
+        fetch(flags.name, flags.data_dir)
+    data = load(flags.name, flags.data_dir, flags.vocab_size)
     print(f"{data.name}: {data.protocol}")
     for split, tokens in data.splits.items():
         print(f"{split:6} {tokens.size:,} tokens, {tokens.dtype}{list(tokens.shape)}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script(main)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rt_scratch.config import UserError
+
 
 class Dataset(NamedTuple):
     """Tokens of the three splits, and how to score them."""
@@ -55,6 +57,8 @@ def codec(path: str | Path | None):
     """
     if path is None:
         return encode_bytes, decode_bytes
+    if not Path(path).is_file():
+        raise UserError(f"{path}: missing; a run folder needs it to read and write text")
     if Path(path).suffix == ".txt":
         from rt_scratch.data.wikitext103 import word_codec
 

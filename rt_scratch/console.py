@@ -1,0 +1,43 @@
+"""What the scripts share: one line and an exit code for whatever goes wrong."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from rt_scratch.config import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are one line, like all others, not the usage."""
+
+    def error(self, message):
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def script(main) -> None:
+    """Run main() and exit: 0; 2 after one line on what the user can mend; 130 after Ctrl-C.
+
+    Text that the terminal's encoding lacks is shown as ?, and a reader that went away, such as
+    `head`, ends the script quietly with 1.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        _end(2, f"error: {error}")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        _end(1, "stopped: nobody reads the output any more")
+    except OSError as error:  # a full disk, a folder that cannot be written
+        _end(2, f"error: {error.filename or 'files'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        _end(130, "interrupted")
+
+
+def _end(code, line):
+    print(line, file=sys.stderr)
+    sys.exit(code)
