@@ -51,12 +51,13 @@ def clocked(function):
 
 
 def uncounted(function):
-    """The function, its seconds belonging to nobody: a thread that waits for the others."""
+    """`parallel`, its seconds belonging to nobody: a thread that waits for the others."""
     @functools.wraps(function)
-    def call(*args):
+    def call(work, items):
         start = time.perf_counter()
-        result = function(*args)
-        here.stack[-1] += time.perf_counter() - start
+        result = function(work, items)
+        if len(items) > 1:  # a single item is worked on right here, and counts where it belongs
+            here.stack[-1] += time.perf_counter() - start
         return result
     return call
 

@@ -158,6 +158,16 @@ def test_choosing(t, n_clusters, ties, seed):
         same(cpu.gather(rows, index), routing.gather.reference(rows, index))
 
 
+@given(lengths, sizes, sizes, widths, dtypes, seeds)
+def test_scatter_sum(t, n_clusters, window, d, dtype, seed):
+    """Tokens in no cluster, in several, and twice in one."""
+    rng = np.random.default_rng(seed)
+    index = rng.integers(0, t, (2, 3, n_clusters, window))
+    rows = normal(rng, (2, 3, n_clusters, window, d)).astype(dtype)
+    same(cpu.scatter_sum(rows, index, t), routing.scatter_sum.reference(rows, index, t),
+         1e-10 if dtype == "float64" else 1e-5)
+
+
 @given(sizes, seeds)
 def test_adamw(steps, seed):
     rng = np.random.default_rng(seed)

@@ -18,7 +18,8 @@ ALL = [(dataset, name) for dataset, names in PRESETS.items() for name in names]
 
 def planned(dataset, name, tmp_path):
     flags = [dataset, "--preset", name, "--dry-run", "--data-dir", tmp_path / "nothing"]
-    return train.prepare(train.parse([str(flag) for flag in flags]))[3:]
+    args = train.parse([str(flag) for flag in flags])
+    return train.prepare(args, tmp_path, None)[2:]
 
 
 @pytest.mark.parametrize("dataset, name", ALL)

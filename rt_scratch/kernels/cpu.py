@@ -18,7 +18,7 @@ from rt_scratch.backend import first_array, segment_sum
 from rt_scratch.layers import EPSILON, GELU_CUBE, GELU_SCALE, dropout_mask
 from rt_scratch.threads import busy, parallel, tiles
 
-PIECE = 1 << 16      # entries of an array that element-wise work takes at a time
+PIECE = 1 << 17      # entries of an array that element-wise work takes at a time
 ROWS = 1024        # rows per matrix product that a thread takes
 COLUMNS = 256      # columns of a weight gradient that a thread takes
 LOGITS = 1 << 21     # logits alive at a time in the output layer
@@ -206,8 +206,7 @@ def geglu_ffn_backward(dy, cache):
 
 def _geglu(a, b, out):
     """out = gelu(a) b, with (1 + tanh u) / 2 = 1 / (1 + exp(-2 u))."""
-    u = _minus_two_u(a)
-    np.exp(u, out=u)
+    u = _exp_minus_two_u(a)
     u += 1
     np.divide(a, u, out=out)
     out *= b
@@ -215,8 +214,7 @@ def _geglu(a, b, out):
 
 def _geglu_backward(dy, a, b, da, db, h=None):
     """With s = 1 / (1 + exp(-2 u)): gelu = a s and gelu' = s + 2 a s (1 - s) u'."""
-    s = _minus_two_u(a)
-    np.exp(s, out=s)
+    s = _exp_minus_two_u(a)
     s += 1
     np.divide(1, s, out=s)
     np.multiply(a, s, out=db)      # gelu
@@ -234,13 +232,14 @@ def _geglu_backward(dy, a, b, da, db, h=None):
     da *= dy
 
 
-def _minus_two_u(a):
-    """-2 sqrt(2/pi) (a + 0.044715 a^3), bounded so that exp stays finite."""
+def _exp_minus_two_u(a):
+    """exp(-2 sqrt(2/pi) (a + 0.044715 a^3)); inf for a far below 0, whose gelu is then 0."""
     u = a * a
     u *= -2 * GELU_SCALE * GELU_CUBE
     u -= 2 * GELU_SCALE
     u *= a
-    return np.minimum(u, 80, out=u)
+    with np.errstate(over="ignore"):
+        return np.exp(u, out=u)
 
 
 def dropout(x, dropped):
@@ -622,6 +621,36 @@ def gather(x, index):
     return out
 
 
+def scatter_sum(rows, index, n_tokens):
+    """Round after round: the first row of every token, then the second of those that have two, ...
+
+    No token is in a round twice, so a round is one addition. A place below 2^16 is sorted by radix.
+    """
+    b, h, d = *rows.shape[:2], rows.shape[-1]
+    flat = rows.reshape(b * h, -1, d)
+    places = index.reshape(b * h, -1).astype(np.min_scalar_type(n_tokens - 1))
+    out = np.zeros((b * h, n_tokens, d), rows.dtype)
+
+    def heads(r):
+        head = np.arange(r.stop - r.start)[:, None]
+        order = places[r].argsort(axis=-1, kind="stable")
+        order += head * order.shape[1]                               # by token
+        order = order.reshape(-1)
+        count = np.bincount((places[r] + head * n_tokens).reshape(-1),
+                            minlength=len(head) * n_tokens)
+        first = np.cumsum(count) - count                             # of each token in the order
+        source, total = flat[r].reshape(-1, d), out[r].reshape(-1, d)
+        left = np.flatnonzero(count)
+        total[left] = source[order[first[left]]]
+        done = 1
+        while len(left := left[count[left] > done]):
+            total[left] += source[order[first[left] + done]]
+            done += 1
+
+    parallel(heads, [slice(0, b * h)] if busy() else tiles(b * h, 1))
+    return out.reshape(b, h, n_tokens, d)
+
+
 # ---------------------------------------------------------------------------------- optimizer
 
 def adamw_update(flat, grads, state, table, lr, step, *, beta1=0.9, beta2=0.99, eps=1e-8,
@@ -660,4 +689,5 @@ TWINS = {f.__name__: f for f in (
     linear, linear_backward, layer_norm, layer_norm_backward, normalize, normalize_backward, geglu,
     geglu_backward, geglu_ffn, geglu_ffn_backward, dropout, linear_cross_entropy,
     linear_cross_entropy_backward, attend, attend_backward, local_attention,
-    local_attention_backward, top_members, by_cluster, inverse, gather, adamw_update)}
+    local_attention_backward, top_members, by_cluster, inverse, gather, scatter_sum,
+    adamw_update)}
