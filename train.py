@@ -38,7 +38,7 @@ def main(argv=None):
     args = parse(argv)
     xp, device = select_device(args.device)
     folder, path, saved = saved_run(args) if args.resume or args.evaluate else new_run(args)
-    config, dataset, model, train = prepare(args, folder, saved)
+    config, dataset, model, train = prepare(args, saved)
     precision, dtype = select_precision(train.precision, xp)
     train = dataclasses.replace(train, precision=precision)
     try:
@@ -400,8 +400,8 @@ def saved_run(args):
     return folder, path, run.load(path)
 
 
-def prepare(args, folder, saved):
-    """(config, dataset, ModelConfig, TrainConfig) of what the flags ask for."""
+def prepare(args, saved=None):
+    """(config, dataset, ModelConfig, TrainConfig) of what the flags and a saved run ask for."""
     given = {f.name: getattr(args, f.name) for cls in (ModelConfig, TrainConfig)
              for f in dataclasses.fields(cls) if getattr(args, f.name) is not None}
     if saved:
@@ -409,7 +409,7 @@ def prepare(args, folder, saved):
         name = before["dataset"]
         if args.dataset not in (None, name):
             if args.dataset in data.DATASETS or name in data.DATASETS:
-                raise UserError(f"{folder} was trained on {name}, not on {args.dataset}")
+                raise UserError(f"the run was trained on {name}, not on {args.dataset}")
             name = args.dataset  # own text that was moved
         model = dataclasses.replace(
             from_json(ModelConfig, before["model"]), **only(ModelConfig, given))
@@ -419,7 +419,7 @@ def prepare(args, folder, saved):
         if dataset.protocol != before["data"]:
             changed = f"trained on other data: {before['data']}"
             if args.resume:
-                raise UserError(f"{folder} was {changed}; now there is: {dataset.protocol}")
+                raise UserError(f"the run was {changed}; now there is: {dataset.protocol}")
             print(f"note: {changed}")
     else:
         name = args.dataset or "stdlib"

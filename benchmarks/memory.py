@@ -34,7 +34,7 @@ def plan(name, recompute):
     dataset, preset = name.split("/")
     flags = [dataset, "--preset", preset, "--batch", "1", "--dry-run", "--data-dir",
              str(ROOT / "no data"), "--recompute" if recompute else "--no-recompute"]
-    model, recipe = train.prepare(train.parse(flags))[3:]
+    model, recipe = train.prepare(train.parse(flags))[2:]
     return model, recipe, parameter_table(model)
 
 

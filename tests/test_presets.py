@@ -18,8 +18,7 @@ ALL = [(dataset, name) for dataset, names in PRESETS.items() for name in names]
 
 def planned(dataset, name, tmp_path):
     flags = [dataset, "--preset", name, "--dry-run", "--data-dir", tmp_path / "nothing"]
-    args = train.parse([str(flag) for flag in flags])
-    return train.prepare(args, tmp_path, None)[2:]
+    return train.prepare(train.parse([str(flag) for flag in flags]))[2:]
 
 
 @pytest.mark.parametrize("dataset, name", ALL)
