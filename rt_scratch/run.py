@@ -181,7 +181,8 @@ def plot_loss(folder: Path) -> bool:
         if points:
             axes.plot(*zip(*points, strict=True), style, label=split, lw=1.2, ms=4,
                       alpha=0.6 if split == "train" else 1)
-    axes.set(xlabel="optimizer step", ylabel=rows[0]["unit"] if rows else "")
+    unit = rows[0]["unit"] if rows else ""
+    axes.set(xlabel="optimizer step", ylabel=unit, yscale="log" if "ppl" in unit else "linear")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(folder / "loss.png", dpi=150)
