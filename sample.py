@@ -152,7 +152,7 @@ def parse(argv):
     if args.prompt and args.prompt_file:
         raise UserError("--prompt and --prompt-file: give one of them")
     for path in (args.prompt_file, args.complete):
-        if path and not path.is_file():
+        if path and (path.is_dir() or not path.exists()):
             raise UserError(f"{path}: no such file")
     for name, least in (("tokens", 1), ("num", 1), ("temperature", 0), ("top_k", 0),
                         ("top_p", 0), ("seed", 0)):

@@ -9,7 +9,6 @@
 
 import argparse
 import dataclasses
-import os
 import signal
 import sys
 import time
@@ -23,13 +22,13 @@ from rt_scratch import data, decode, run
 from rt_scratch.backend import array_module, select_device, select_precision, to_host
 from rt_scratch.checkpoint import newest_run
 from rt_scratch.config import ModelConfig, TrainConfig, UserError, from_json
-from rt_scratch.console import Parser, script
+from rt_scratch.console import Parser, say, script
 from rt_scratch.data.batches import count_windows, eval_windows, random_windows, shuffled_images
 from rt_scratch.model import loss, views
 from rt_scratch.optim import OPTIMIZERS, clip_by_global_norm, global_norm, learning_rate
 from rt_scratch.presets import preset
 from rt_scratch.step import gradients, move_centroids
-from rt_scratch.threads import keep_freed_memory, set_blas_threads
+from rt_scratch.threads import keep_freed_memory, n_threads, set_blas_threads
 
 CAUSAL_WINDOWS = 64  # windows that --evaluate-causally scores unless told
 
@@ -50,16 +49,17 @@ def main(argv=None):
         state = run.restore(path, saved, state, config, xp)
     threads = set_threads(xp, train)
     describe(device, threads, dataset, model, train, state)
+    if args.dry_run:
+        return
     if args.evaluate:
-        limit = args.eval_windows or (CAUSAL_WINDOWS if args.evaluate_causally else 0)
+        limit = args.eval_windows
+        if limit is None:
+            limit = CAUSAL_WINDOWS if args.evaluate_causally else 0
         print(evaluate(state, dataset, model, train, args.evaluate, xp, args.stride, limit)[1])
         if args.evaluate_causally:
             print(evaluate_causally(state, dataset, model, args.evaluate, xp, limit)[1])
         return
-    if args.dry_run:
-        return
-    if not saved:
-        run.open_folder(folder, config, dataset.codec_file)
+    run.open_folder(folder, config, dataset.codec_file)
     run.trim_log(folder, state.step)
     try:
         with warnings.catch_warnings():  # a run that diverges is stopped below, by its loss
@@ -85,7 +85,8 @@ def fit(state, dataset, model, train, config, folder, xp, dtype, stop_after):
         return run.State(flat, table, centroids, optimizer, done, best, time.time() - started,
                          scale)
 
-    # Ctrl-C is looked at between steps, when everything is whole; a second one stops at once.
+    # Ctrl-C is looked at between steps, when everything is whole; a second one stops at once. An
+    # output that nobody reads any more (`| head`) counts as Ctrl-C.
     interrupted = []
     before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(
         signal.SIGINT, signal.default_int_handler)))
@@ -105,7 +106,7 @@ def fit(state, dataset, model, train, config, folder, xp, dtype, stop_after):
             logging = scoring or done % train.log_every == 0
             fits = train.precision != "fp16" or overflow_free(norm)
             if logging or done == 1 if fits else scale.value < 1e-3:  # the one wait for a GPU
-                check_finite(result.nats, norm, step, folder)
+                check_finite(result.nats, norm, done, folder)
             if fits:
                 update(flat, grads, optimizer, table, lr, step, weight_decay=train.weight_decay)
                 centroids = move_centroids(centroids, result.memberships, model)
@@ -117,7 +118,7 @@ def fit(state, dataset, model, train, config, folder, xp, dtype, stop_after):
                 row = log_row(result, norm, lr, dataset, done, started,
                               tokens_per_step * (done - first), seconds)
                 run.append_log(folder, row)
-                show(bar, row, train.steps, started, first)
+                interrupted += show(bar, row, train.steps, first, row["seconds"] - seconds)
             if scoring:
                 nats, text = evaluate(now(done), dataset, model, train, "valid", xp,
                                       limit=train.eval_windows)
@@ -133,8 +134,10 @@ def fit(state, dataset, model, train, config, folder, xp, dtype, stop_after):
             if scoring or interrupted:
                 run.save(folder / "last.npz", now(done), config)
             if scoring:
-                bar.write(f"step {done}  {text}\n" + cluster_line(row)
-                          + sample(now(done), dataset, model, train, done, folder))
+                text = f"step {done}  {text}\n" + cluster_line(row) + sample(
+                    now(done), dataset, model, train, done, folder)
+                with bar.external_write_mode():
+                    interrupted += [] if say(text) else [None]
             if interrupted:
                 raise UserError(f"interrupted and saved after step {done}; continue with: python "
                                 f"train.py --resume --out {folder}")
@@ -190,9 +193,9 @@ def evaluate_causally(state, dataset, model, split, xp, limit):
     """
     tokens, params = dataset.splits[split], views(state.flat, state.table)
     total = count_windows(tokens, model.seq_len)
-    limit = min(limit, total)
+    limit = min(limit or total, total)
     nats, n = 0.0, 0.0
-    for ids, weights, index in eval_windows(tokens, model.seq_len, limit, 0, limit):
+    for ids, weights, index in eval_windows(tokens, model.seq_len, CAUSAL_WINDOWS, 0, limit):
         labels = xp.asarray(dataset.labels[split][index]) if model.n_classes else None
         ids = xp.asarray(ids)
         scores, cache = decode.prefill(
@@ -251,15 +254,15 @@ def log_row(result, norm, lr, dataset, done, started, tokens, seconds):
             **run.health(result.memberships)}
 
 
-def show(bar, row, steps, started, first):
+def show(bar, row, steps, first, seconds):
+    """The log line of a step, `seconds` after step `first`; [None] where nobody reads it."""
     text = (f"{row['score']:.4f} {row['unit']}  lr {row['lr']:.2e}  |g| {row['grad_norm']:.2f}  "
             f"{row['tokens_per_s']} tok/s")
     if bar.disable:
-        left = (time.time() - started) / (row["step"] - first) * (steps - row["step"]) \
-            if row["step"] > first else 0
-        print(f"{row['step']}/{steps}  {text}  ETA {left:.0f} s", flush=True)
-    else:
-        bar.set_postfix_str(text)
+        left = seconds / (row["step"] - first) * (steps - row["step"])
+        return [] if say(f"{row['step']}/{steps}  {text}  ETA {left:.0f} s") else [None]
+    bar.set_postfix_str(text)
+    return []
 
 
 def cluster_line(row):
@@ -276,6 +279,7 @@ def overflow_free(norm) -> bool:
 
 
 def check_finite(nats, norm, step, folder):
+    """UserError unless the loss and the gradient of this step (1, 2, ...) are numbers."""
     if not np.isfinite(float(nats)) or not np.isfinite(float(norm)):
         what = "loss" if not np.isfinite(float(nats)) else "gradient"
         raise UserError(f"the {what} is not finite at step {step}; "
@@ -289,7 +293,9 @@ def describe(device, threads, dataset, model, train, state):
     heads = f"{model.n_local_heads} local + {model.n_routing_heads} {model.routing} routing heads"
     if not model.heads_route():
         heads = f"{model.n_heads} heads, {mode(model)}"
-    print(f"model: {n:,} parameters, {model.n_layers} layers of {heads}")
+    routed = sum(model.heads(i)[0] > 0 for i in range(model.n_layers))
+    where = f", routing in {routed} of them" if 0 < routed < model.n_layers else ""
+    print(f"model: {n:,} parameters, {model.n_layers} layers of {heads}{where}")
     print(f"step: {tokens:,} tokens, about {flops(model, state.table) * tokens / 1e9:,.0f} GFLOP, "
           f"about {memory(model, train, n) / 2**20:,.0f} MiB")
     print(f"data: {dataset.protocol}", flush=True)
@@ -357,12 +363,14 @@ def parse(argv):
         if getattr(args, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be "
                             "negative")
-    for name, needs in (("stride", args.evaluate), ("evaluate_causally", args.evaluate),
-                        ("download", not (args.resume or args.evaluate)),
-                        ("preset", not (args.resume or args.evaluate))):
-        if getattr(args, name) and not needs:
-            why = "needs --evaluate" if name in ("stride", "evaluate_causally") else \
-                "not used with --resume or --evaluate"
+    for name, wrong, why in (
+            ("stride", not args.evaluate, "needs --evaluate"),
+            ("stride", args.evaluate_causally, "not used with --evaluate-causally"),
+            ("evaluate_causally", not args.evaluate, "needs --evaluate"),
+            ("stop_after", args.evaluate, "not used with --evaluate"),
+            ("download", args.resume or args.evaluate, "not used with --resume or --evaluate"),
+            ("preset", args.resume or args.evaluate, "not used with --resume or --evaluate")):
+        if getattr(args, name) and wrong:
             raise UserError(f"--{name.replace('_', '-')}: {why}")
     return args
 
@@ -386,7 +394,7 @@ def layer_list(text):
 
 def new_run(args):
     """(run folder, None, None); UserError if there is a run in it."""
-    folder = args.out or default_folder(args.dataset or "stdlib")
+    folder = args.out or default_folder("stdlib" if args.dataset is None else args.dataset)
     if not args.dry_run and run.best_checkpoint(folder).exists():
         raise UserError(f"--out {folder}: holds a run already; add --resume to continue it, or "
                         "choose another folder")
@@ -396,7 +404,9 @@ def new_run(args):
 def saved_run(args):
     """(run folder, checkpoint, what it holds) of the run to continue or to score."""
     folder = args.out or (default_folder(args.dataset) if args.dataset else newest_run("runs"))
-    path = run.best_checkpoint(folder) if args.evaluate else folder / "last.npz"
+    path = folder / "last.npz"
+    if args.evaluate or not path.is_file():
+        path = run.best_checkpoint(folder)
     return folder, path, run.load(path)
 
 
@@ -410,27 +420,30 @@ def prepare(args, saved=None):
         if args.dataset not in (None, name):
             if args.dataset in data.DATASETS or name in data.DATASETS:
                 raise UserError(f"the run was trained on {name}, not on {args.dataset}")
-            name = args.dataset  # own text that was moved
+            name = args.dataset  # own text that was moved or renamed
+        place = args.data_dir or before["data_dir"]
         model = dataclasses.replace(
             from_json(ModelConfig, before["model"]), **only(ModelConfig, given))
         train = dataclasses.replace(
             from_json(TrainConfig, before["train"]), **only(TrainConfig, given))
-        dataset = data.load(name, args.data_dir, model.vocab_size)
-        if dataset.protocol != before["data"]:
+        dataset = data.load(name, place, model.vocab_size)
+        then, now = (text.replace(f" {Path(file).name}:", "") for text, file in (
+            (before["data"], before["dataset"]), (dataset.protocol, name)))
+        if then != now:
             changed = f"trained on other data: {before['data']}"
             if args.resume:
                 raise UserError(f"the run was {changed}; now there is: {dataset.protocol}")
-            print(f"note: {changed}")
+            print(f"note: what is scored now may be in part what was trained on; {changed}")
     else:
-        name = args.dataset or "stdlib"
+        name, place = "stdlib" if args.dataset is None else args.dataset, args.data_dir
         if args.download:
-            data.fetch(name, args.data_dir)
+            data.fetch(name, place)
         fields = preset(name, args.preset or "small") | given
         vocab_size = fields.pop("vocab_size", 0)
-        if args.dry_run and not data.present(name, args.data_dir):
+        if args.dry_run and not data.present(name, place):
             dataset = data.outline(name, vocab_size)
         else:
-            dataset = data.load(name, args.data_dir, vocab_size)
+            dataset = data.load(name, place, vocab_size)
         for fixed in ("kind", "pad_id"):
             if given.get(fixed, getattr(dataset, fixed)) != getattr(dataset, fixed):
                 raise UserError(f"--{fixed.replace('_', '-')} {given[fixed]}: {name} has "
@@ -446,7 +459,10 @@ def prepare(args, saved=None):
     train.validate()
     if dataset.splits:
         check_fits(model, dataset)
-    return run.describe(name, dataset, model, train), dataset, model, train
+    if name not in data.DATASETS:
+        name = str(Path(name).resolve())  # a run is resumed from anywhere
+    place = place and str(Path(place).resolve())
+    return run.describe(name, place, dataset, model, train), dataset, model, train
 
 
 def check_fits(model, dataset):
@@ -473,7 +489,7 @@ def set_threads(xp, train):
         return "one stream"
     keep_freed_memory()
     if set_blas_threads(1):  # the work is cut into pieces above BLAS
-        return f"{os.cpu_count()} threads, 1 BLAS thread each"
+        return f"{n_threads()} threads, 1 BLAS thread each"
     return "BLAS threads as NumPy chooses"
 
 

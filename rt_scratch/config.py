@@ -50,8 +50,8 @@ class ModelConfig:
     n_local_heads: int = _field(2, "heads with local attention, per layer")
     n_routing_heads: int = _field(2, "heads with routing attention, in routing layers")
     routing_layers: tuple[int, ...] = _field(
-        (), "layers with routing heads, such as 2,3 or -1 (from the end); empty: all. "
-            "Elsewhere these heads are local")
+        (), "layers with routing heads, such as 2,3 or, from the end and with =, "
+            "--routing-layers=-2,-1; empty: all. Elsewhere these heads are local")
     routing: str = _field("causal", "causal: nothing leaks; topk: the paper, membership depends "
                                     "on later tokens; random: control", ROUTING_MODES)
     share_qk: bool = _field(True, "routing heads use their queries as keys")
@@ -110,8 +110,8 @@ class ModelConfig:
             if choices and getattr(self, f.name) not in choices:
                 _fail(f"--{_flag(f.name)} {getattr(self, f.name)}: choose from "
                       f"{', '.join(choices)}")
-            if f.name.endswith("dropout") and not 0 <= getattr(self, f.name) < 1:
-                _fail(f"--{_flag(f.name)} {getattr(self, f.name)}: must be in [0, 1)")
+            if f.name.endswith("dropout") and not 0 <= getattr(self, f.name) <= 0.999:
+                _fail(f"--{_flag(f.name)} {getattr(self, f.name)}: must be from 0 to 0.999")
         if self.n_heads < 1:
             _fail("--n-local-heads and --n-routing-heads are both 0: give at least one head")
         if self.width % self.n_heads:

@@ -19,23 +19,40 @@ class Parser(argparse.ArgumentParser):
 def script(main) -> None:
     """Run main() and exit: 0; 2 after one line on what the user can mend; 130 after Ctrl-C.
 
-    Text that the terminal's encoding lacks is shown as ?, and a reader that went away, such as
-    `head`, ends the script quietly with 1.
+    main may turn Ctrl-C into a line of its own, as training does. Text that the terminal's encoding
+    lacks is shown as ?, and a reader that went away, such as `head`, ends the script with 1.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")
+        if stream is not None:  # None: closed by the caller
+            stream.reconfigure(errors="replace")
     try:
         main()
-        sys.stdout.flush()
+        print(end="", flush=True)
     except UserError as error:
         _end(2, f"error: {error}")
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        _silence()
         _end(1, "stopped: nobody reads the output any more")
     except OSError as error:  # a full disk, a folder that cannot be written
         _end(2, f"error: {error.filename or 'files'}: {error.strerror or error}")
+    except MemoryError as error:
+        _end(2, f"error: out of memory ({error}); ask for less at a time")
     except KeyboardInterrupt:
         _end(130, "interrupted")
+
+
+def say(text: str) -> bool:
+    """Print now; False, and silent from now on, where nobody reads the output any more."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _silence()
+        return False
+    return True
+
+
+def _silence():
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _end(code, line):

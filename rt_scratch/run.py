@@ -83,8 +83,8 @@ def restore(path: Path, saved: tuple[dict, dict], fresh: State, config: dict, xp
     def take(name, like):
         array = arrays.get(name)
         if array is None or array.shape != like.shape or array.dtype != like.dtype:
-            raise UserError(f"{path}: {name} is missing or has another shape; the checkpoint "
-                            "belongs to another configuration")
+            raise UserError(f"{path}: {name} is missing or has another shape or precision; the "
+                            "checkpoint belongs to another configuration")
         return xp.asarray(array)
 
     centroids = {i: Centroids(*(take(f"centroids.{i}.{name}", like)
@@ -114,9 +114,10 @@ def best_checkpoint(folder: Path) -> Path:
     return best if best.is_file() else folder / "last.npz"
 
 
-def describe(name: str, dataset: Dataset, model: ModelConfig, train: TrainConfig) -> dict:
-    """What config.json and every checkpoint say; `name` is how train.py was asked for the data."""
-    return {"dataset": name, "data": dataset.protocol, "model": to_json(model),
+def describe(name: str, place: str | None, dataset: Dataset, model: ModelConfig,
+             train: TrainConfig) -> dict:
+    """What config.json and every checkpoint say; name and place: how train.py finds the data."""
+    return {"dataset": name, "data_dir": place, "data": dataset.protocol, "model": to_json(model),
             "train": to_json(train), "codec": dataset.codec_file and dataset.codec_file.name}
 
 
@@ -140,7 +141,8 @@ def read_log(folder: Path) -> list[dict]:
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        return [row for row in csv.DictReader(file) if _whole(row)]
+        lines = [line for line in file if len(line) < 1000 and "\0" not in line]
+    return [row for row in csv.DictReader(lines) if _whole(row)]
 
 
 def trim_log(folder: Path, step: int) -> None:

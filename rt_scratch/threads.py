@@ -47,8 +47,12 @@ def tiles(n: int, size: int) -> list[slice]:
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
-                              else os.cpu_count())
+    return ThreadPoolExecutor(n_threads())
+
+
+def n_threads() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def set_blas_threads(n: int) -> bool:

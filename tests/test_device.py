@@ -98,7 +98,7 @@ def test_decoding(name):
 def test_checkpoints_travel(tmp_path, name):
     """Saved from a device, restored on the host, and back: every array the same."""
     model, settings = MODELS[name], TrainConfig()
-    config = run.describe("x", byte_dataset("x", {}, ""), model, settings)
+    config = run.describe("x", None, byte_dataset("x", {}, ""), model, settings)
     state = run.new_state(model, settings, np)
     fresh = run.new_state(model, settings, strictxp)
     assert_same(fresh.flat, state.flat)  # the same seed, the same start, wherever

@@ -18,7 +18,8 @@ import sample  # noqa: E402
 
 
 def make_run(folder, cfg):
-    config = run.describe("stdlib", byte_dataset("stdlib", {}, ""), cfg.validate(), TrainConfig())
+    config = run.describe("stdlib", None, byte_dataset("stdlib", {}, ""), cfg.validate(),
+                          TrainConfig())
     run.open_folder(folder, config, None)
     run.save(folder / "last.npz", run.new_state(cfg, TrainConfig(), np), config)
     return str(folder)
