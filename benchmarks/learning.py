@@ -27,6 +27,9 @@ from race import machine, port, start_ours, start_torch, table
 from sizes import SIZES
 from sizes import model as size_model
 
+from rt_scratch.config import UserError
+from rt_scratch.console import script
+
 NAMES = {"ours": "ours, causal", "topk": "ours, topk", "port": "port"}
 WINDOWS = 32          # of validation text per score
 POSITIONS = 40        # in each of the first 8 of them, scored by their prefix
@@ -115,12 +118,12 @@ def contender(name, size, data, minutes, lr):
 
     me = Port(size) if name == "port" else Ours(size, "causal" if name == "ours" else "topk")
     splits, t = load(data).splits, me.cfg.seq_len
-    windows = np.concatenate([ids for ids, w, _ in eval_windows(splits["valid"], t, 8, 0, WINDOWS)
-                              if w.all()]).astype(np.int64)
+    windows = np.concatenate([ids[w.all(1)] for ids, w, _ in eval_windows(
+        splits["valid"], t, 8, 0, WINDOWS) if ids.shape[1] == t]).astype(np.int64)
     seconds = 0.0
 
     def score():
-        groups = np.array_split(windows, len(windows) // 4)
+        groups = np.array_split(windows, -(-len(windows) // 4))
         return float(np.mean([bits(me.logits(ids), ids[:, 1:]).mean() for ids in groups]))
 
     print(json.dumps({"seconds": 0.0, "steps": 0, "bits": score()}), flush=True)
@@ -241,11 +244,13 @@ def main():
         import routing_transformer  # noqa: F401
     except ImportError:
         sys.exit("error: torch and routing-transformer are needed: pip install -e '.[bench]'")
-    text = load(args.data)
+    text, length = load(args.data), size_model(args.size)[0].seq_len
+    if (n_windows := min(WINDOWS, len(text.splits["valid"]) // length)) < 1:
+        raise UserError(f"--data {args.data}: its validation split, 5 % of it, is shorter than a "
+                        f"window of {length} bytes; give a longer text")
     head = (f"{machine()}\n{args.size} parameters, {args.minutes:g} minutes of training each in "
             f"{args.turns} turns, learning rate {args.lr:g}. {text.protocol}; scores on "
-            f"{WINDOWS} windows of {size_model(args.size)[0].seq_len} bytes of its validation "
-            "split.\n")
+            f"{n_windows} windows of {length} bytes of its validation split.\n")
     curves, prefixes = race(args.names, [args.size, args.data, args.minutes, args.lr],
                             args.minutes, args.turns)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -260,4 +265,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

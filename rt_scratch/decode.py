@@ -1,10 +1,10 @@
 """Incremental decoding: one token at a time, at a cost that does not grow with the text.
 
 A local head keeps the keys of its last (lookback + 1) S places in a ring; a `causal` or `random`
-head keeps the W most recent members of each cluster in a ring of its own. Both then compute exactly
-what `model.forward` computes for the whole text. A `topk` head must choose its members again for
-every token; it chooses among the tokens so far (as the released code does when decoding), while
-training and teacher-forced evaluation let it choose among later ones too.
+head keeps the W most recent members of each cluster in a ring of its own. Both then compute what
+`model.forward` computes for the whole text, up to rounding. A `topk` head must choose its members
+again for every token; it chooses among the tokens so far (as the released code does when decoding),
+while training and teacher-forced evaluation let it choose among later ones too.
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ def gradients(flat, grads, table, centroids, cfg: ModelConfig, parts, seed: int,
     """Fill `grads` with the gradient of nats + beta commitment over all parts of the batch.
 
     parts: list of (ids (B, T), labels (B,) or None). Every target weighs the same whatever part it
-    is in, so cutting a batch differently changes nothing but rounding. The network computes in
+    is in, so cutting a batch differently changes nothing but rounding (and the masks of dropout,
+    which are drawn per part). The network computes in
     `dtype` (default: that of flat), on a rounded copy of the parameters; `grads` keeps the dtype of
     flat. With `loss_scale` the backward pass runs on so many times the loss. `together` parts run
     side by side: as many times the activations, and as many gradient buffers.
@@ -41,7 +42,8 @@ def gradients(flat, grads, table, centroids, cfg: ModelConfig, parts, seed: int,
     weights = [target_weights(cfg, ids, flat.dtype) for ids, _ in parts]
     total = sum(w.sum() for w in weights)
     n = len(parts)
-    share = 1 / n
+    rows = [len(ids) for ids, _ in parts]
+    shares = [r / sum(rows) for r in rows]
     spare = {slot: xp.empty_like(grads) for slot in {part % together for part in range(1, n)}}
     grads[...] = 0
 
@@ -53,7 +55,7 @@ def gradients(flat, grads, table, centroids, cfg: ModelConfig, parts, seed: int,
         (nats, commitment), cache, report = loss(
             params, centroids, cfg, ids, weights[part] / total, labels, Noise(seed, step, part),
             recompute=recompute)
-        loss_backward(loss_scale, loss_scale * cfg.commitment * share, cache,
+        loss_backward(loss_scale, loss_scale * cfg.commitment * shares[part], cache,
                       views(buffer, table))
         return nats, commitment, report
 
@@ -67,15 +69,18 @@ def gradients(flat, grads, table, centroids, cfg: ModelConfig, parts, seed: int,
     if loss_scale != 1:
         grads *= 1 / loss_scale
     nats, commitments, reports = zip(*results, strict=True)
-    return Step(sum(nats), share * sum(commitments), _merge(reports), list(reports))
+    commitment = sum(share * c for share, c in zip(shares, commitments, strict=True))
+    return Step(sum(nats), commitment, _merge(reports, shares), list(reports))
 
 
-def _merge(reports) -> dict[int, Membership]:
+def _merge(reports, shares) -> dict[int, Membership]:
     merged = {}
     for layer in reports[0].memberships:
-        all_parts = [r.memberships[layer] for r in reports]
-        counts, sums, uncovered, several = (sum(x) for x in zip(*all_parts, strict=True))
-        merged[layer] = Membership(counts, sums, uncovered / len(reports), several / len(reports))
+        parts = [r.memberships[layer] for r in reports]
+        merged[layer] = Membership(
+            sum(m.counts for m in parts), sum(m.sums for m in parts),
+            sum(share * m.uncovered for share, m in zip(shares, parts, strict=True)),
+            sum(share * m.several for share, m in zip(shares, parts, strict=True)))
     return merged
 
 

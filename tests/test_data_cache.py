@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import time
 
 import numpy as np
@@ -71,6 +72,52 @@ def test_touched_files_are_recognised_by_their_checksum(maker):
     assert about["sources"][0]["mtime_ns"] == 10 ** 9  # so the next look is quick again
 
 
+def test_another_folder_with_the_same_times_is_another_source(maker, monkeypatch):
+    """Two read-only folders share the cache in the current folder."""
+    other = Maker(maker.folder.parent / "other")
+    other.folder.mkdir()
+    for m, text in ((maker, b"abc"), (other, b"xyz")):
+        (m.folder / "a").write_bytes(text)
+        (m.folder / "b").write_bytes(b"de")
+        for name in "ab":
+            os.utime(m.folder / name, (1, 1))
+        m.folder.chmod(0o500)
+    assert content(maker()) == b"abcde"
+    assert content(other()) == b"xyzde"
+    for m in (maker, other):
+        m.folder.chmod(0o700)
+
+
+def test_a_source_that_changes_while_it_is_read(maker, monkeypatch):
+    real = cache._digest
+
+    def meanwhile(path):
+        digest = real(path)
+        path.write_bytes(b"new")
+        return digest
+
+    monkeypatch.setattr(cache, "_digest", meanwhile)
+    with pytest.raises(UserError, match="changed while it was read"):
+        maker()
+    monkeypatch.undo()
+    assert not (maker.folder / "rt_cache" / "set").exists()
+
+
+def test_another_process_was_quicker(maker, monkeypatch):
+    """Its cache is used, ours is dropped."""
+    real = os.rename
+    winner = maker.folder / "rt_cache" / "set"
+
+    def rename(self, target):
+        if target == winner and not winner.exists():
+            shutil.copytree(self, winner)  # what the other process does at this moment
+        return real(self, target)
+
+    monkeypatch.setattr("pathlib.Path.rename", rename)
+    assert content(maker()) == b"abcde"
+    assert os.listdir(winner.parent) == ["set"]
+
+
 @pytest.mark.parametrize("change", ["content", "size", "more", "fewer", "recipe", "format"])
 def test_remade_when_something_changed(maker, change, monkeypatch):
     maker()
@@ -100,7 +147,8 @@ def test_remade_when_something_changed(maker, change, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["short array", "no array", "not an array", "another array",
-                                    "vocabulary", "no vocabulary", "json", "no json"])
+                                    "vocabulary", "no vocabulary", "json", "other json",
+                                    "no json"])
 def test_damaged_cache_is_remade(maker, damage):
     maker()
     path = maker.folder / "rt_cache" / "set"
@@ -118,6 +166,8 @@ def test_damaged_cache_is_remade(maker, damage):
         (path / "vocab.txt").unlink()
     if damage == "json":
         (path / "cache.json").write_text("{")
+    if damage == "other json":
+        (path / "cache.json").write_text("[]")
     if damage == "no json":
         (path / "cache.json").unlink()
     assert content(maker()) == b"abcde"

@@ -201,6 +201,15 @@ def test_wikitext_in_its_zip_and_its_folders(tmp_path, monkeypatch):
     assert load("wikitext103", tmp_path / "f").splits["valid"].tolist() == want["valid"]
 
 
+def test_wikitext_is_not_put_together_from_two_places(tmp_path):
+    """A cut download beside the whole zip: the zip alone counts."""
+    zipped(tmp_path / "wikitext-103-v1.zip", **{
+        f"wikitext-103/wiki.{s}.tokens": t
+        for s, t in (("train", TRAIN), ("valid", VALID), ("test", TEST))})
+    (tmp_path / "wiki.train.tokens").write_bytes(TRAIN[:20])
+    assert len(load("wikitext103", tmp_path).splits["train"]) == 20
+
+
 def test_wikitext_names_the_official_files(tmp_path, monkeypatch):
     monkeypatch.setitem(wikitext.OFFICIAL, hashlib.sha1(VALID).hexdigest(), "the real valid")
     make_wikitext(tmp_path)
@@ -410,6 +419,28 @@ def test_cifar10(tmp_path, cifar_files, packed):
     assert data.image_shape == (32, 32, 3)
     assert (data.unit, data.kind, data.n_classes) == ("bits/dim", "image", 10)
     assert "only" not in data.protocol
+
+
+def test_a_flipped_bit_in_an_archive_is_seen(tmp_path, cifar_files):
+    path = tmp_path / "cifar-10-binary.tar.gz"
+    tar_of(path, {name: bytes(records) for name, records in cifar_files.items()})
+    damaged = bytearray(path.read_bytes())
+    for at in (len(damaged) // 3, len(damaged) // 2):
+        damaged[at] ^= 4
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="damaged or cut short"):
+            load("cifar10", tmp_path)
+        damaged[at] ^= 4
+
+
+def test_zips_that_python_does_not_read(tmp_path, wiki_bytes):
+    path = zipped(tmp_path / "enwik8.zip", enwik8=wiki_bytes)
+    whole = path.read_bytes()
+    at = whole.rindex(b"PK\x01\x02")
+    for offset, value, word in ((10, 9, "damaged"), (8, 1, "encrypted")):
+        path.write_bytes(whole[: at + offset] + bytes([value]) + whole[at + offset + 1 :])
+        with pytest.raises(UserError, match=word):
+            load("enwik8", tmp_path)
 
 
 def test_cifar10_in_part_says_so(tmp_path, cifar_files):

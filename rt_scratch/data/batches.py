@@ -52,10 +52,11 @@ def eval_windows(split: np.ndarray, n_tokens: int, batch: int, stride: int = 0,
 
     Text, stride 0: windows that follow each other. Text, 0 < stride < T: windows every `stride`
     tokens; each scores its last `stride` tokens, the first all, so that a token has at least
-    T - stride tokens of context (but for the first T). Either way each token is scored once; the
-    last window is filled up with id 0 at weight 0. Images (N, T): one per row, `stride` unused.
-    Batches always have B rows; spare rows have weight 0. `limit`: only so many windows, evenly
-    spread over the split (0: all).
+    T - stride tokens of context (but for the first T). Either way each token is scored once; a last
+    window that the text does not fill comes alone at its own length (in mode `topk` filling would
+    take places from its tokens). Images (N, T): one per row, `stride` unused. All other batches
+    have B rows; spare rows have weight 0. `limit`: only so many windows, evenly spread over the
+    split (0: all).
     """
     if split.ndim == 2 and split.shape[1] != n_tokens:
         raise UserError(f"images have {split.shape[1]} values, --seq-len is {n_tokens}")
@@ -66,11 +67,14 @@ def eval_windows(split: np.ndarray, n_tokens: int, batch: int, stride: int = 0,
     n_windows = min(limit or total, total)
     chosen = range(total) if n_windows == total else [
         i * total // n_windows for i in range(n_windows)]
-    for first in range(0, n_windows, batch):
-        tokens = np.zeros((batch, n_tokens), np.int32)
-        weights = np.zeros((batch, n_tokens), np.float32)
-        index = np.zeros(batch, np.int64)
-        for row, window in enumerate(chosen[first : first + batch]):
+    full = [w for w in chosen if split.ndim == 2 or w * stride + n_tokens <= len(split)]
+    groups = [(full[i : i + batch], batch, n_tokens) for i in range(0, len(full), batch)]
+    groups += [([w], 1, len(split) - w * stride) for w in chosen[len(full) :]]
+    for windows, n_rows, length in groups:
+        tokens = np.zeros((n_rows, length), np.int32)
+        weights = np.zeros((n_rows, length), np.float32)
+        index = np.zeros(n_rows, np.int64)
+        for row, window in enumerate(windows):
             index[row] = window
             if split.ndim == 2:
                 part, scored_from = split[window], 0

@@ -1,6 +1,7 @@
 """Encoded data on disk: memory-mapped .npy files beside a JSON that says what they were made from.
 
-    rt_cache/NAME/cache.json    recipe; size, time and sha256 of each source; shapes; checksums
+    rt_cache/NAME/cache.json    recipe; folder, size, time, sha256 of each source; shapes of the
+                                arrays, checksum of the codec
                   train.npy ... tokens, one array per split, of the smallest integer type
                   vocab.txt or tokenizer.json, where the tokens need one
 
@@ -28,7 +29,7 @@ import numpy as np
 from rt_scratch.config import UserError
 from rt_scratch.data.files import sha256_of
 
-FORMAT = 1            # raise it when the encoding of any dataset changes
+FORMAT = 2            # raise it when the encoding of any dataset changes
 ABANDONED = 3600      # seconds without a write after which an unfinished cache is removed
 NO_SPACE = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 ANY_WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
@@ -48,8 +49,8 @@ def cached(folder: Path, dataset: str, name: str, recipe: dict, sources: Iterabl
     """The cache `name` of the data in `folder`, made by `build(new_folder) -> info` if need be.
 
     It is used again while `recipe` (all settings that decide the result) and the sources are the
-    same: same sizes and times, or else same sha256. `build` writes ArrayFiles and perhaps other
-    files, and returns JSON values. UserError on a full disk and other trouble with files.
+    same: same folder, sizes and times, or else same sha256. `build` writes ArrayFiles and perhaps
+    other files, and returns JSON values. UserError on a full disk and other trouble with files.
     """
     sources = sorted(sources)
     roots = [folder / "rt_cache", Path("data") / dataset / "rt_cache"]
@@ -119,19 +120,21 @@ def _lookup(path, folder, recipe, sources):
         about = _read_json(path)
     except (OSError, ValueError):
         return None
-    if about.get("format") != FORMAT or about["recipe"] != recipe:
+    if not isinstance(about, dict) or about.get("format") != FORMAT \
+            or about.get("recipe") != recipe:
         return None
     old = about["sources"]
     now = [_quick(p, folder) for p in sources]
     if [(s["name"], s["size"]) for s in old] != [(s["name"], s["size"]) for s in now]:
         return None
-    if [s["mtime_ns"] for s in old] != [s["mtime_ns"] for s in now]:
+    place = str(folder.resolve())
+    if about["folder"] != place or [s["mtime_ns"] for s in old] != [s["mtime_ns"] for s in now]:
         for s, path_of_s in zip(now, sources, strict=True):
             s["sha256"] = _digest(path_of_s)
         if [s["sha256"] for s in old] != [s["sha256"] for s in now]:
             return None
         if _writable(path):
-            _write_json(path, about | {"sources": now})
+            _write_json(path, about | {"sources": now, "folder": place})
     for name, digest in about["files"].items():
         if not (path / name).is_file() or sha256_of(path / name) != digest:
             return None
@@ -162,7 +165,10 @@ def _make(root, name, folder, recipe, sources, build):
         entries = [_quick(p, folder) for p in sources]
         info = build(new)
         for entry, path in zip(entries, sources, strict=True):
-            entry["sha256"] = _digest(path)
+            digest = _digest(path)
+            if _quick(path, folder) != entry:
+                raise UserError(f"{path}: changed while it was read; start again")
+            entry["sha256"] = digest
         arrays, files = {}, {}
         for path in sorted(new.iterdir(), key=_in_order):
             if path.suffix == ".npy":
@@ -172,7 +178,7 @@ def _make(root, name, folder, recipe, sources, build):
             else:
                 files[path.name] = sha256_of(path)
         _write_json(new, {"format": FORMAT, "recipe": recipe, "info": info, "arrays": arrays,
-                          "files": files, "sources": entries})
+                          "files": files, "folder": str(folder.resolve()), "sources": entries})
         _swap(new, root / name)
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -192,11 +198,15 @@ def _in_order(path):
 
 
 def _swap(new, path):
-    """Put the new cache in place of the old one."""
+    """Put the new cache in place of the old one, unless another process was quicker."""
     old = path.with_name(f"{new.name}.old")
-    if path.exists():
+    with contextlib.suppress(FileNotFoundError):
         path.rename(old)
-    new.rename(path)
+    try:
+        new.rename(path)
+    except OSError:
+        if not path.is_dir():
+            raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -59,8 +59,8 @@ def _cut(place, new):
             at += len(chunk)
     expected = sum(SIZES.values())
     if at != expected:
-        raise UserError(f"{place.path}: {at:,} bytes of text; enwik8 has {expected:,}. To use it "
-                        "as it is, give the file itself instead of the name enwik8")
+        raise UserError(f"{place.path}: {at:,} bytes of text; enwik8 has {expected:,}. To use "
+                        "another text, give its unpacked file instead of the name enwik8")
     if digest.hexdigest() != SHA256:
         raise UserError(f"{place.path}: not the official enwik8, its sha256 is "
                         f"{digest.hexdigest()[:12]}..., not {SHA256[:12]}...; fetch it again")

@@ -21,7 +21,7 @@ from rt_scratch.config import UserError
 CHUNK = 1 << 20  # bytes read at a time: enough to keep a disk busy, nothing to memory
 
 DAMAGE = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, lzma.LZMAError, zlib.error,
-          EOFError)
+          EOFError, NotImplementedError, UnicodeDecodeError)  # the last two: zips of odd makers
 
 
 class Place(NamedTuple):
@@ -31,17 +31,17 @@ class Place(NamedTuple):
     member: str | None = None
 
 
-def find(folder: Path, names: list[str], subfolders=(), archives=()) -> dict[str, Place]:
+def find(folder: Path, names: list[str], subfolders=(), archives=(),
+         itself=True) -> dict[str, Place]:
     """Those of the official files `names` that are there.
 
-    Looks in `folder`, its `subfolders`, then in those of its files that are named in `archives`;
-    the first place that has a file counts. UserError when folder is none.
+    Looks in `folder` (if `itself`), its `subfolders`, then in those of its files that are named in
+    `archives`; the first place that has a file counts. UserError when folder is none.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; --data-dir names the folder with the data, "
-                        "--download fetches it")
+        raise no_folder(folder)
     found = {}
-    for place in (folder, *(folder / s for s in subfolders)):
+    for place in (*[folder] * itself, *(folder / s for s in subfolders)):
         for name in names:
             if (place / name).is_file():
                 found.setdefault(name, Place(place / name))
@@ -51,6 +51,12 @@ def find(folder: Path, names: list[str], subfolders=(), archives=()) -> dict[str
             for name in members.keys() & set(names):
                 found.setdefault(name, Place(archive, members[name]))
     return found
+
+
+def no_folder(folder: Path) -> UserError:
+    """The error for a --data-dir that is none."""
+    return UserError(f"{folder}: no such folder; --data-dir names the folder with the data, "
+                     "--download fetches it")
 
 
 def missing(folder: Path, dataset: str, wanted: str) -> UserError:
@@ -66,7 +72,10 @@ def member_names(archive: Path) -> list[str]:
             with zipfile.ZipFile(archive) as z:
                 return [i.filename for i in z.infolist() if not i.is_dir()]
         with tarfile.open(archive) as t:
-            return [m.name for m in t if m.isreg()]
+            names = [m.name for m in t if m.isreg()]
+            while t.fileobj.read(CHUNK):  # to the end, where gzip's checksum stands
+                pass
+            return names
 
 
 @contextmanager
@@ -77,8 +86,11 @@ def opened(place: Place):
             with open(place.path, "rb") as f:
                 yield f
         elif place.path.suffix == ".zip":
-            with zipfile.ZipFile(place.path) as z, z.open(place.member) as f:
-                yield f
+            with zipfile.ZipFile(place.path) as z:
+                if z.getinfo(place.member).flag_bits & 1:
+                    raise UserError(f"{place.path}: encrypted; unpack it first")
+                with z.open(place.member) as f:
+                    yield f
         else:
             with tarfile.open(place.path) as t, t.extractfile(place.member) as f:
                 yield f

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+import tokenize
 import zipfile
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def load(folder: Path) -> Dataset:
         raise UserError(f"{folder}: no such folder. {HOW_TO_GET_IT}")
     npz = find(folder, [*NPZ_TRAIN, NPZ_TEST], [Path(a).stem for a in NPZ_ARCHIVES], NPZ_ARCHIVES)
     png = {split: path for split, name in PNG.items()
-           for path in (folder / name, folder / f"{name}.tar") if path.exists()}
+           for path in (folder / f"{name}.tar", folder / name) if path.exists()}
     has_npz = NPZ_TEST in npz and len(npz) > 1
     if has_npz and len(png) == len(PNG):
         raise UserError(f"{folder}: holds both versions of ImageNet 64x64, whose scores do not "
@@ -92,7 +93,7 @@ def _npz_batches(found):
             try:
                 for pixels, labels in _npz_rows(stream, name):
                     yield split, interleave(pixels), labels
-            except (ValueError, KeyError) as e:
+            except (ValueError, KeyError, tokenize.TokenError) as e:  # the last: npy headers
                 raise UserError(f"{found[name].path}: {name} is no npz batch of 64 x 64 images "
                                 f"({e})") from e
 

@@ -26,7 +26,7 @@ from rt_scratch.data import tokenizer
 from rt_scratch.data.cache import ArrayFile, cached, smallest_type
 from rt_scratch.data.dataset import Dataset
 from rt_scratch.data.download import Source, fetch, get
-from rt_scratch.data.files import missing, sha256_of
+from rt_scratch.data.files import missing, no_folder, sha256_of
 
 VOCAB_SIZE = 98_304        # V unless asked for another: about the 98k of the paper
 SAMPLE_BYTES = 200_000_000  # of train text that the subwords are trained on
@@ -43,6 +43,8 @@ CONNECTIONS = 8            # books are small: one at a time would mostly wait
 
 def load(folder: Path, vocab_size: int = VOCAB_SIZE) -> Dataset:
     """From train/, validation/ and test/ID.txt; any number of books, the protocol says how many."""
+    if not folder.is_dir():
+        raise no_folder(folder)
     books = {split: _books(folder / name) for split, name in FOLDERS.items()}
     if not all(books.values()):
         empty = [FOLDERS[split] for split, paths in books.items() if not paths]
@@ -114,7 +116,7 @@ def _listing(name):
 
 def _books(folder):
     """Files ID.txt in the order of their numbers."""
-    return sorted((p for p in folder.glob("*.txt") if p.stem.isdecimal()),
+    return sorted((p for p in folder.glob("*.txt") if p.stem.isdecimal() and p.is_file()),
                   key=lambda p: (int(p.stem), p.name))
 
 

@@ -35,6 +35,8 @@ def train(texts: Iterable[bytes], vocab_size: int, path: Path) -> None:
     """
     if vocab_size < MIN_VOCAB:
         raise UserError(f"--vocab-size {vocab_size}: subwords need at least {MIN_VOCAB}")
+    if vocab_size >= 2 ** 31:
+        raise UserError(f"--vocab-size {vocab_size}: must be below 2^31")
     lib = _library()
     tokenizer = lib.Tokenizer(lib.models.BPE())
     tokenizer.pre_tokenizer = lib.pre_tokenizers.Split(lib.Regex(PIECES), "isolated")

@@ -23,10 +23,12 @@ from rt_scratch.data.files import find, missing, opened, sha256_of
 
 EOS, UNK = b"<eos>", b"<unk>"
 FILES = {split: f"wiki.{split}.tokens" for split in ("train", "valid", "test")}
-PLACES = [  # (subfolders, archives) of one edition each
-    ((), ()),
-    (("wikitext-103",), ("wikitext-103-v1.zip",)),
-    (("wikitext-2",), ("wikitext-2-v1.zip",)),
+PLACES = [  # what `find` takes: all three files come from one of these places
+    {},
+    {"subfolders": ["wikitext-103"], "itself": False},
+    {"archives": ["wikitext-103-v1.zip"], "itself": False},
+    {"subfolders": ["wikitext-2"], "itself": False},
+    {"archives": ["wikitext-2-v1.zip"], "itself": False},
 ]
 SOURCE = Source(
     "wikitext-103-v1.zip",
@@ -45,8 +47,8 @@ PIECE = 1 << 20  # tokens kept in memory before they are written
 
 def load(folder: Path) -> Dataset:
     """From the three files or the official zip; UserError on missing files and empty splits."""
-    for subfolders, archives in PLACES:
-        found = find(folder, list(FILES.values()), subfolders, archives)
+    for place in PLACES:
+        found = find(folder, list(FILES.values()), **place)
         if len(found) == len(FILES):
             break
     else:
