@@ -4,6 +4,7 @@
 set -uo pipefail
 out=${1:?usage: benchmarks/gpu.sh OUT_FOLDER}
 cd "$(dirname "$0")/.."
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$out"
 nvidia-smi > "$out/nvidia-smi.txt" 2>&1
 timeout 150 python -m pytest -q -m gpu 2>&1 | tee "$out/tests.txt" | tail -n 15

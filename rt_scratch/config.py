@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 ROUTING_MODES = ("causal", "topk", "random")
 ATTENTION_KINDS = ("routing", "local", "full")
+MAX_CLUSTERS = 1024  # per head: the GPU kernels count them in the memory of one block
 PRECISIONS = ("auto", "float32", "float64", "tf32", "bf16", "fp16")
 
 
@@ -112,6 +113,8 @@ class ModelConfig:
                       f"{', '.join(choices)}")
             if f.name.endswith("dropout") and not 0 <= getattr(self, f.name) <= 0.999:
                 _fail(f"--{_flag(f.name)} {getattr(self, f.name)}: must be from 0 to 0.999")
+        if self.n_clusters > MAX_CLUSTERS:
+            _fail(f"--n-clusters {self.n_clusters}: at most {MAX_CLUSTERS}")
         if self.n_heads < 1:
             _fail("--n-local-heads and --n-routing-heads are both 0: give at least one head")
         if self.width % self.n_heads:

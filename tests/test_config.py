@@ -20,6 +20,7 @@ IMAGE = dict(kind="image", image_size=2, seq_len=12)
     (dict(routing_layers=(-5,)), "layers are 0 to 3"),
     (dict(window=0), "--window 0: must be at least 1"),
     (dict(lookback=-1), "must not be negative"),
+    (dict(n_clusters=1025), "at most 1024"),
     (dict(ffn_dropout=1.0), "must be from 0 to 0.999"),
     (dict(routing="nearest"), "choose from causal, topk, random"),
     (dict(centroid_decay=1.5), "must be in"),

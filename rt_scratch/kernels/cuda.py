@@ -632,7 +632,7 @@ def cluster_statistics(x, winner, n_clusters: int):
     xp = array_module(x)
     x, winner = _contiguous(x), _int32(winner)
     b, h, tokens, width = x.shape
-    chunk = max(512, _blocks(tokens, 16))
+    chunk = max(64, _blocks(tokens, 256))  # many short walks: a block reads its tokens in turn
     chunks, tile = _blocks(tokens, chunk), min(n_clusters, MAX_CLUSTERS, TILE // width)
     sums = xp.empty((chunks * b, h, n_clusters, width), xp.float32)
     counts = xp.empty((chunks * b, h, n_clusters), xp.float32)

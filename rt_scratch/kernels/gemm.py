@@ -136,8 +136,10 @@ def matmul(a, b, out=None, alpha: float = 1.0, beta: float = 0.0, dtype=None):
     if out.size and a.shape[-1]:
         a, b = _readable(a, out.shape[:-2]), _readable(b, out.shape[:-2])
         _call(plan(a, b, out), a, b, out, alpha, beta)
-    elif out.size:
+    elif out.size and beta:
         out *= beta
+    else:
+        out[...] = 0  # not times 0: what was never written may be nan
     return out
 
 
