@@ -24,17 +24,17 @@ def linear(x, w, b=None):
     y = (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
     if b is not None:
         y += b
-    return y, (x, w)
+    return y, (x, w, b is not None)
 
 
 @accelerated
 def linear_backward(dy, cache):
-    """dx = dy w^T,  dw = x^T dy,  db = sum of dy over rows (ignore it when there is no bias)."""
-    x, w = cache
+    """dx = dy w^T,  dw = x^T dy,  db = sum of dy over rows, None where there was no bias."""
+    x, w, biased = cache
     rows = dy.reshape(-1, dy.shape[-1])  # (N, O)
     dx = (rows @ w.T).reshape(x.shape)
     dw = x.reshape(-1, x.shape[-1]).T @ rows
-    return dx, dw, rows.sum(0)
+    return dx, dw, rows.sum(0) if biased else None
 
 
 # ---------------------------------------------------------------------------------- LayerNorm
@@ -129,11 +129,11 @@ def geglu_ffn_backward(dy, cache):
     x, w_gate, w_value, w_out, a, b, dropped = cache
     h, _ = geglu(a, b)
     h, _ = dropout(h, dropped)
-    dh, dw_out, _ = linear_backward(dy, (h, w_out))
+    dh, dw_out, _ = linear_backward(dy, (h, w_out, False))
     dh = dropout_backward(dh, dropped)
     da, db = geglu_backward(dh, (a, b))
-    dx_a, dw_gate, _ = linear_backward(da, (x, w_gate))
-    dx_b, dw_value, _ = linear_backward(db, (x, w_value))
+    dx_a, dw_gate, _ = linear_backward(da, (x, w_gate, False))
+    dx_b, dw_value, _ = linear_backward(db, (x, w_value, False))
     return dx_a + dx_b, dw_gate, dw_value, dw_out
 
 

@@ -36,16 +36,16 @@ def linear(x, w, b=None):
             y[r] += b
 
     _over_rows(piece, len(rows))
-    return y.reshape(*x.shape[:-1], w.shape[1]), (x, w)
+    return y.reshape(*x.shape[:-1], w.shape[1]), (x, w, b is not None)
 
 
 def linear_backward(dy, cache):
-    x, w = cache
+    x, w, biased = cache
     rows = dy.reshape(-1, dy.shape[-1])
     dx = np.empty((len(rows), w.shape[0]), dy.dtype)
     _over_rows(lambda r: np.matmul(rows[r], w.T, out=dx[r]), len(rows))
     dw = _product(x.reshape(-1, x.shape[-1]), rows)
-    return dx.reshape(x.shape), dw, np.ones(len(rows), dy.dtype) @ rows
+    return dx.reshape(x.shape), dw, np.ones(len(rows), dy.dtype) @ rows if biased else None
 
 
 def _over_rows(function, n):

@@ -176,16 +176,16 @@ def linear(x, w, b=None):
     y = matmul(rows, w)
     if b is not None:
         y += b
-    return y.reshape(*x.shape[:-1], w.shape[1]), (x, w)
+    return y.reshape(*x.shape[:-1], w.shape[1]), (x, w, b is not None)
 
 
 def linear_backward(dy, cache):
     """Twin of layers.linear_backward; gradients of w and b are summed, and left, in float32."""
-    x, w = cache
+    x, w, biased = cache
     rows = _contiguous(dy.reshape(-1, dy.shape[-1]))
     dx = matmul(rows, w.T)
     dw = matmul(x.reshape(-1, x.shape[-1]).T, rows, dtype="float32")
-    return dx.reshape(x.shape), dw, column_sum(rows)
+    return dx.reshape(x.shape), dw, column_sum(rows) if biased else None
 
 
 # --------------------------------------------------------------------------- columns, LayerNorm
