@@ -68,7 +68,7 @@ def main(argv=None):
     except MemoryError as error:
         raise UserError(
             f"out of memory at --batch {train.batch} x {model.seq_len} tokens, precision "
-            f"{train.precision} ({error}); {run.kept(folder / 'last.npz')}; try --recompute, a "
+            f"{train.precision} ({error}); {run.kept(folder)}; try --recompute, a "
             "smaller --batch with --accumulate, or on a GPU --precision bf16") from error
 
 
@@ -118,7 +118,8 @@ def fit(state, dataset, model, train, config, folder, xp, dtype, stop_after):
                 row = log_row(result, norm, lr, dataset, done, started,
                               tokens_per_step * (done - first), seconds)
                 run.append_log(folder, row)
-                interrupted += show(bar, row, train.steps, first, row["seconds"] - seconds)
+                if not show(bar, row, train.steps, first, row["seconds"] - seconds):
+                    interrupted.append(True)
             if scoring:
                 nats, text = evaluate(now(done), dataset, model, train, "valid", xp,
                                       limit=train.eval_windows)
@@ -126,7 +127,7 @@ def fit(state, dataset, model, train, config, folder, xp, dtype, stop_after):
                         "score": data.score(nats, 1, dataset, "valid")}
                 if not np.isfinite(nats):
                     raise UserError(f"the validation loss is not finite after step {done}; "
-                                    f"{run.kept(folder / 'last.npz')}; lower --lr, or set --clip 1")
+                                    f"{run.kept(folder)}; lower --lr, or set --clip 1")
                 run.append_log(folder, row)
                 if nats < best:
                     best = nats
@@ -137,7 +138,8 @@ def fit(state, dataset, model, train, config, folder, xp, dtype, stop_after):
                 text = f"step {done}  {text}\n" + cluster_line(row) + sample(
                     now(done), dataset, model, train, done, folder)
                 with bar.external_write_mode():
-                    interrupted += [] if say(text) else [None]
+                    if not say(text):
+                        interrupted.append(True)
             if interrupted:
                 raise UserError(f"interrupted and saved after step {done}; continue with: python "
                                 f"train.py --resume --out {folder}")
@@ -255,14 +257,14 @@ def log_row(result, norm, lr, dataset, done, started, tokens, seconds):
 
 
 def show(bar, row, steps, first, seconds):
-    """The log line of a step, `seconds` after step `first`; [None] where nobody reads it."""
+    """The log line of a step, `seconds` after step `first`; False where nobody reads it."""
     text = (f"{row['score']:.4f} {row['unit']}  lr {row['lr']:.2e}  |g| {row['grad_norm']:.2f}  "
             f"{row['tokens_per_s']} tok/s")
     if bar.disable:
         left = seconds / (row["step"] - first) * (steps - row["step"])
-        return [] if say(f"{row['step']}/{steps}  {text}  ETA {left:.0f} s") else [None]
+        return say(f"{row['step']}/{steps}  {text}  ETA {left:.0f} s")
     bar.set_postfix_str(text)
-    return []
+    return True
 
 
 def cluster_line(row):
@@ -283,7 +285,7 @@ def check_finite(nats, norm, step, folder):
     if not np.isfinite(float(nats)) or not np.isfinite(float(norm)):
         what = "loss" if not np.isfinite(float(nats)) else "gradient"
         raise UserError(f"the {what} is not finite at step {step}; "
-                        f"{run.kept(folder / 'last.npz')}; lower --lr, or set --clip 1")
+                        f"{run.kept(folder)}; lower --lr, or set --clip 1")
 
 
 def describe(device, threads, dataset, model, train, state):
@@ -427,9 +429,7 @@ def prepare(args, saved=None):
         train = dataclasses.replace(
             from_json(TrainConfig, before["train"]), **only(TrainConfig, given))
         dataset = data.load(name, place, model.vocab_size)
-        then, now = (text.replace(f" {Path(file).name}:", "") for text, file in (
-            (before["data"], before["dataset"]), (dataset.protocol, name)))
-        if then != now:
+        if dataset.protocol != before["data"]:
             changed = f"trained on other data: {before['data']}"
             if args.resume:
                 raise UserError(f"the run was {changed}; now there is: {dataset.protocol}")

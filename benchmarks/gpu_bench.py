@@ -117,7 +117,7 @@ def steps(bench):
     bench.write("Matrix product of 8192 x 8192", ["precision", "TFLOP/s"],
                 [[p, f"{r / 1e12:.1f}"] for p, r in rates.items()])
     for name, cfg, batch in sizes(bench.dry):
-        rows, one = [], None
+        rows = []
         for p in precisions:
             one = None  # its arrays must not count for the next
             bench.free()

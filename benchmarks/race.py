@@ -272,7 +272,7 @@ def race_steps(sizes, n_rounds, n_steps, record):
             share = ""
             if kind == "ours":
                 cfg, _ = size_model(size, **changes)
-                if rate == rate:
+                if math.isfinite(rate):
                     share = f"{matrix_flops(cfg) * r['tokens'] / seconds / rate / 1e9:.0%}"
             rows.append([size, name, f"{r['parameters']:,}", f"{seconds * 1e3:.0f}",
                          f"{r['tokens'] / seconds:,.0f}", f"{base / seconds:.2f}",

@@ -48,8 +48,8 @@ def new_state(model: ModelConfig, train: TrainConfig, xp) -> State:
 def save(path: Path, state: State, config: dict) -> None:
     """Write the state as a checkpoint; UserError, and nothing written, if it is not finite."""
     if not array_module(state.flat).isfinite(state.flat).all():
-        raise UserError(f"the parameters are not finite after step {state.step}; {kept(path)}; "
-                        "lower --lr, or set --clip 1")
+        raise UserError(f"the parameters are not finite after step {state.step}; "
+                        f"{kept(path.parent)}; lower --lr, or set --clip 1")
     arrays = {"params": state.flat}
     for i, centroids in state.centroids.items():
         for name, array in centroids._asdict().items():
@@ -59,11 +59,11 @@ def save(path: Path, state: State, config: dict) -> None:
                                    "seconds": state.seconds, "scale": state.scale})
 
 
-def kept(path: Path) -> str:
-    """What is left when this checkpoint is not written."""
-    for name in ("last.npz", "best.npz"):
-        if path.with_name(name).is_file():
-            return f"the checkpoint before, {path.with_name(name)}, is kept"
+def kept(folder: Path) -> str:
+    """What is left of a run that stops here."""
+    for path in (folder / "last.npz", folder / "best.npz"):
+        if path.is_file():
+            return f"the checkpoint before, {path}, is kept"
     return "there is no checkpoint yet"
 
 

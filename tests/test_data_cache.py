@@ -72,7 +72,7 @@ def test_touched_files_are_recognised_by_their_checksum(maker):
     assert about["sources"][0]["mtime_ns"] == 10 ** 9  # so the next look is quick again
 
 
-def test_another_folder_with_the_same_times_is_another_source(maker, monkeypatch):
+def test_another_folder_with_the_same_times_is_another_source(maker):
     """Two read-only folders share the cache in the current folder."""
     other = Maker(maker.folder.parent / "other")
     other.folder.mkdir()

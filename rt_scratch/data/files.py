@@ -21,7 +21,8 @@ from rt_scratch.config import UserError
 CHUNK = 1 << 20  # bytes read at a time: enough to keep a disk busy, nothing to memory
 
 DAMAGE = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, lzma.LZMAError, zlib.error,
-          EOFError, NotImplementedError, UnicodeDecodeError)  # the last two: zips of odd makers
+          EOFError,
+          NotImplementedError, UnicodeDecodeError)  # zip: unknown compression, undecodable names
 
 
 class Place(NamedTuple):
@@ -41,7 +42,7 @@ def find(folder: Path, names: list[str], subfolders=(), archives=(),
     if not folder.is_dir():
         raise no_folder(folder)
     found = {}
-    for place in (*[folder] * itself, *(folder / s for s in subfolders)):
+    for place in ([folder] if itself else []) + [folder / s for s in subfolders]:
         for name in names:
             if (place / name).is_file():
                 found.setdefault(name, Place(place / name))

@@ -33,6 +33,6 @@ def load(path: str | Path) -> Dataset:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from e
     cut, last = n * 9 // 10, n - n // 20
     splits = {"train": data[:cut], "valid": data[cut:last], "test": data[last:]}
-    protocol = (f"bits per byte on {path.name}: first {cut:,} bytes train, next {last - cut:,} "
+    protocol = (f"bits per byte on a text file: first {cut:,} bytes train, next {last - cut:,} "
                 f"valid, last {n - last:,} test; sha256 {digest[:12]}")
     return byte_dataset(path.name, splits, protocol)

@@ -598,8 +598,8 @@ def top_members(scores, window):
 
 def by_cluster(winner):
     """Sixteen bits are enough for a cluster's number, and NumPy sorts them by radix."""
-    few = winner.max(initial=0) < 1 << 16
-    return (winner.astype(np.uint16) if few else winner).argsort(axis=-1, kind="stable")
+    small = winner.astype(np.uint16)
+    return small.argsort(axis=-1, kind="stable")
 
 
 def inverse(order):

@@ -20,6 +20,7 @@ import numpy as np
 
 from rt_scratch import attention
 from rt_scratch.backend import array_module
+from rt_scratch.config import MAX_CLUSTERS
 from rt_scratch.kernels.gemm import matmul
 
 # ------------------------------------------------------------------------------------ launcher
@@ -515,9 +516,6 @@ def top_members(scores, window: int):
     launch("top_members", (math.prod(scores.shape[:-1]),), (256,), scores, index,
            scores.shape[-1], window)
     return index
-
-
-MAX_CLUSTERS = 1024
 
 
 def by_cluster(winner):
