@@ -17,9 +17,9 @@ import numpy as np
 from rt_scratch import data, run
 from rt_scratch.backend import select_device
 from rt_scratch.checkpoint import newest_run
-from rt_scratch.config import UserError
 from rt_scratch.console import Parser, script
 from rt_scratch.decode import generate
+from rt_scratch.errors import UserError
 from rt_scratch.model import views
 
 

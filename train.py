@@ -21,9 +21,10 @@ from tqdm import tqdm
 from rt_scratch import data, decode, run
 from rt_scratch.backend import array_module, select_device, select_precision, to_host
 from rt_scratch.checkpoint import newest_run
-from rt_scratch.config import ModelConfig, TrainConfig, UserError, from_json
+from rt_scratch.config import ModelConfig, TrainConfig, from_json
 from rt_scratch.console import Parser, say, script
 from rt_scratch.data.batches import count_windows, eval_windows, random_windows, shuffled_images
+from rt_scratch.errors import UserError
 from rt_scratch.model import loss, views
 from rt_scratch.optim import OPTIMIZERS, clip_by_global_norm, global_norm, learning_rate
 from rt_scratch.presets import preset

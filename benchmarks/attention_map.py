@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 
 from rt_scratch import data, model, run
-from rt_scratch.config import UserError
+from rt_scratch.errors import UserError
 from rt_scratch.model import views
 
 matplotlib.use("agg")

@@ -21,7 +21,8 @@ from sizes import model as size_model
 
 from rt_scratch import decode
 from rt_scratch.backend import select_device, select_precision
-from rt_scratch.config import ModelConfig, UserError
+from rt_scratch.config import ModelConfig
+from rt_scratch.errors import UserError
 from rt_scratch.model import init_centroids, init_parameters, views
 from rt_scratch.optim import adamw_init, adamw_update, clip_by_global_norm
 from rt_scratch.presets import preset

@@ -27,8 +27,8 @@ from race import machine, port, start_ours, start_torch, table
 from sizes import SIZES
 from sizes import model as size_model
 
-from rt_scratch.config import UserError
 from rt_scratch.console import script
+from rt_scratch.errors import UserError
 
 NAMES = {"ours": "ours, causal", "topk": "ours, topk", "port": "port"}
 WINDOWS = 32          # of validation text per score

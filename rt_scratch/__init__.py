@@ -26,8 +26,9 @@ Around them: checkpoint, run (a run folder), console (errors in one line), relea
 variables), presets, data/ (one file per dataset), kernels/ (the twins).
 """
 
-from rt_scratch.config import ModelConfig, TrainConfig, UserError
+from rt_scratch.config import ModelConfig, TrainConfig
 from rt_scratch.decode import generate
+from rt_scratch.errors import UserError
 from rt_scratch.model import (
     init_centroids,
     init_parameters,

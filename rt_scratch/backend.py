@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 
-from rt_scratch.config import UserError
+from rt_scratch.errors import UserError
 
 
 def array_module(x):

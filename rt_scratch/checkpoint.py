@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from rt_scratch.backend import to_host
-from rt_scratch.config import UserError
+from rt_scratch.errors import UserError
 
 VERSION = 1
 OTHER_COPY = "copy best.npz or a backup over it, or train again"

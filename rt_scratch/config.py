@@ -10,14 +10,12 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
+from rt_scratch.errors import UserError
+
 ROUTING_MODES = ("causal", "topk", "random")
 ATTENTION_KINDS = ("routing", "local", "full")
 MAX_CLUSTERS = 1024  # per head: the GPU kernels count them in the memory of one block
 PRECISIONS = ("auto", "float32", "float64", "tf32", "bf16", "fp16")
-
-
-class UserError(Exception):
-    """A mistake the user can mend: scripts print its one line and exit with code 2."""
 
 
 def _field(default, text, choices=None):

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from rt_scratch.config import UserError
+from rt_scratch.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):

@@ -6,7 +6,7 @@ ours and fits a laptop. A flag given on the command line wins over the preset.
 
 from __future__ import annotations
 
-from rt_scratch.config import UserError
+from rt_scratch.errors import UserError
 
 _RELEASED_TEXT = dict(
     routing="topk", norm="post", residual_dropout=0.1, init_gain=0.2, optimizer="adafactor",

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from rt_scratch.config import ModelConfig, UserError
+from rt_scratch.config import ModelConfig
+from rt_scratch.errors import UserError
 from rt_scratch.model import parameter_table, views
 from rt_scratch.routing import Centroids
 

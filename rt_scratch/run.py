@@ -13,8 +13,9 @@ import numpy as np
 
 from rt_scratch import checkpoint
 from rt_scratch.backend import array_module, to_host
-from rt_scratch.config import ModelConfig, TrainConfig, UserError, from_json, to_json
+from rt_scratch.config import ModelConfig, TrainConfig, from_json, to_json
 from rt_scratch.data import Dataset
+from rt_scratch.errors import UserError
 from rt_scratch.model import init_centroids, init_parameters
 from rt_scratch.optim import FIRST_SCALE, OPTIMIZERS, LossScale
 from rt_scratch.routing import Centroids

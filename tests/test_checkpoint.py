@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rt_scratch import checkpoint
-from rt_scratch.config import UserError
+from rt_scratch.errors import UserError
 
 ARRAYS = {"w": np.arange(6.0).reshape(2, 3), "n": np.array(3, np.int64),
           "f": np.zeros(0, np.float32)}

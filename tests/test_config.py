@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from rt_scratch.backend import select_precision
-from rt_scratch.config import ModelConfig, TrainConfig, UserError, from_json, to_json
+from rt_scratch.config import ModelConfig, TrainConfig, from_json, to_json
+from rt_scratch.errors import UserError
 
 IMAGE = dict(kind="image", image_size=2, seq_len=12)
 

@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rt_scratch.config import UserError
 from rt_scratch.data.batches import (
     _generator,
     count_windows,
@@ -13,6 +12,7 @@ from rt_scratch.data.batches import (
     random_windows,
     shuffled_images,
 )
+from rt_scratch.errors import UserError
 
 
 def test_windows_are_pieces_of_the_text():

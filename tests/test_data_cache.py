@@ -9,9 +9,9 @@ import time
 import numpy as np
 import pytest
 
-from rt_scratch.config import UserError
 from rt_scratch.data import cache
 from rt_scratch.data.cache import ArrayFile, cached, smallest_type
+from rt_scratch.errors import UserError
 
 
 class Maker:

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from rt_scratch.config import UserError
 from rt_scratch.data import cifar10, download, enwik8, fetch, pg19
 from rt_scratch.data import wikitext103 as wikitext
 from rt_scratch.data.download import Source, get
+from rt_scratch.errors import UserError
 
 CONTENT = bytes(range(256)) * 400  # 102,400 bytes, every position tells
 

@@ -11,11 +11,11 @@ import zipfile
 import numpy as np
 import pytest
 
-from rt_scratch.config import UserError
 from rt_scratch.data import cifar10, codec, enwik8, imagenet64, load, pg19, tokenizer
 from rt_scratch.data import wikitext103 as wikitext
 from rt_scratch.data.__main__ import main
 from rt_scratch.data.images import interleave
+from rt_scratch.errors import UserError
 
 
 @pytest.fixture(autouse=True)

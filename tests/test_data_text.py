@@ -6,9 +6,9 @@ import os
 import numpy as np
 import pytest
 
-from rt_scratch.config import UserError
 from rt_scratch.data import DATASETS, codec, load, score
 from rt_scratch.data import stdlib as stdlib_module
+from rt_scratch.errors import UserError
 
 
 def make_library(root, n=80):

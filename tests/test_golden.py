@@ -19,7 +19,8 @@ import pytest
 
 from rt_scratch import model, released
 from rt_scratch.attention import distance_rows, local_attention, local_attention_backward, skew
-from rt_scratch.config import ModelConfig, UserError
+from rt_scratch.config import ModelConfig
+from rt_scratch.errors import UserError
 from rt_scratch.layers import (
     embedding,
     geglu,

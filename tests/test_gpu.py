@@ -14,6 +14,7 @@ from test_model import SMALL
 import sample
 import train
 from rt_scratch import backend, decode, run, step
+from rt_scratch.errors import UserError
 from rt_scratch.model import views
 
 pytestmark = pytest.mark.gpu
@@ -27,7 +28,7 @@ SMALL_RUN = ["--seq-len", "64", "--window", "16", "--block", "16", "--n-layers",
 def cupy():
     try:
         return backend.select_device("cuda")[0]
-    except backend.UserError as error:
+    except UserError as error:
         pytest.skip(str(error))
 
 
@@ -101,7 +102,7 @@ def test_out_of_memory(cupy, tmp_path):
     pool.free_all_blocks()
     pool.set_limit(size=64 << 20)
     try:
-        with pytest.raises(backend.UserError, match="out of memory.*--recompute"):
+        with pytest.raises(UserError, match="out of memory.*--recompute"):
             train.main([str(text), *SMALL_RUN, "--seq-len", "65536", "--device", "cuda", "--out",
                         str(tmp_path / "c")])
     finally:

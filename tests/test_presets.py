@@ -7,7 +7,8 @@ import pytest
 
 import train
 from rt_scratch import run
-from rt_scratch.config import ModelConfig, UserError
+from rt_scratch.config import ModelConfig
+from rt_scratch.errors import UserError
 from rt_scratch.model import parameter_table
 from rt_scratch.optim import OPTIMIZERS
 from rt_scratch.presets import PRESETS, preset

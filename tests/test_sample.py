@@ -9,8 +9,9 @@ import pytest
 from test_model import SMALL
 
 from rt_scratch import run
-from rt_scratch.config import ModelConfig, TrainConfig, UserError
+from rt_scratch.config import ModelConfig, TrainConfig
 from rt_scratch.data.dataset import byte_dataset
+from rt_scratch.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from rt_scratch import checkpoint
-from rt_scratch.config import UserError
+from rt_scratch.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))

@@ -12,8 +12,8 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-from rt_scratch.config import UserError
 from rt_scratch.data.dataset import Dataset, codec, score
+from rt_scratch.errors import UserError
 
 __all__ = ["DATASETS", "Dataset", "codec", "fetch", "load", "outline", "present", "score"]
 

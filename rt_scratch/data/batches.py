@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from rt_scratch.config import UserError
+from rt_scratch.errors import UserError
 
 
 def random_windows(split: np.ndarray, n_tokens: int, batch: int, seed: int, step: int,

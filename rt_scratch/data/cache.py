@@ -26,8 +26,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rt_scratch.config import UserError
 from rt_scratch.data.files import sha256_of
+from rt_scratch.errors import UserError
 
 FORMAT = 2            # raise it when the encoding of any dataset changes
 ABANDONED = 3600      # seconds without a write after which an unfinished cache is removed

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from rt_scratch.config import UserError
 from rt_scratch.data.cache import cached
 from rt_scratch.data.dataset import Dataset
 from rt_scratch.data.download import Source, fetch
 from rt_scratch.data.files import find, missing, opened
 from rt_scratch.data.images import interleave, take_labels, write_images
+from rt_scratch.errors import UserError
 
 SOURCE = Source("cifar-10-binary.tar.gz",
                 ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",), None,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rt_scratch.config import UserError
+from rt_scratch.errors import UserError
 
 
 class Dataset(NamedTuple):

@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from rt_scratch.config import UserError
 from rt_scratch.data.cache import NO_SPACE
 from rt_scratch.data.files import CHUNK, chunks
+from rt_scratch.errors import UserError
 
 TRIES = 5           # connections per address; each goes on where the last one broke
 WAIT = 1.0          # seconds before the second try, doubled each time

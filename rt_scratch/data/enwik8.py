@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from rt_scratch.config import UserError
 from rt_scratch.data.cache import ArrayFile, cached
 from rt_scratch.data.dataset import Dataset, byte_dataset
 from rt_scratch.data.download import Source, fetch
 from rt_scratch.data.files import chunks, find, missing, opened
+from rt_scratch.errors import UserError
 
 SOURCE = Source(
     "enwik8.zip", ("http://mattmahoney.net/dc/enwik8.zip",), 36_445_475,

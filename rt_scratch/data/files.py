@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from rt_scratch.config import UserError
+from rt_scratch.errors import UserError
 
 CHUNK = 1 << 20  # bytes read at a time: enough to keep a disk busy, nothing to memory
 

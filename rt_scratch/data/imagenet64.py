@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from rt_scratch.config import UserError
 from rt_scratch.data.cache import cached
 from rt_scratch.data.dataset import Dataset
 from rt_scratch.data.files import DAMAGE, find, opened
 from rt_scratch.data.images import interleave, take_labels, write_images
+from rt_scratch.errors import UserError
 
 SIDE = 64
 VALUES = 3 * SIDE * SIDE

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rt_scratch.config import UserError
 from rt_scratch.data.cache import ArrayFile, smallest_type
+from rt_scratch.errors import UserError
 
 SPLITS = ("train", "valid", "test")
 

@@ -21,12 +21,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rt_scratch.config import UserError
 from rt_scratch.data import tokenizer
 from rt_scratch.data.cache import ArrayFile, cached, smallest_type
 from rt_scratch.data.dataset import Dataset
 from rt_scratch.data.download import Source, fetch, get
 from rt_scratch.data.files import missing, no_folder, sha256_of
+from rt_scratch.errors import UserError
 
 VOCAB_SIZE = 98_304        # V unless asked for another: about the 98k of the paper
 SAMPLE_BYTES = 200_000_000  # of train text that the subwords are trained on

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rt_scratch.config import UserError
 from rt_scratch.data.dataset import Dataset, byte_dataset
+from rt_scratch.errors import UserError
 
 # Not the library (packages), not code a person wrote (generated tables and help texts), or tests.
 SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test",

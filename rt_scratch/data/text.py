@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from rt_scratch.config import UserError
 from rt_scratch.data.dataset import Dataset, byte_dataset
 from rt_scratch.data.files import sha256_of
+from rt_scratch.errors import UserError
 
 MIN_BYTES = 100  # below this the 5 % splits hold next to nothing
 

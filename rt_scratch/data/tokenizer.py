@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rt_scratch.config import UserError
 from rt_scratch.data.cache import smallest_type
+from rt_scratch.errors import UserError
 
 BOUNDARY = 0
 PIECES = (r"[\r\n]+"

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from rt_scratch.config import UserError
 from rt_scratch.data.cache import ArrayFile, cached, smallest_type
 from rt_scratch.data.dataset import Dataset
 from rt_scratch.data.download import Source, fetch
 from rt_scratch.data.files import find, missing, opened, sha256_of
+from rt_scratch.errors import UserError
 
 EOS, UNK = b"<eos>", b"<unk>"
 FILES = {split: f"wiki.{split}.tokens" for split in ("train", "valid", "test")}

@@ -14,7 +14,7 @@ import math
 from typing import NamedTuple
 
 from rt_scratch.backend import array_module
-from rt_scratch.config import UserError
+from rt_scratch.errors import UserError
 
 # Values of cuBLAS's enumerations: cublasOperation_t, cudaDataType_t, cublasComputeType_t.
 AS_IS, TRANSPOSED = 0, 1
