@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rt_scratch import checkpoint
-from rt_scratch.backend import array_module, to_host
 from rt_scratch.config import ModelConfig, TrainConfig, from_json, to_json
 from rt_scratch.data import Dataset
+from rt_scratch.dispatch import array_module, to_host
 from rt_scratch.errors import UserError
 from rt_scratch.model import init_centroids, init_parameters
 from rt_scratch.optim import FIRST_SCALE, OPTIMIZERS, LossScale

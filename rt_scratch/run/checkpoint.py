@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rt_scratch.backend import to_host
+from rt_scratch.dispatch import to_host
 from rt_scratch.errors import UserError
 
 VERSION = 1
