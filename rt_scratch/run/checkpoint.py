@@ -1,4 +1,4 @@
-"""Checkpoints: one .npz per state, written whole or not at all, verified when read.
+"""Checkpoints: the state of a run in one .npz, written whole or not at all, verified when read.
 
 A file holds plain arrays and one JSON text; nothing in it is code, and nothing is unpickled.
 """
@@ -9,12 +9,18 @@ import contextlib
 import hashlib
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from rt_scratch.dispatch import to_host
+from rt_scratch.config import ModelConfig, TrainConfig, from_json
+from rt_scratch.dispatch import array_module, to_host
 from rt_scratch.errors import UserError
+from rt_scratch.kmeans import Centroids
+from rt_scratch.optim import LossScale
+from rt_scratch.step import State, new_state
 
 VERSION = 1
 OTHER_COPY = "copy best.npz or a backup over it, or train again"
@@ -70,20 +76,102 @@ def load(path) -> tuple[dict[str, np.ndarray], dict]:
     return arrays, header["meta"]
 
 
-def check_matches(saved: dict, wanted: dict, what: str) -> None:
+# --------------------------------------------------------------------------------- state of a run
+
+class Progress(NamedTuple):
+    """How far a run is, beside its State."""
+
+    best: float = float("inf")   # best validation loss so far, nats per token
+    seconds: float = 0.0         # training time so far
+
+
+class Loaded(NamedTuple):
+    """A checkpoint of a run, ready for use."""
+
+    state: State
+    progress: Progress
+    config: dict
+    model: ModelConfig
+    train: TrainConfig
+
+
+def save_state(path: Path, state: State, progress: Progress, config: dict) -> None:
+    """Write the state as a checkpoint; UserError, and nothing written, if it is not finite."""
+    if not array_module(state.flat).isfinite(state.flat).all():
+        raise UserError(f"the parameters are not finite after step {state.step}; "
+                        f"{kept(path.parent)}; lower --lr, or set --clip 1")
+    arrays = {"params": state.flat}
+    for i, centroids in state.centroids.items():
+        for name, array in centroids._asdict().items():
+            arrays[f"centroids.{i}.{name}"] = array
+    arrays |= {f"opt.{name}": array for name, array in state.optimizer.items()}
+    save(path, arrays, {"config": config, "step": state.step, **progress._asdict(),
+                        "scale": state.scale})
+
+
+def read_state(path: Path) -> tuple[dict, dict]:
+    """(arrays, meta) of a checkpoint of a run."""
+    arrays, meta = load(path)
+    if not {"config", "step", "best", "seconds", "scale"} <= set(meta):
+        raise UserError(f"{path} is not the checkpoint of a training run")
+    return arrays, meta
+
+
+def restore(path: Path, saved: tuple[dict, dict], fresh: State, model: ModelConfig, xp):
+    """(State, Progress) `saved` at `path`; `fresh` says which arrays and shapes it must have.
+
+    UserError when the saved configuration of the model is not `model`.
+    """
+    arrays, meta = saved
+    check_matches(from_json(ModelConfig, meta["config"]["model"]), model, str(path))
+
+    def take(name, like):
+        array = arrays.get(name)
+        if array is None or array.shape != like.shape or array.dtype != like.dtype:
+            raise UserError(f"{path}: {name} is missing or has another shape or precision; the "
+                            "checkpoint belongs to another configuration")
+        return xp.asarray(array)
+
+    centroids = {i: Centroids(*(take(f"centroids.{i}.{name}", like)
+                                for name, like in c._asdict().items()))
+                 for i, c in fresh.centroids.items()}
+    optimizer = {name: take(f"opt.{name}", like) for name, like in fresh.optimizer.items()}
+    state = State(take("params", fresh.flat), fresh.table, centroids, optimizer, meta["step"],
+                  LossScale(*meta["scale"]))
+    return state, Progress(meta["best"], meta["seconds"])
+
+
+def load_model(folder: Path, xp, name: str | None = None) -> Loaded:
+    """The checkpoint of a run folder to sample from or to score: `name`, else the best."""
+    path = folder / name if name else best_checkpoint(folder)
+    saved = read_state(path)
+    config = saved[1]["config"]
+    model = from_json(ModelConfig, config["model"])
+    train = from_json(TrainConfig, config["train"])
+    return Loaded(*restore(path, saved, new_state(model, train, xp), model, xp), config, model,
+                  train)
+
+
+def best_checkpoint(folder: Path) -> Path:
+    """best.npz, or last.npz before there is one."""
+    best = folder / "best.npz"
+    return best if best.is_file() else folder / "last.npz"
+
+
+def kept(folder: Path) -> str:
+    """What is left of a run that stops here."""
+    for path in (folder / "last.npz", folder / "best.npz"):
+        if path.is_file():
+            return f"the checkpoint before, {path}, is kept"
+    return "there is no checkpoint yet"
+
+
+def check_matches(saved: ModelConfig, wanted: ModelConfig, what: str) -> None:
     """UserError that names the fields in which two configurations differ."""
-    fields = [k for k in {**saved, **wanted} if saved.get(k) != wanted.get(k)]
-    if fields:
-        shown = ", ".join(f"{k} {saved.get(k)} there, {wanted.get(k)} here" for k in fields[:3])
-        raise UserError(f"{what} has another configuration: {shown}")
-
-
-def newest_run(root) -> Path:
-    """The run folder below `root` whose checkpoint is newest."""
-    runs = sorted(Path(root).glob("*/last.npz"), key=lambda p: p.stat().st_mtime)
-    if not runs:
-        raise UserError(f"no run with a checkpoint in {root}; python train.py makes one")
-    return runs[-1].parent
+    pairs = {f.name: (getattr(saved, f.name), getattr(wanted, f.name)) for f in fields(saved)}
+    apart = [f"{name} {a} there, {b} here" for name, (a, b) in pairs.items() if a != b]
+    if apart:
+        raise UserError(f"{what} has another configuration: {', '.join(apart[:3])}")
 
 
 def _digest(arrays, meta) -> str:
