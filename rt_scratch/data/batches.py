@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from rt_scratch.data.dataset import Dataset
 from rt_scratch.errors import UserError
 
 
@@ -43,6 +44,15 @@ def shuffled_images(split: np.ndarray, batch: int, seed: int, step: int):
     position = step * batch + np.arange(batch)
     index = np.array([_permutation(n, seed, p // n)[p % n] for p in position.tolist()])
     return split[index].astype(np.int32), index
+
+
+def training_batch(dataset: Dataset, n_tokens: int, batch: int, seed: int, step: int):
+    """What a step trains on: (ids (B, T), labels (B,) or None where the dataset has none)."""
+    split = dataset.splits["train"]
+    if dataset.kind == "text":
+        return random_windows(split, n_tokens, batch, seed, step), None
+    ids, index = shuffled_images(split, batch, seed, step)
+    return ids, dataset.labels["train"][index] if dataset.labels else None
 
 
 def eval_windows(split: np.ndarray, n_tokens: int, batch: int, stride: int = 0,

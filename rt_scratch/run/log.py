@@ -12,7 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from rt_scratch.console import say
+from rt_scratch.data import Dataset, score
 from rt_scratch.dispatch import to_host
+from rt_scratch.step import Step
 
 COLUMNS = ("step", "split", "nats", "score", "unit", "tokens_per_s", "seconds", "lr", "grad_norm",
            "uncovered", "several", "smallest", "largest", "dead")
@@ -75,6 +77,15 @@ class Progress:
         """Print above the bar; False where nobody reads it."""
         with self._bar.external_write_mode():
             return say(text)
+
+
+def step_row(result: Step, step: int, dataset: Dataset, clock: Clock, tokens: int) -> dict:
+    """The log row of a training step; `tokens` were trained on in this process so far."""
+    nats = float(result.nats)
+    return {"step": step, "split": "train", "nats": nats,
+            "score": score(nats, 1, dataset, "train"), "unit": dataset.unit,
+            "tokens_per_s": round(clock.rate(tokens)), "seconds": round(clock.total(), 1),
+            "lr": result.lr, "grad_norm": float(result.norm), **health(result.memberships)}
 
 
 def append_log(folder: Path, row: dict) -> None:
