@@ -5,11 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from helpers.models import NOISE, SMALL, setup
+from helpers.strategies import configs, lengths, normal, seeds, sizes, widths
 from hypothesis import given
 from hypothesis import strategies as st
-from models import setup
-from strategies import configs, lengths, normal, seeds, sizes, widths
-from test_model import NOISE, SMALL
 
 from rt_scratch import attention, backend, layers, optim, routing, threads
 from rt_scratch.kernels import cpu

@@ -4,11 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
+from helpers.models import SMALL, setup
+from helpers.strategies import configs, seeds
 from hypothesis import given
 from hypothesis import strategies as st
-from models import setup
-from strategies import configs, seeds
-from test_model import SMALL
 
 from rt_scratch import decode, model
 

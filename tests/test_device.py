@@ -10,9 +10,8 @@ from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
-import strictxp
-from models import setup
-from test_model import SMALL
+from helpers import strictxp
+from helpers.models import SMALL, setup
 
 import train
 from rt_scratch import decode, run

@@ -8,8 +8,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from models import setup
-from test_model import SMALL
+from helpers.models import SMALL, setup
 
 import sample
 import train

@@ -4,10 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-from gradcheck import close
+from helpers.gradcheck import close
+from helpers.models import setup
+from helpers.strategies import configs, lengths, normal, seeds, widths
 from hypothesis import assume, given
-from models import setup
-from strategies import configs, lengths, normal, seeds, widths
 
 from rt_scratch import model
 from rt_scratch.config import ModelConfig

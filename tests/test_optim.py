@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
+from helpers.strategies import seeds
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import seeds
 
 from rt_scratch import optim
 from rt_scratch.model import Leaf

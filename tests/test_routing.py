@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from gradcheck import check_gradients
+from helpers.gradcheck import check_gradients
+from helpers.loops import clipped, dropouts, loop_attention, reaches, tables
+from helpers.strategies import layouts, lengths, normal, seeds, sizes, widths
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import layouts, lengths, normal, seeds, sizes, widths
-from test_attention import clipped, dropouts, loop_attention, reaches, tables
 
 from rt_scratch.layers import normalize
 from rt_scratch.routing import (

@@ -5,8 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from models import setup
-from test_model import SMALL
+from helpers.models import SMALL, setup
 
 from rt_scratch import step, threads
 

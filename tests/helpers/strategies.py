@@ -29,6 +29,8 @@ def configs(draw, kinds=("text", "image"), routings=("causal", "topk", "random")
     t = 3 * side * side if image else draw(st.sampled_from([1, 2, 7, 16, 23]))
     heads = draw(st.sampled_from([(1, 2), (0, 2), (2, 0), (2, 1)]))
     routing = draw(st.sampled_from(routings))
+    routing_layers, full_layers = draw(st.sampled_from(
+        [((), ()), ((1,), ()), ((-2,), ()), ((), (0,)), ((), (-1,)), ((1,), (0,))]))
     rates = {f"{site}_dropout": draw(st.sampled_from([0.0, 0.2])) if dropout else 0.0
              for site in ("embed", "attention", "ffn", "residual")}
     if not image:
@@ -40,11 +42,11 @@ def configs(draw, kinds=("text", "image"), routings=("causal", "topk", "random")
         embed_width=0 if image else draw(st.sampled_from([0, 5])),
         tie_embedding=not image and draw(st.booleans()),
         timing_signal=not image and draw(st.booleans()),
-        ffn=draw(st.sampled_from(["geglu", "relu"])), ffn_width=5,
+        ffn=draw(st.sampled_from(["geglu", "swiglu", "relu"])), ffn_width=5,
         norm=draw(st.sampled_from(["pre", "post"])),
         attention=draw(st.sampled_from(["routing", "routing", "local", "full"])),
         n_local_heads=heads[0], n_routing_heads=heads[1],
-        routing_layers=draw(st.sampled_from([(), (1,), (-2,)])), routing=routing,
+        routing_layers=routing_layers, full_layers=full_layers, routing=routing,
         share_qk=draw(st.booleans()), n_clusters=draw(st.sampled_from([1, 3])),
         window=draw(st.sampled_from([1, 4, 30])) if routing != "topk" else min(4, t),
         block=draw(st.sampled_from([1, 4, 30])), lookback=draw(st.sampled_from([0, 1, 2])),

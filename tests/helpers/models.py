@@ -1,10 +1,20 @@
-"""A small model with its inputs, for tests."""
+"""Small models with their inputs, for tests."""
 
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rt_scratch import model
+from rt_scratch.config import ModelConfig
+from rt_scratch.optim import LossScale
+from rt_scratch.parameters import init_centroids, init_parameters, views
+from rt_scratch.step import State
+
+NOISE = model.Noise(seed=3, step=5)
+SMALL = ModelConfig(
+    vocab_size=11, seq_len=23, n_layers=2, width=12, ffn_width=10, n_local_heads=1,
+    n_routing_heads=2, n_clusters=3, window=5, block=4, lookback=2, local_max_distance=3,
+    routing_max_distance=2)
 
 
 class Setup(NamedTuple):
@@ -18,32 +28,36 @@ class Setup(NamedTuple):
 
     @property
     def params(self):
-        return model.views(self.flat, self.table)
+        return views(self.flat, self.table)
 
     def loss(self, flat=None, **options):
         """(nats + beta commitment, cache, report)."""
-        params = model.views(self.flat if flat is None else flat, self.table)
+        params = views(self.flat if flat is None else flat, self.table)
         (nats, commitment), cache, report = model.loss(
             params, self.centroids, self.cfg, self.ids, self.weights, self.labels, **options)
         return nats + self.cfg.commitment * commitment, cache, report
 
     def gradient(self, cache):
         flat = np.zeros_like(self.flat)
-        model.loss_backward(1.0, self.cfg.commitment, cache, model.views(flat, self.table))
+        model.loss_backward(1.0, self.cfg.commitment, cache, views(flat, self.table))
         return flat
 
     def logits(self, ids=None):
         ids = self.ids if ids is None else ids
         return model.logits(self.params, self.centroids, self.cfg, ids, self.labels)
 
+    def state(self, step=0, scale=LossScale(1.0, 0), optimizer=None):  # noqa: B008
+        """What `step.gradients` and `step.train_step` take."""
+        return State(self.flat, self.table, self.centroids, optimizer, step, scale)
+
 
 def setup(cfg, seed=0, batch=2, dtype="float64", noise=0.2) -> Setup:
     rng = np.random.default_rng(seed)
-    flat, table = model.init_parameters(cfg, np, dtype, seed)
+    flat, table = init_parameters(cfg, np, dtype, seed)
     flat = flat + noise * rng.normal(size=flat.shape).astype(dtype)
     ids = rng.integers(0, cfg.vocab_size, (batch, cfg.seq_len))
     ids[:, -1] = 1  # at least one target counts, padding or not
     labels = rng.integers(0, cfg.n_classes, batch) if cfg.n_classes else None
     weights = model.target_weights(cfg, ids, dtype)
-    return Setup(cfg, flat, table, model.init_centroids(cfg, np, dtype, seed), ids, labels,
+    return Setup(cfg, flat, table, init_centroids(cfg, np, dtype, seed), ids, labels,
                  weights / weights.sum())
