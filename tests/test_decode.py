@@ -20,12 +20,12 @@ def test_decoding_is_the_forward_pass(cfg, seed, prompt):
     m = setup(cfg, seed)
     full = m.logits()
     prompt = min(prompt, cfg.seq_len - 1)
-    scores, cache = decode.prefill(m.params, m.centroids, cfg, m.ids[:, :prompt], cfg.seq_len,
+    logits, memory = decode.prefill(m.params, m.centroids, cfg, m.ids[:, :prompt], cfg.seq_len,
                                    m.labels)
     for t in range(prompt, cfg.seq_len):
-        np.testing.assert_allclose(scores, full[:, t], **EXACT)
+        np.testing.assert_allclose(logits, full[:, t], **EXACT)
         if t + 1 < cfg.seq_len:
-            scores = decode.step(m.params, m.centroids, cfg, cache, m.ids[:, t])
+            logits = decode.step(m.params, m.centroids, cfg, memory, m.ids[:, t])
 
 
 @given(configs(routings=("topk",), dropout=False), seeds, st.sampled_from([0, 1, 5]))
@@ -34,15 +34,16 @@ def test_topk_decodes_by_the_prefix(cfg, seed, prompt):
 
     The timing signal keeps repeated tokens apart: equal scores would be ordered by rounding.
     """
-    cfg = dataclasses.replace(cfg, n_layers=1, routing_layers=(), timing_signal=cfg.kind == "text")
+    cfg = dataclasses.replace(cfg, n_layers=1, routing_layers=(), full_layers=(),
+                              timing_signal=cfg.kind == "text")
     m = setup(cfg, seed)
     prompt = min(prompt, cfg.seq_len - 1)
-    scores, cache = decode.prefill(m.params, m.centroids, cfg, m.ids[:, :prompt], cfg.seq_len,
+    logits, memory = decode.prefill(m.params, m.centroids, cfg, m.ids[:, :prompt], cfg.seq_len,
                                    m.labels)
     for t in range(prompt, cfg.seq_len):
-        np.testing.assert_allclose(scores, m.logits(m.ids[:, : t + 1])[:, -1], **EXACT)
+        np.testing.assert_allclose(logits, m.logits(m.ids[:, : t + 1])[:, -1], **EXACT)
         if t + 1 < cfg.seq_len:
-            scores = decode.step(m.params, m.centroids, cfg, cache, m.ids[:, t])
+            logits = decode.step(m.params, m.centroids, cfg, memory, m.ids[:, t])
 
 
 def test_memory_does_not_grow_with_the_text():
@@ -50,8 +51,8 @@ def test_memory_does_not_grow_with_the_text():
     m = setup(SMALL)
     sizes = []
     for capacity in (100, 100_000):
-        cache = decode.new_cache(m.params, SMALL, 1, capacity)
-        sizes.append(sum(a.size for layer in cache.layers for store in layer for a in store))
+        memory = decode.Memory(m.params, SMALL, 1, capacity)
+        sizes.append(sum(a.size for layer in memory.stores for store in layer for a in store))
     assert sizes[0] == sizes[1]
 
 
@@ -60,11 +61,11 @@ def test_beyond_the_training_length():
     m = setup(SMALL)
     ids = np.random.default_rng(0).integers(0, SMALL.vocab_size, (1, 3 * SMALL.seq_len))
     full = model.logits(m.params, m.centroids, SMALL, ids)
-    scores, cache = decode.prefill(m.params, m.centroids, SMALL, ids[:, :40], 70)
+    logits, memory = decode.prefill(m.params, m.centroids, SMALL, ids[:, :40], 70)
     for t in range(40, ids.shape[1]):
-        np.testing.assert_allclose(scores, full[:, t], **EXACT)
+        np.testing.assert_allclose(logits, full[:, t], **EXACT)
         if t + 1 < ids.shape[1]:
-            scores = decode.step(m.params, m.centroids, SMALL, cache, ids[:, t])
+            logits = decode.step(m.params, m.centroids, SMALL, memory, ids[:, t])
 
 
 # ------------------------------------------------------------------------------------- choosing

@@ -9,6 +9,7 @@ from helpers.strategies import normal
 
 dropouts = st.sampled_from([None, (0.3, (1, 2, 3))])
 reaches = st.sampled_from([0, 1, 2, 50])  # 0: no relative positions
+clusters = st.sampled_from([1, 2, 3, 7])
 
 
 def loop_attention(q, k, v, visible, scale, rel=None):
@@ -38,3 +39,12 @@ def clipped(rel_k, rel_v, reach):
         return None
     row = lambda i, j: max(-reach, min(reach, j - i)) + reach  # noqa: E731
     return lambda i, j: (rel_k[row(i, j)], rel_v[row(i, j)])
+
+
+def routing_inputs(seed, t, d, k, layout="plain", ties=False):
+    """q, k, v (2, 2, T, D) and centroids (2, K, D); with ties, tokens that are exact copies."""
+    rng = np.random.default_rng(seed)
+    q, key, v = (normal(rng, (2, 2, t, d), layout) for _ in "qkv")
+    if ties:
+        q, key = (np.take(x, rng.integers(0, max(1, t // 3), t), axis=2) for x in (q, key))
+    return rng, q, key, v, normal(rng, (2, k, d))
