@@ -185,8 +185,8 @@ def local_attention(q, k, v, rel_k, rel_v, block, lookback, scale, segments=None
     q, k, v (B, H, T, D), tables rel_k, rel_v (2 m + 1, D) or None -> (B, H, T, D). T need not be a
     multiple of S = block. With `segments` (B, H, T) a query sees only keys of its own segment, and
     with `window` only those at a distance below it (routing attention in `causal` mode is this, on
-    the sequence sorted by cluster). Released code: attention_nd in one dimension, masked. Cache: the
-    inputs, the Reach, and lse (B, H, n, S, 1); blocks and windows are cut again.
+    the sequence sorted by cluster). Released code: attention_nd in one dimension, masked.
+    Cache: the inputs, the Reach, and lse (B, H, n, S, 1); blocks and windows are cut again.
     """
     t = q.shape[2]
     reach = clipped_reach(t, block, lookback, segments, window)
