@@ -4,28 +4,20 @@ import dataclasses
 
 import numpy as np
 import pytest
-from helpers.models import SMALL, setup
+from helpers.models import SMALL, check_decoding, setup
 from helpers.strategies import configs, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rt_scratch import decode, model
+from rt_scratch import decode
 
 EXACT = dict(rtol=0, atol=1e-10)
 
 
 @given(configs(routings=("causal", "random"), dropout=False), seeds, st.sampled_from([0, 1, 5]))
 def test_decoding_is_the_forward_pass(cfg, seed, prompt):
-    """Every prefix, after a prompt that is read in one pass; batch 2."""
-    m = setup(cfg, seed)
-    full = m.logits()
-    prompt = min(prompt, cfg.seq_len - 1)
-    logits, memory = decode.prefill(m.params, m.centroids, cfg, m.ids[:, :prompt], cfg.seq_len,
-                                   m.labels)
-    for t in range(prompt, cfg.seq_len):
-        np.testing.assert_allclose(logits, full[:, t], **EXACT)
-        if t + 1 < cfg.seq_len:
-            logits = decode.step(m.params, m.centroids, cfg, memory, m.ids[:, t])
+    """After prompts of several lengths; batch 2."""
+    check_decoding(setup(cfg, seed), prompt)
 
 
 @given(configs(routings=("topk",), dropout=False), seeds, st.sampled_from([0, 1, 5]))
@@ -60,12 +52,7 @@ def test_beyond_the_training_length():
     """A text longer than seq_len goes on, and equals the forward pass over all of it."""
     m = setup(SMALL)
     ids = np.random.default_rng(0).integers(0, SMALL.vocab_size, (1, 3 * SMALL.seq_len))
-    full = model.logits(m.params, m.centroids, SMALL, ids)
-    logits, memory = decode.prefill(m.params, m.centroids, SMALL, ids[:, :40], 70)
-    for t in range(40, ids.shape[1]):
-        np.testing.assert_allclose(logits, full[:, t], **EXACT)
-        if t + 1 < ids.shape[1]:
-            logits = decode.step(m.params, m.centroids, SMALL, memory, ids[:, t])
+    check_decoding(m, 40, ids)
 
 
 # ------------------------------------------------------------------------------------- choosing

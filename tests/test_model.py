@@ -4,8 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from helpers.gradcheck import close
-from helpers.models import NOISE, SMALL, setup
+from helpers.models import NOISE, SMALL, check_gradient, setup
 from helpers.strategies import configs, lengths, normal, seeds, widths
 from hypothesis import assume, given
 
@@ -14,26 +13,9 @@ from rt_scratch.layers import normalize
 from rt_scratch.routing import CAUSAL, MEAN_FLOOR, TOPK, Rule, routing_attention
 
 
-def relu_signs(cache):
-    """Which hidden units of the ReLU layers are on."""
-    return [block.ffn.positive for block in cache.forward.blocks]
-
-
 @given(configs(), seeds)
 def test_gradients(cfg, seed):
-    """One direction through all parameters at once, routing held fixed."""
-    m = setup(cfg, seed)
-    rng = np.random.default_rng(seed)
-    _, cache, report = m.loss(noise=NOISE)
-    v, step = rng.normal(size=m.flat.shape), 1e-6
-    moved = [m.loss(m.flat + sign * step * v, noise=NOISE, fixed=report.routes)
-             for sign in (1, -1)]
-    if cfg.ffn == "relu":  # the step must not cross a kink
-        assume(all(np.array_equal(a, b) for a, b in zip(*(relu_signs(c) for _, c, _ in moved),
-                                                        strict=True)))
-    g = m.gradient(cache)
-    numeric = (moved[0][0] - moved[1][0]) / (2 * step)
-    close(numeric, g @ v, np.abs(g * v).sum(), 1e-15 * (1 + abs(moved[0][0])) / step, cfg)
+    check_gradient(setup(cfg, seed), seed)
 
 
 @given(configs(), seeds)

@@ -3,8 +3,10 @@
 from typing import Any, NamedTuple
 
 import numpy as np
+from hypothesis import assume
 
-from rt_scratch import model
+from helpers.gradcheck import close
+from rt_scratch import decode, model
 from rt_scratch.config import ModelConfig
 from rt_scratch.optim import LossScale
 from rt_scratch.parameters import init_centroids, init_parameters, views
@@ -61,3 +63,28 @@ def setup(cfg, seed=0, batch=2, dtype="float64", noise=0.2) -> Setup:
     weights = model.target_weights(cfg, ids, dtype)
     return Setup(cfg, flat, table, init_centroids(cfg, np, dtype, seed), ids, labels,
                  weights / weights.sum())
+
+
+def check_gradient(m: Setup, seed, noise=NOISE, step=1e-6):
+    """One direction through all parameters at once, routing held fixed."""
+    v = np.random.default_rng(seed).normal(size=m.flat.shape)
+    _, cache, report = m.loss(noise=noise)
+    moved = [m.loss(m.flat + sign * step * v, noise=noise, fixed=report.routes) for sign in (1, -1)]
+    if m.cfg.ffn == "relu":  # the step must not cross a kink
+        signs = [[block.ffn.positive for block in c.forward.blocks] for _, c, _ in moved]
+        assume(all(np.array_equal(a, b) for a, b in zip(*signs, strict=True)))
+    g = m.gradient(cache)
+    numeric = (moved[0][0] - moved[1][0]) / (2 * step)
+    close(numeric, g @ v, np.abs(g * v).sum(), 1e-15 * (1 + abs(moved[0][0])) / step, m.cfg)
+
+
+def check_decoding(m: Setup, prompt=0, ids=None):
+    """Every prefix, after a prompt that is read in one pass: the logits of the forward pass."""
+    ids = m.ids if ids is None else ids
+    full, length = m.logits(ids), ids.shape[1]
+    prompt = min(prompt, length - 1)
+    logits, memory = decode.prefill(m.params, m.centroids, m.cfg, ids[:, :prompt], length, m.labels)
+    for t in range(prompt, length):
+        np.testing.assert_allclose(logits, full[:, t], rtol=0, atol=1e-10)
+        if t + 1 < length:
+            logits = decode.step(m.params, m.centroids, m.cfg, memory, ids[:, t])
