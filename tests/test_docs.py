@@ -34,3 +34,58 @@ def test_walkthrough():
             same_text(printed, text)
             printed, compared = "", compared + 1
     assert not printed and compared > 10
+
+
+def test_evidence_exists():
+    """Every test that a document names is there."""
+    named = [name for page in DOCS.glob("*.md")
+             for name in re.findall(r"(test_\w+\.py)::(test_\w+)", page.read_text("utf-8"))]
+    assert len(named) > 20
+    for file, function in named:
+        source = (ROOT / "tests" / file).read_text("utf-8")
+        assert f"def {function}(" in source, f"{file}::{function}"
+
+
+def test_links_lead_somewhere():
+    for page in DOCS.glob("*.md"):
+        text = page.read_text("utf-8")
+        for target in re.findall(r"\]\(([^)]+)\)", text):
+            path, _, anchor = target.partition("#")
+            if path.startswith("http"):
+                continue
+            place = (DOCS / path).resolve() if path else page
+            assert place.exists(), f"{page.name}: {target}"
+            if anchor:
+                heads = re.findall(r"^#+ (.*)$", place.read_text("utf-8"), re.M)
+                slugs = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in heads}
+                assert anchor in slugs, f"{page.name}: {target}"
+
+
+# ------------------------------------------------------------------------------- derivations
+
+SOURCES = [p for p in sorted((ROOT / "rt_scratch").rglob("*.py")) if "data" not in p.parts]
+
+
+def bare(line):
+    """A line of code without its comment and without spaces."""
+    return re.sub(r"\s+", "", line.partition("  #")[0])
+
+
+def test_code_quoted_in_derivations_is_the_code():
+    lines = {bare(line) for path in SOURCES for line in path.read_text("utf-8").splitlines()}
+    text = (DOCS / "derivations.md").read_text("utf-8")
+    quoted = [line for language, block in BLOCK.findall(text) if language == "python"
+              for line in block.splitlines()]
+    assert len(quoted) > 20
+    for line in quoted:
+        assert bare(line) in lines, line
+
+
+def equations():
+    """Numbers of the equations in derivations.md, in the order in which they stand there."""
+    text = (DOCS / "derivations.md").read_text("utf-8")
+    return [int(n) for n in re.findall(r"\\tag\{(\d+)\}", text)]
+
+
+def test_equations_are_numbered_in_order():
+    assert equations() == list(range(1, len(equations()) + 1))
