@@ -5,15 +5,9 @@ import pytest
 from test_golden import CONFIGS, Golden
 
 from rt_scratch import model, released
+from rt_scratch.kmeans import Centroids, cluster_statistics, nearest, update_centroids
 from rt_scratch.layers import normalize
-from rt_scratch.routing import (
-    Centroids,
-    Rule,
-    cluster_statistics,
-    nearest,
-    routing_attention,
-    update_centroids,
-)
+from rt_scratch.routing import CAUSAL, TOPK, Rule, routing_attention
 
 
 def test_released_counts_mix_the_heads():
@@ -52,7 +46,7 @@ def test_released_empty_cluster_runs_away():
     np.testing.assert_array_equal(ours.mu[:, 3], mu[:, 3])
 
 
-@pytest.mark.parametrize("mode", ["topk", "causal"])
+@pytest.mark.parametrize("mode", [TOPK, CAUSAL])
 def test_the_scale_of_queries_cancels(mode):
     """LayerNorm takes the D^-1/2 of the projection away again, but for its epsilon."""
     rng = np.random.default_rng(0)
@@ -69,9 +63,9 @@ def test_rank_is_not_time_with_separate_keys():
     """Masking by rank in the cluster, as released, lets queries see later keys; ours does not."""
     rng = np.random.default_rng(0)
     q, k, mu = (rng.normal(size=s) for s in ((1, 1, 32, 16), (1, 1, 32, 16), (1, 4, 16)))
-    (weights, _), _, _, path = routing_attention(
-        q, k, np.eye(32)[None, None], None, None, mu, Rule("topk", 8, 1.0))
-    later = path.key_index[..., None, :] > path.index[..., :, None]
+    (weights, _), _, _, route = routing_attention(
+        q, k, np.eye(32)[None, None], None, None, mu, Rule(TOPK, 8, 1.0))
+    later = route.key_members[..., None, :] > route.members[..., :, None]
     assert (later & np.tri(8, dtype=bool)).any()
     assert (np.triu(weights[0, 0], 1) == 0).all()
 

@@ -8,18 +8,11 @@ import pytest
 
 from rt_scratch.attention import local_attention
 from rt_scratch.config import ModelConfig
+from rt_scratch.kmeans import commitment, commitment_backward, nearest, update_centroids
 from rt_scratch.layers import normalize
-from rt_scratch.model import init_centroids, init_parameters, loss, loss_backward, views
-from rt_scratch.routing import (
-    MEAN_FLOOR,
-    Rule,
-    commitment,
-    commitment_backward,
-    nearest,
-    route,
-    routing_attention,
-    update_centroids,
-)
+from rt_scratch.model import loss, loss_backward
+from rt_scratch.parameters import init_centroids, init_parameters, views
+from rt_scratch.routing import CAUSAL, MEAN_FLOOR, TOPK, Rule, routing_attention
 
 T, D, K, W = 64, 16, 8, 8  # K = W = sqrt(T)
 
@@ -32,10 +25,10 @@ def head():
 
 
 def attend(q, mu, mode, window=W):
-    """(weights (T, T), Route) of one head whose queries are its keys."""
-    (o, _), _, _, path = routing_attention(
+    """(weights (T, T), Route) of one head whose keys are its queries."""
+    (o, _), _, _, route = routing_attention(
         q, None, np.eye(q.shape[2])[None, None], None, None, mu, Rule(mode, window, 0.25))
-    return o[0, 0], path
+    return o[0, 0], route
 
 
 def test_1_one_length(head):
@@ -58,8 +51,8 @@ def test_2_scores(head):
 def test_3_attention_stays_in_the_cluster(head):
     """Who has another centroid is not seen; at most W tokens are."""
     q, mu = head
-    weights, path = attend(q, mu, "causal")
-    winner = path.winner[0, 0]
+    weights, route = attend(q, mu, CAUSAL)
+    winner = route.winner[0, 0]
     assert (weights[winner[:, None] != winner[None]] == 0).all()
     assert (weights > 0).sum(1).max() == W
     np.testing.assert_allclose(weights.sum(1), 1)
@@ -71,7 +64,7 @@ def test_4_cost(tokens):
     root = int(tokens ** 0.5)
     rng = np.random.default_rng(0)
     q, mu = rng.normal(size=(1, 1, tokens, D)), normalize(rng.normal(size=(1, root, D)))[0]
-    weights, path = attend(q, mu, "causal", root)
+    weights, route = attend(q, mu, CAUSAL, root)
     query, key = np.nonzero(weights)
     assert len(query) <= tokens * root
     assert (query - key).max() > 2 * root  # out of reach for a local head of that cost
@@ -122,12 +115,12 @@ def test_7_local_heads(head):
 def test_8_topk(head):
     """A cluster takes the W best of the sequence; a token is averaged over its clusters or 0."""
     q, mu = head
-    weights, path = attend(q, mu, "topk")
+    weights, route = attend(q, mu, TOPK)
     n = normalize(q)[0][0, 0]
     for k in range(K):
         scores = n @ mu[0, k]
-        assert set(path.index[0, 0, k]) == set(np.argsort(-scores)[:W])
-    times = np.bincount(path.index.ravel(), minlength=T)
+        assert set(route.members[0, 0, k]) == set(np.argsort(-scores)[:W])
+    times = np.bincount(route.members.ravel(), minlength=T)
     assert times.min() == 0 and times.max() > 1
     np.testing.assert_allclose(weights.sum(1), times / (times + MEAN_FLOOR))
 
@@ -135,9 +128,10 @@ def test_8_topk(head):
 def test_9_causal(head):
     """A token joins its nearest centroid and sees the last W members up to itself."""
     q, mu = head
-    weights, path = attend(q, mu, "causal")
-    winner = route(*2 * (normalize(q)[0],), mu, "causal", W).winner[0, 0]
-    np.testing.assert_array_equal(winner, path.winner[0, 0])
+    weights, route = attend(q, mu, CAUSAL)
+    directions = mu[0] / np.linalg.norm(mu[0], axis=1, keepdims=True)
+    winner = (normalize(q)[0][0, 0] @ directions.T).argmax(1)
+    np.testing.assert_array_equal(winner, route.winner[0, 0])
     for t in range(T):
         members = [j for j in range(t + 1) if winner[j] == winner[t]][-W:]
         assert list(np.flatnonzero(weights[t])) == members
