@@ -1,5 +1,6 @@
 """The documents: the walkthrough runs and prints what it says; equations that are cited exist."""
 
+import ast
 import contextlib
 import io
 import re
@@ -89,3 +90,38 @@ def equations():
 
 def test_equations_are_numbered_in_order():
     assert equations() == list(range(1, len(equations()) + 1))
+
+
+# --------------------------------------------------------------------------------- docstrings
+
+CITATION = re.compile(r"docs/derivations\.md((?:\s*(?:,|to)?\s*\(\d+\))+)")
+
+
+def docstrings():
+    """(module, function, docstring) of every public function of the mathematics."""
+    for path in sorted((ROOT / "rt_scratch").glob("*.py")):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                yield path.stem, node.name, ast.get_docstring(node) or ""
+
+
+def test_every_number_cited_exists():
+    known, cited = set(equations()), set()
+    for module, name, text in docstrings():
+        for numbers in CITATION.findall(text):
+            found = {int(n) for n in re.findall(r"\d+", numbers)}
+            assert found <= known, (module, name, found - known)
+            cited |= found
+        assert text.count("derivations.md") == len(CITATION.findall(text)), (module, name)
+    assert len(cited) > 40
+    for page in ("walkthrough.md", "differences.md", "derivations.md"):
+        text = re.sub(r"\$[^$]*\$", "", BLOCK.sub("", (DOCS / page).read_text("utf-8")))
+        assert {int(n) for n in re.findall(r"\((\d+)\)", text)} <= known, page
+
+
+def test_every_public_backward_cites_an_equation():
+    backwards = [(module, name, text) for module, name, text in docstrings()
+                 if name.endswith("_backward")]
+    assert len(backwards) > 20
+    for module, name, text in backwards:
+        assert CITATION.search(text), f"{module}.{name} cites no equation of docs/derivations.md"
