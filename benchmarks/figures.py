@@ -17,7 +17,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from rt_scratch import data, run
+from rt_scratch import data
 from rt_scratch.attention import skew
 from rt_scratch.config import ModelConfig, TrainConfig
 from rt_scratch.data.batches import random_windows
@@ -25,6 +25,7 @@ from rt_scratch.errors import UserError
 from rt_scratch.heads import Context, parts
 from rt_scratch.layers import layer_norm, normalize, shift_right
 from rt_scratch.model import block, embed, mu_of, project
+from rt_scratch.run.checkpoint import load_model
 from rt_scratch.step import cut, new_state, train_step
 
 matplotlib.use("agg")
@@ -116,49 +117,43 @@ def draw_circle(axis, state, model, ids, head=0):
     axis.set(aspect="equal", xlim=(-2.2, 2.2), ylim=(-2.2, 2.2), xticks=[], yticks=[])
 
 
-# ------------------------------------------------------------------------------------ attention map
+# ---------------------------------------------------------------------------------- attention map
 
-def draw_attention(folder, path, n_tokens=256, shown=56):
-    """The last `shown` of `n_tokens` characters of the validation split as queries and keys."""
-    state, config, model = run.load_model(folder, np)[:3]
+def draw_attention(folder, path, start=203, n_tokens=56):
+    """Every query and key of a short text, `n_tokens` of the validation split from `start` on."""
+    state, _, config, model, _ = load_model(folder, np)
     text = data.load(config["dataset"], None, model.vocab_size)
-    ids = np.asarray(text.splits["valid"][:n_tokens]).astype(np.int64)
+    ids = np.asarray(text.splits["valid"][start : start + n_tokens]).astype(np.int64)[None]
     layer = model.n_layers // 2
-    found = queries_and_weights(state.params, state.centroids, model, ids[None], layer)
-    routing = next(f for f in found if f[0].routes)
-    local = next(f for f in found if not f[0].routes)
+    found = queries_and_weights(state.params, state.centroids, model, ids, layer)
+    _, queries, routed = next(f for f in found if f[0].routes)
+    _, _, local = next(f for f in found if not f[0].routes)
     mu = state.centroids[layer].mu[0]
-    winner = (routing[1][0] @ (mu / np.linalg.norm(mu, axis=1, keepdims=True)).T).argmax(1)
-    last = slice(n_tokens - shown, n_tokens)
+    winner = (queries[0] @ (mu / np.linalg.norm(mu, axis=1, keepdims=True)).T).argmax(1)
     labels = [chr(i) if 32 < i < 127 else {10: "\u23ce", 32: "\u2423"}.get(i, "\u00b7")
-              for i in ids[last]]
-    figure, axes = plt.subplots(1, 2, figsize=(15, 8.2), layout="constrained")
-    for axis, weights, title in (
-            (axes[0], local[2][0], f"local head: blocks of {model.block}, the one before seen"),
-            (axes[1], routing[2][0], f"routing head: the last {model.window} of one's cluster")):
-        seen = weights[last, last]
-        tint = np.array(COLOURS)[winner[last]] if weights is routing[2][0] else np.tile(
-            (0.2, 0.2, 0.2), (shown, 1))
-        strength = np.sqrt(seen / seen.max())[..., None]  # the root, so that small weights show
-        visible = np.where(seen > 0, 0.12, 0)[..., None]
-        alpha = np.maximum(strength, visible)
-        axis.imshow(1 - alpha + alpha * tint[:, None], interpolation="nearest")
-        outside = 1 - seen.sum(1).mean()
-        axis.set_title(f"{title}\n{outside:.0%} of the weight lies on earlier characters, not "
-                       "shown", fontsize=10)
+              for i in shift_right(ids)[0]]  # position t reads token t - 1
+    grey, tints = (0.25, 0.25, 0.25), np.array(COLOURS)
+    figure, axes = plt.subplots(1, 2, figsize=(13, 7.6), layout="constrained")
+    for axis, weights, tint, title in (
+            (axes[0], local[0], np.tile(grey, (n_tokens, 1)),
+             f"Local head: its block of {model.block} and the one before"),
+            (axes[1], routed[0], tints[winner],
+             f"Routing head: the last {model.window} of its cluster")):
+        strength = np.sqrt(weights / weights.max())
+        strength = np.where(weights > 0, np.maximum(strength, 0.12), 0)[..., None]
+        axis.imshow(np.clip(1 - strength + strength * tint[:, None], 0, 1), interpolation="nearest")
+        axis.set_title(title, fontsize=10)
         for ticks in (axis.set_xticks, axis.set_yticks):
-            ticks(range(shown), labels, fontsize=7, family="monospace")
+            ticks(range(n_tokens), labels, fontsize=7, family="monospace")
         axis.set(xlabel="key", ylabel="query")
-        axis.xaxis.tick_top()
-        axis.xaxis.set_label_position("top")
-    for i, c in enumerate(winner[last]):  # the cluster of each row, as a number beside it
-        axes[1].text(shown, i, str(c), fontsize=6, va="center", color=COLOURS[c])
+    for i, c in enumerate(winner):  # the cluster of each row as a number, for those who see no hue
+        axes[1].text(n_tokens, i, str(c), fontsize=6, va="center", color=COLOURS[c])
     handles = [matplotlib.patches.Patch(color=COLOURS[c], label=f"cluster {c}")
-               for c in sorted(set(winner[last].tolist()))]
-    handles.append(matplotlib.patches.Patch(color=(0.2, 0.2, 0.2), label="local"))
+               for c in sorted(set(winner.tolist()))]
+    handles.append(matplotlib.patches.Patch(color=grey, label="local"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9,
-                  title="colour: cluster of the query (its number stands beside its row); darker: "
-                        "more weight (square root); faint: seen, hardly weighed")
+                  title="Colour: cluster of the query, whose number stands beside the row. Darker: "
+                        "more weight (square root). Palest: seen, with hardly any weight.")
     save(figure, path)
 
 
@@ -206,7 +201,7 @@ def draw_cost(path):
     tokens = np.array(sorted(measured))
     seconds = np.array([measured[t] for t in tokens])
     figure, axis = plt.subplots(figsize=(5.6, 4), layout="constrained")
-    axis.loglog(tokens, seconds, "o-", color="black", label="measured, mode causal, W = K = \u221aT")
+    axis.loglog(tokens, seconds, "o-", color="black", label="measured: causal, W = K = \u221aT")
     for power, dash in ((1, ":"), (1.5, "--"), (2, "-.")):
         line = seconds[2] * (tokens[2:] / tokens[2]) ** power
         axis.loglog(tokens[2:], line, dash, color="grey", label=f"T^{power:g}")
