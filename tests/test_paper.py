@@ -3,6 +3,9 @@
 Weights are seen by attending to the identity matrix in place of the values.
 """
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -135,3 +138,14 @@ def test_9_causal(head):
     for t in range(T):
         members = [j for j in range(t + 1) if winner[j] == winner[t]][-W:]
         assert list(np.flatnonzero(weights[t])) == members
+
+
+def test_the_points_of_the_readme():
+    """README lists nine points and links here; each has its test here."""
+    root = Path(__file__).parent
+    section = (root.parent / "README.md").read_text("utf-8").partition(
+        "## What routing attention is")[2].partition("\n## ")[0]
+    points = re.findall(r"^(\d+)\. ", section, re.M)
+    tests = re.findall(r"^def test_(\d+)_", Path(__file__).read_text("utf-8"), re.M)
+    assert points == tests == [str(i) for i in range(1, 10)]
+    assert "(tests/test_paper.py)" in section
