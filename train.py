@@ -5,6 +5,7 @@
     python train.py enwik8 --preset small    a dataset of the paper, see --help
     python train.py --resume                 continue the newest run exactly where it stopped
     python train.py enwik8 --out RUN --evaluate test
+    mpiexec -n 4 python train.py             the same run, shared by four processes
 """
 
 import argparse
@@ -18,6 +19,7 @@ from rt_scratch.data import DATASETS
 from rt_scratch.data.batches import training_batch
 from rt_scratch.device import select_device, select_precision
 from rt_scratch.errors import UserError
+from rt_scratch.parallel import checksum, software, start
 from rt_scratch.run import checkpoint, costs, log
 from rt_scratch.run.evaluate import CAUSAL_WINDOWS, evaluate, evaluate_causally, mode
 from rt_scratch.run.folder import open_folder
@@ -28,9 +30,13 @@ from rt_scratch.step import cut, new_state, train_step
 
 
 def main(argv=None):
-    args = parse(argv)
-    xp, device = select_device(args.device)
-    plan = plan_run(args)
+    with start() as world:  # one process, or as many as mpiexec made
+        run(parse(argv), world)
+
+
+def run(args, world):
+    xp, device = select_device(args.device, world)
+    plan = world.in_turn(lambda: plan_run(args))
     model, train = plan.model, plan.train
     _, dtype = select_precision(train.precision, xp)  # of the network; None: of the parameters
     try:
@@ -43,15 +49,22 @@ def main(argv=None):
     describe(device, plan)
     if args.dry_run:
         return
+    world.check_same(software(xp) | plan.config["model"] | plan.config["train"]
+                     | {"data": plan.dataset.protocol, "state": checksum(state.arrays)})
+    world = world.on(xp)
     if args.evaluate:
-        score_split(args, state, plan)
+        score_split(args, state, plan, world)
         return
-    open_folder(plan.folder, plan.config, plan.dataset.codec.file)
-    log.trim_log(plan.folder, state.step)
+    if train.batch * train.accumulate < world.size:
+        raise UserError(f"--batch {train.batch}: {world.size} processes need at least one window "
+                        "each per step")
+    if world.rank == 0:
+        open_folder(plan.folder, plan.config, plan.dataset.codec.file)
+        log.trim_log(plan.folder, state.step)
     try:
         with warnings.catch_warnings():  # a run that diverges is stopped below, by its loss
             warnings.simplefilter("ignore", RuntimeWarning)
-            fit(plan, state, progress, args.stop_after or train.steps, xp, dtype)
+            fit(plan, state, progress, args.stop_after or train.steps, xp, dtype, world)
     except MemoryError as error:
         raise UserError(
             f"out of memory at --batch {train.batch} x {model.seq_len} tokens, precision "
@@ -59,17 +72,18 @@ def main(argv=None):
             "smaller --batch with --accumulate, or on a GPU --precision bf16") from error
 
 
-def fit(plan, state, progress, last, xp, dtype):
-    """The training loop, to step `last` or the end of the schedule."""
+def fit(plan, state, progress, last, xp, dtype, world):
+    """The training loop, to step `last` or the end of the schedule; process 0 writes the files."""
     folder, dataset, model, train, config = plan[:5]
     windows, first, last = train.batch * train.accumulate, state.step, min(last, train.steps)
     grads, best, clock = xp.empty_like(state.flat), progress.best, log.Clock(progress.seconds)
+    writes = world.rank == 0
 
     with StopRequest() as stop, log.Progress(first, train.steps) as bar:
         while state.step < last:
             ids, labels = training_batch(dataset, model.seq_len, windows, train.seed, state.step)
-            state, result = train_step(
-                state, grads, cut(ids, labels, train, xp), model, train, dtype)
+            state, result = train_step(state, grads, cut(ids, labels, model, train, xp, world),
+                                       model, train, dtype, world)
             done = state.step
             scoring = done == last or (train.eval_every and done % train.eval_every == 0)
             logging = scoring or done % train.log_every == 0
@@ -79,31 +93,37 @@ def fit(plan, state, progress, last, xp, dtype):
             if logging:
                 row = log.step_row(result, done, dataset, clock,
                                    windows * model.seq_len * (done - first))
-                log.append_log(folder, row)
+                if writes:
+                    log.append_log(folder, row)
                 stop.asked |= not bar.show(row, clock.here())
             if scoring:
                 with clock.aside():
+                    world.check_same({f"state after step {done}": checksum(state.arrays)})
                     valid = evaluate(state, dataset, model, "valid", train.batch,
-                                     limit=train.eval_windows)
+                                     limit=train.eval_windows, world=world)
                     if not np.isfinite(valid.nats):
                         raise UserError(f"the validation loss is not finite after step {done}; "
                                         f"{checkpoint.kept(folder)}; lower --lr, or set --clip 1")
                     row |= {"split": "valid", "nats": valid.nats, "score": valid.value}
-                    log.append_log(folder, row)
-                    if valid.nats < best:
-                        best = valid.nats
-                        save(folder / "best.npz", state, best, clock, config)
-            if scoring or stop.asked:
+                    if writes:
+                        log.append_log(folder, row)
+                        if valid.nats < best:
+                            best = valid.nats
+                            save(folder / "best.npz", state, best, clock, config)
+            stopping = world.any(stop.asked)
+            if writes and (scoring or stopping):
                 save(folder / "last.npz", state, best, clock, config)
-            if scoring:
+            if writes and scoring:
                 with clock.aside():
                     sample = show_sample(state, dataset, model, train.seed, folder)
                 text = f"step {done}  {valid.line}\n{log.cluster_line(row)}{sample}"
                 stop.asked |= not bar.say(text)
-            if stop.asked:
+            if stopping:
+                world.barrier()  # nobody speaks of it before it is saved
                 raise UserError(f"interrupted and saved after step {done}; continue with: python "
                                 f"train.py --resume --out {folder}")
-    plot_loss(folder)
+    if writes:
+        plot_loss(folder)
     print(f"done: {folder}  (sample from it: python sample.py {folder})")
 
 
@@ -123,15 +143,16 @@ def check_finite(result, state, folder):
                             f"{checkpoint.kept(folder)}; lower --lr, or set --clip 1")
 
 
-def score_split(args, state, plan):
+def score_split(args, state, plan, world):
     """--evaluate: print the score of a split, and with --evaluate-causally that of decoding."""
     limit = args.eval_windows
     if limit is None:
         limit = CAUSAL_WINDOWS if args.evaluate_causally else 0
     print(evaluate(state, plan.dataset, plan.model, args.evaluate, plan.train.batch, args.stride,
-                   limit).line)
+                   limit, world).line)
     if args.evaluate_causally:
-        print(evaluate_causally(state, plan.dataset, plan.model, args.evaluate, limit).line)
+        print(evaluate_causally(state, plan.dataset, plan.model, args.evaluate, limit,
+                                world).line)
 
 
 def describe(device, plan):

@@ -63,7 +63,7 @@ def test_training_steps(name, recompute, optimizer):
         state = m.state()._replace(flat=flat, centroids=put(m.centroids),
                                    optimizer=OPTIMIZERS[optimizer].init(flat, m.table))
         grads = put(np.empty_like(m.flat))
-        parts = cut(m.ids, m.labels, dataclasses.replace(recipe, parts=1), xp)
+        parts = cut(m.ids, m.labels, m.cfg, dataclasses.replace(recipe, parts=1), xp)
         assert len(parts) == 2
         for _ in range(2):
             state, result = train_step(state, grads, parts, m.cfg, recipe)

@@ -7,15 +7,18 @@ import numpy as np
 import pytest
 from helpers.models import SMALL, setup
 
-from rt_scratch import step, threads
+from rt_scratch import model, step, threads
 from rt_scratch.config import TrainConfig
+from rt_scratch.parallel import World
 
 
 def run(m, parts, together=None):
     """(gradient, Gradients) of the batch cut into parts of these sizes, `together` at once."""
     grads = np.full_like(m.flat, np.nan)
-    cuts = np.split(m.ids, np.cumsum(parts)[:-1])
-    result = step.gradients(m.state(step=3), grads, [(c, None) for c in cuts], m.cfg,
+    ends = np.cumsum(parts)
+    cuts = [step.Part(m.ids[end - n : end], None, m.weights[end - n : end], int(end - n),
+                      n / len(m.ids)) for end, n in zip(ends, parts, strict=True)]
+    result = step.gradients(m.state(step=3), grads, cuts, m.cfg,
                             TrainConfig(parts=together or len(parts)))
     return grads, result
 
@@ -25,10 +28,15 @@ def run(m, parts, together=None):
 def test_parts_are_one_large_batch(routing, parts):
     """Accumulation over parts = one batch: loss, gradients, and the centroids' one update.
 
-    With padding, so that the parts do not have equally many targets.
+    With padding, so that the parts do not have equally many targets, and every dropout.
     """
-    m = setup(dataclasses.replace(SMALL, routing=routing, commitment=0.3, pad_id=0), batch=6)
+    rates = {f"{site}_dropout": 0.3
+             for site in ("embed", "attention", "ffn", "residual", "target")}
+    m = setup(dataclasses.replace(SMALL, routing=routing, commitment=0.3, pad_id=0, **rates),
+              batch=6)
     m.ids[4:, 3:15] = 0
+    weights = model.target_weights(m.cfg, m.ids, "float64")
+    m = m._replace(weights=weights / weights.sum())
     whole, together = run(m, (6,))
     grads, result = run(m, parts)
     np.testing.assert_allclose(result.nats, together.nats, rtol=1e-12)
@@ -66,15 +74,34 @@ def test_parts_at_once_change_no_bit(together):
     np.testing.assert_array_equal(one, some)
 
 
-def test_parts_draw_different_dropout():
-    """Two parts with the same tokens must not share their masks."""
+def test_windows_draw_different_dropout():
+    """Two windows with the same tokens must not share their masks."""
     m = setup(dataclasses.replace(SMALL, residual_dropout=0.5), batch=2)
     m.ids[1] = m.ids[0]
-    nats = [float(r.nats) for r in (run(m, (1, 1))[1], run(m, (2,))[1])]
-    assert nats[0] != nats[1]
-    half = [run(m._replace(ids=m.ids[i : i + 1]), (1,))[1].nats for i in (0, 1)]
-    assert half[0] == half[1]  # part 0 both times
-    assert nats[0] != pytest.approx(float(half[0]), rel=1e-9)
+    both = run(m, (1, 1))[1].nats
+    half = run(m._replace(ids=m.ids[:1], weights=2 * m.weights[:1]), (1,))[1].nats
+    assert both != pytest.approx(float(half), rel=1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("accumulate, parts", [(1, 1), (1, 2), (3, 2)])
+def test_cut(size, accumulate, parts):
+    """All processes together take every window once, in order, each about as many."""
+    m = setup(dataclasses.replace(SMALL, pad_id=0), batch=8)
+    m.ids[0, :9] = 0
+    world, found = World(), []
+    world.size = size
+    for world.rank in range(size):
+        own = step.cut(m.ids, np.arange(8), m.cfg,
+                       TrainConfig(accumulate=accumulate, parts=parts), np, world)
+        assert len(own) == -(-accumulate * parts // size)
+        found += own
+    ids, labels, weights, first, share = zip(*found, strict=True)
+    np.testing.assert_array_equal(np.concatenate(ids), m.ids)
+    np.testing.assert_array_equal(np.concatenate(labels), np.arange(8))
+    np.testing.assert_allclose(np.concatenate(weights), (m.ids != 0) / (m.ids != 0).sum(), 1e-6)
+    assert first == tuple(labels[i][0] for i in range(len(found)))
+    assert sum(share) == pytest.approx(1) and {len(i) for i in ids} <= {1, 2, 3, 4, 8}
 
 
 def test_an_error_in_a_part_is_raised():

@@ -13,6 +13,7 @@ from rt_scratch.data.batches import count_windows, eval_windows
 from rt_scratch.dispatch import array_module, to_host
 from rt_scratch.errors import UserError
 from rt_scratch.model import loss
+from rt_scratch.parallel import SINGLE, World
 from rt_scratch.step import State
 
 CAUSAL_WINDOWS = 64  # windows that incremental scoring takes at a time, and unless told in all
@@ -25,19 +26,25 @@ class Score(NamedTuple):
 
 
 def evaluate(state: State, dataset: Dataset, model: ModelConfig, split: str, batch: int,
-             stride: int = 0, limit: int = 0) -> Score:
-    """The score of a split in single passes over its windows (data/batches.py: eval_windows)."""
+             stride: int = 0, limit: int = 0, world: World = SINGLE) -> Score:
+    """The score of a split in single passes over its windows (data/batches.py: eval_windows).
+
+    The processes of `world` take turns with the batches, and all return the score of the whole.
+    """
     xp, params = array_module(state.flat), state.params
     total = _count(dataset, model, split, stride)
-    nats, n = 0.0, 0.0
-    for ids, weights, index in eval_windows(dataset.splits[split], model.seq_len, batch, stride,
-                                            limit):
+    found = []
+    for i, (ids, weights, index) in enumerate(eval_windows(
+            dataset.splits[split], model.seq_len, batch, stride, limit)):
+        found.append((0.0, 0.0))
+        if i % world.size != world.rank:
+            continue
         labels = xp.asarray(dataset.labels[split][index]) if model.n_classes else None
         weight = xp.asarray(weights.astype(state.flat.dtype))
         (part, _), _, _ = loss(params, state.centroids, model, xp.asarray(ids), weight, labels,
                                recompute=True)
-        nats += float(part)
-        n += float(weights.sum())
+        found[i] = float(part), float(weights.sum())
+    nats, n = _add(found, world)
     seen = f"{limit} of {total} windows, evenly spread" if 0 < limit < total else "whole split"
     leak = "; TOPK ROUTING LEAKS THE FUTURE into this score" if "topk" in model.kinds() else ""
     value = score(nats, n, dataset, split)
@@ -47,18 +54,23 @@ def evaluate(state: State, dataset: Dataset, model: ModelConfig, split: str, bat
 
 
 def evaluate_causally(state: State, dataset: Dataset, model: ModelConfig, split: str,
-                      limit: int = 0) -> Score:
+                      limit: int = 0, world: World = SINGLE) -> Score:
     """The score by incremental decoding: each token given what came before, no more.
 
-    Without topk heads this is the ordinary score; with them, whose members later tokens help to
+    Processes share the work as in `evaluate`. Without topk heads this is the ordinary score; with
+    them, whose members later tokens help to
     choose when a window is read in one pass, the difference is what looking ahead is worth.
     """
     xp, params = array_module(state.flat), state.params
     total = _count(dataset, model, split)
     limit = min(limit or total, total)
-    nats, n = 0.0, 0.0
-    for ids, weights, index in eval_windows(dataset.splits[split], model.seq_len, CAUSAL_WINDOWS,
-                                            0, limit):
+    batch, found = -(-min(limit, CAUSAL_WINDOWS) // world.size), []
+    for i, (ids, weights, index) in enumerate(eval_windows(
+            dataset.splits[split], model.seq_len, batch, 0, limit)):
+        found.append((0.0, 0.0))
+        if i % world.size != world.rank:
+            continue
+        nats = 0.0
         labels = xp.asarray(dataset.labels[split][index]) if model.n_classes else None
         ids = xp.asarray(ids)
         logits, memory = decode.prefill(
@@ -70,12 +82,20 @@ def evaluate_causally(state: State, dataset: Dataset, model: ModelConfig, split:
             nats += float((weights[:, t] * (np.log(np.exp(z).sum(-1)) - hit)).sum())
             if t + 1 < ids.shape[1]:
                 logits = decode.step(params, state.centroids, model, memory, ids[:, t])
-        n += float(weights.sum())
+        found[i] = nats, float(weights.sum())
+    nats, n = _add(found, world)
     value = score(nats, n, dataset, split)
     return Score(nats / n, value, (
         f"{split} {value:.4f} {dataset.unit}  by incremental decoding, nothing seen ahead  "
         f"({limit} of {total} windows, evenly spread, {n:.0f} tokens, context {model.seq_len}, "
         f"{mode(model)})"))
+
+
+def _add(found, world):
+    """Sums of (nats, tokens) per batch, each found by one process, in the order of the batches."""
+    found = np.array(found)
+    world.sum(found)
+    return map(sum, found.T.tolist())
 
 
 def _count(dataset, model, split, stride=0):
