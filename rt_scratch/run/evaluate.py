@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -76,6 +77,15 @@ def evaluate_causally(state: State, dataset: Dataset, model: ModelConfig, split:
         f"{split} {value:.4f} {dataset.unit}  by incremental decoding, nothing seen ahead  "
         f"({limit} of {total} windows, evenly spread, {n:.0f} tokens, context {model.seq_len}, "
         f"{mode(model)})"))
+
+
+def doubt(nats: float, model: ModelConfig) -> str:
+    """A line on a loss per token that guessing would beat, with its newline; "" for others."""
+    uniform = math.log(model.vocab_size)
+    if nats <= uniform:
+        return ""
+    return (f"note: {nats:.4g} nats per token are worse than guessing uniformly ({uniform:.4g}): "
+            "the model diverged, or has hardly begun to learn\n")
 
 
 def _count(dataset, model, split, stride=0):
