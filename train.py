@@ -20,6 +20,7 @@ try:
     from rt_scratch.device import select_device, select_precision
     from rt_scratch.errors import UserError
     from rt_scratch.run import checkpoint, costs, log
+    from rt_scratch.run.checkpoint import check_finite
     from rt_scratch.run.evaluate import CAUSAL_WINDOWS, doubt, evaluate, evaluate_causally
     from rt_scratch.run.folder import RunFolder
     from rt_scratch.run.options import add_fields, plan_run
@@ -51,7 +52,6 @@ def main(argv=None):
         with (RunFolder(plan.folder, plan.config, plan.dataset.codec.file) as run,
               warnings.catch_warnings()):
             warnings.simplefilter("ignore", RuntimeWarning)  # the loss tells of divergence
-            log.trim_log(plan.folder, state.step, progress.scored)
             fit(plan, run, state, progress, args.stop_after or train.steps, xp, dtype)
     except MemoryError as error:
         raise UserError(
@@ -70,10 +70,11 @@ def fit(plan, run, state, progress, last, xp, dtype):
         return step == last or (train.eval_every and step % train.eval_every == 0)
 
     with StopRequest() as stop, log.Progress(first, train.steps) as bar:
+        log.trim_log(folder, first, progress.scored)
         if progress.scored < first and due(first):  # what an interrupted run had still to do
             row = log.logged_row(folder, first)
             progress = score(plan, run, state, progress, row, clock, bar, stop)
-        while state.step < last and not stop.asked:
+        while state.step < last and not (stop.asked and state.step):
             ids, labels = training_batch(dataset, model.seq_len, windows, train.seed, state.step,
                                          progress.drawn)
             state, result = train_step(
@@ -82,7 +83,7 @@ def fit(plan, run, state, progress, last, xp, dtype):
             done = state.step
             logging = due(done) or done % train.log_every == 0
             if logging or done == 1 or state.scale.value < 1e-3:
-                checkpoint.check_finite(result, state, folder)  # here the host waits for a GPU
+                check_finite(result, state, folder)  # here the host waits for a GPU
             bar.update()
             if logging:
                 row = log.step_row(result, done, dataset, clock,

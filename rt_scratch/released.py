@@ -12,8 +12,9 @@ import numpy as np
 
 from rt_scratch.config import ModelConfig
 from rt_scratch.errors import UserError
-from rt_scratch.model import parameter_table, views
-from rt_scratch.routing import Centroids
+from rt_scratch.heads import key_heads
+from rt_scratch.kmeans import Centroids
+from rt_scratch.parameters import parameter_table, views
 
 
 def convert(variables: dict, config: ModelConfig):
@@ -42,10 +43,10 @@ def convert(variables: dict, config: ModelConfig):
         else:
             values[leaf.name] = take(released_name(leaf.name, config))
         if leaf.name.endswith("attention.w_k") and config.share_qk:
-            routed = config.heads(int(leaf.name.split(".")[1]))[0]
+            routed = config.routing_heads(int(leaf.name.split(".")[1]))
             values[leaf.name] = values[leaf.name][:, routed * config.head_width :]
     for i in range(config.n_layers):
-        if config.share_qk and not config.heads(i)[1]:
+        if not key_heads(config, i):
             take(f"{_attention_scope(i)}/k/kernel")  # every key of this layer is a query
     for leaf in table:
         value = values[leaf.name]
@@ -56,7 +57,7 @@ def convert(variables: dict, config: ModelConfig):
 
     state = {}
     for i in range(config.n_layers):
-        if config.heads(i)[0]:
+        if config.routing_heads(i):
             scope = f"{_attention_scope(i)}/attention_nd/cluster_attention/cluster_attention"
             names = ("means", "ema_count", "ema_means")
             state[i] = Centroids(*(take(f"{scope}/{name}") for name in names))

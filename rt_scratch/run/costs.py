@@ -58,22 +58,21 @@ def flops_per_token(model: ModelConfig) -> float:
 
 def step_bytes(model: ModelConfig, train: TrainConfig) -> int:
     """Rough memory of a step: parameters, gradients, optimizer state, activations."""
+    size = np.dtype(train.dtype).itemsize
+    spare = min(train.parts, train.accumulate * min(train.parts, train.batch) - 1)
+    copies = 2 + 2 * (train.optimizer == "adamw") + spare  # one more gradient per part at work
     per_token = model.n_layers * (10 * model.width + 3 * model.ffn_width)
     live = train.batch * model.seq_len
     if train.recompute:
         per_token = per_token // model.n_layers + model.n_layers * model.width
-    return _state_bytes(model, train) + np.dtype(train.dtype).itemsize * per_token * live
-
-
-def _state_bytes(model, train):
-    copies = 2 + 2 * (train.optimizer == "adamw") + min(train.parts, train.batch) - 1
-    return np.dtype(train.dtype).itemsize * n_parameters(model) * copies
+    return size * (n_parameters(model) * copies + per_token * live)
 
 
 def check_memory(model: ModelConfig, train: TrainConfig, who: str = "", xp=np,
                  step: bool = False) -> None:
     """UserError where the parameters, and with `step` a training step, need more than there is."""
-    check_fits(_state_bytes(model, train), f"{who}the parameters do not fit in memory",
+    check_fits(n_parameters(model) * np.dtype(train.dtype).itemsize,
+               f"{who}the parameters do not fit in memory",
                "choose a smaller model, say --width or --vocab-size", xp)
     if step:
         check_fits(step_bytes(model, train), f"a step of --batch {train.batch} x {model.seq_len} "
@@ -83,7 +82,7 @@ def check_memory(model: ModelConfig, train: TrainConfig, who: str = "", xp=np,
 
 def check_fits(needed: float, problem: str, advice: str, xp=np) -> None:
     """UserError(problem, numbers, advice) where `needed` bytes are more than the device has."""
-    if xp is not np:
+    if xp.__name__ == "cupy":
         there = xp.cuda.runtime.memGetInfo()[1]
     elif hasattr(os, "sysconf"):
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
