@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -96,6 +97,15 @@ def _add(found, world):
     found = np.array(found)
     world.sum(found)
     return map(sum, found.T.tolist())
+
+
+def doubt(nats: float, model: ModelConfig) -> str:
+    """A line on a loss per token that guessing would beat, with its newline; "" for others."""
+    uniform = math.log(model.vocab_size)
+    if nats <= uniform:
+        return ""
+    return (f"note: {nats:.4g} nats per token are worse than guessing uniformly ({uniform:.4g}): "
+            "the model diverged, or has hardly begun to learn\n")
 
 
 def _count(dataset, model, split, stride=0):
