@@ -152,7 +152,7 @@ class MpiWorld(World):
         return self
 
     def sum(self, array):
-        if isinstance(array, np.ndarray):
+        if is_host(array):
             self._world.Allreduce(self._mpi.IN_PLACE, array)
             return
         nccl, communicator = self._nccl
@@ -197,6 +197,11 @@ class MpiWorld(World):
                 if value != usual:
                     raise UserError(f"process {rank} on {host} differs from the others in its "
                                     f"{name}: {value:.60}, elsewhere {usual:.60}")
+
+
+def is_host(array) -> bool:
+    """Whether an array is NumPy's."""
+    return array_module(array) is np
 
 
 def checksum(arrays) -> int:
