@@ -23,7 +23,8 @@ from rt_scratch.run import checkpoint
 
 ROOT = Path(__file__).parent.parent
 ENV = {name: value for name, value in os.environ.items() if not name.startswith(("PMI", "OMPI"))}
-ENV |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OPENBLAS_NUM_THREADS": "1"}
+ENV |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "OPENBLAS_NUM_THREADS": "1"}
 TINY = ("--device cpu --precision float64 --seq-len 16 --n-layers 2 --width 16 --ffn-width 8 "
         "--window 4 --block 4 --n-clusters 3 --local-max-distance 3 --routing-max-distance 3 "
         "--batch 3 --parts 3 --warmup 2 --eval-windows 5 --log-every 1 --steps 9 --eval-every 3 "
