@@ -4,12 +4,8 @@
 
 A `World` has the few operations a step needs. Every process holds the whole state and computes the
 gradient of its share of the windows; sums go over the flat buffers, after which all processes take
-the same step. Without mpiexec, or with -n 1, the world is SINGLE and nothing is imported.
-
-Two hosts can be tried on one machine; with MPICH (as root; each name needs `sshd` inside):
-
-    ip netns add a; ip netns add b; ip link add va netns a type veth peer name vb netns b
-    ip netns exec a ip addr add 10.0.0.1/24 dev va; ip netns exec b ip addr add 10.0.0.2/24 dev vb
+the same step. Without mpiexec, or with -n 1, the world is SINGLE and nothing is imported. Two hosts
+on one machine: CONTRIBUTING.md.
 """
 
 from __future__ import annotations
