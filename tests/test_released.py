@@ -1,4 +1,4 @@
-"""The authors' checkpoint -> a run folder: what the shapes tell, what is refused, the golden logits.
+"""The authors' checkpoint -> a run folder: what shapes tell, what is refused, golden logits.
 
 The tests that read a checkpoint need TensorFlow (pip install -e '.[released]'), and are run with it
 in continuous integration; the others need none.
