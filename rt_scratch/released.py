@@ -64,7 +64,8 @@ def convert(variables: Mapping, config: ModelConfig):
 def _convert(variables, config):
     """(flat buffer, its table, centroids)."""
     table = parameter_table(config)
-    _check_names(variables, _released_shapes(table, variables, config))
+    averages = any("/ema_" in name for name in variables)
+    _check_names(variables, released_shapes(config, averages))
     flat = np.empty(table[-1].stop, next(iter(variables.values())).dtype)
 
     def read(name):
@@ -89,27 +90,26 @@ def _convert(variables, config):
         if config.heads(i)[0]:
             means, count, total = (f"{_cluster_scope(i)}/{name}" for name in _CENTROIDS)
             mu = read(means)
-            averages = (read(count), read(total)) if count in variables else (
-                np.ones(mu.shape[:2], mu.dtype), mu.copy())
-            state[i] = Centroids(mu, *averages)
+            state[i] = Centroids(mu, read(count), read(total)) if averages else Centroids(
+                mu, np.ones(mu.shape[:2], mu.dtype), mu.copy())
     return flat, table, state
 
 
-def _released_shapes(table, variables, config):
-    """Name -> shape of every variable that a model of this configuration has."""
+def released_shapes(config: ModelConfig, averages: bool = True) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every released variable of a model; averages: was it trained with ema?"""
     shapes = {}
     c, d = config.width, config.head_width
-    for leaf in table:
+    for leaf in parameter_table(config):
         shape = (c, c) if leaf.name.endswith("attention.w_k") else leaf.shape
         shapes[released_name(leaf.name, config)] = shape
     for i in range(config.n_layers):
         shapes[f"{_attention_scope(i)}/attention_nd/dense/kernel"] = (d, d)
         shapes[f"{_attention_scope(i)}/k/kernel"] = (c, c)  # also where every key is a query
         if routed := config.heads(i)[0]:
-            means, *averages = (f"{_cluster_scope(i)}/{name}" for name in _CENTROIDS)
+            means, count, total = (f"{_cluster_scope(i)}/{name}" for name in _CENTROIDS)
             shapes[means] = (routed, config.n_clusters, d)
-            if any(name in variables for name in averages):
-                shapes |= zip(averages, ((routed, config.n_clusters), shapes[means]), strict=True)
+            if averages:
+                shapes |= {count: shapes[means][:2], total: shapes[means]}
     return shapes
 
 
