@@ -6,43 +6,39 @@ Letters, used in every shape comment:
     K clusters       W routing window   S local block       L layers        M feed-forward width
     V vocabulary     E embedding width
 
-Weights are (in, out), so code reads `x @ w`. A gradient is `d` and the name. Every layer is a pair
+Weights are (in, out), so code reads `x @ w`. A gradient is `d` and the name. Two conventions:
 
     y, cache = f(x, w)          dx, dw = f_backward(dy, cache)
 
-with no state but what is passed. Reading order, an evening:
+is every plain function: one gradient per differentiable argument, in their order, no state but what
+is passed. The parts of the model take a tree of parameters instead; their backward adds the
+gradients of those to an identical tree and returns the gradient of the input. Caches are
+NamedTuples. Reading order, an evening:
 
-    config      what a model and a training run are
-    backend     NumPy or CuPy: the array decides; faster twins of plain functions
-    layers      linear, LayerNorm, feed-forward, embeddings, dropout, output layer with its loss
+    layers      linear, LayerNorm, feed-forward, embeddings, output layer with its loss
     attention   softmax attention in blocks, relative positions by a skew, local attention
-    routing     online k-means, who meets whom, attention inside clusters: the paper
-    model       parameters, block, whole model, forward and backward
-    step        the gradient of one optimizer step; centroids move here, in the open
-    optim       Adafactor, AdamW, schedules
-    decode      one token at a time, at a cost that does not grow with the text
+    kmeans      online k-means, commitment loss
+    routing     who meets whom, attention inside clusters: the paper
+    heads       the kinds of head, one row each: local, full, causal, topk, random
+    model       one block, the whole model, forward and backward
+    step        one optimizer step; centroids move here, in the open
 
-Around them: checkpoint, run (a run folder), console (errors in one line), released (the authors'
-variables), presets, data/ (one file per dataset), kernels/ (the twins).
+then train.py. Around them: config (what a model and a run are), parameters, optim, decode (one
+token at a time through the same blocks), dropout, dispatch (NumPy or CuPy, plain or twin), device,
+released (the authors' variables), presets, run/ (a run folder), data/ (one file per dataset),
+kernels/ (faster twins of plain functions; the plain ones are the specification).
 """
 
 from rt_scratch.config import ModelConfig, TrainConfig
 from rt_scratch.decode import generate
+from rt_scratch.device import select_device
 from rt_scratch.errors import UserError
-from rt_scratch.model import (
-    init_centroids,
-    init_parameters,
-    logits,
-    loss,
-    loss_backward,
-    parameter_table,
-    target_weights,
-    views,
-)
-from rt_scratch.step import gradients, move_centroids
+from rt_scratch.model import logits, loss, loss_backward, target_weights
+from rt_scratch.parameters import init_centroids, init_parameters, parameter_table, views
+from rt_scratch.step import State, cut, gradients, move_centroids, new_state, train_step
 
 __all__ = [
-    "ModelConfig", "TrainConfig", "UserError", "generate", "gradients", "init_centroids",
-    "init_parameters", "logits", "loss", "loss_backward", "move_centroids", "parameter_table",
-    "target_weights", "views",
+    "ModelConfig", "State", "TrainConfig", "UserError", "cut", "generate", "gradients",
+    "init_centroids", "init_parameters", "logits", "loss", "loss_backward", "move_centroids",
+    "new_state", "parameter_table", "select_device", "target_weights", "train_step", "views",
 ]

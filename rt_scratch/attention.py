@@ -8,16 +8,24 @@ members of each cluster.
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
-from rt_scratch.backend import accelerated, array_module, segment_sum
-from rt_scratch.layers import dropout_mask
+from rt_scratch.dispatch import accelerated, array_module
+from rt_scratch.dropout import dropout_mask
+from rt_scratch.layers import segment_sum
 
 # ------------------------------------------------------------------------- relative positions
 #
-# Shaw et al. 2018: a learned vector per distance d = key place - query place, clipped to [-m, m],
-# is added to the key, another to the value. Gathering a vector for every pair would take S x N x D
-# entries. Instead all S x P products "query i, distance d" come from one matrix product, and a
-# skew moves row i so that column d lands under key i + d.
+# Shaw et al. 2018: a learned vector per distance d = key position - query position, clipped to
+# [-m, m], is added to the key, another to the value. Gathering a vector for every pair would take
+# S x N x D entries. Instead all S x P products "query i, distance d" come from one matrix product,
+# and a skew moves row i so that column d lands under key i + d.
+
+
+class DistanceRowsCache(NamedTuple):
+    table: Any    # (2 m + 1, D)
+    first: int
+    last: int
 
 
 def distance_rows(table, first: int, last: int):
@@ -25,17 +33,18 @@ def distance_rows(table, first: int, last: int):
 
     table (2 m + 1, D) -> (last - first + 1, D).
     """
-    index = _distance_index(table, first, last)
-    return table[index], (table, first, last)
+    index = distance_index(table, first, last)
+    return table[index], DistanceRowsCache(table, first, last)
 
 
 def distance_rows_backward(drows, cache):
     """Adds up the rows that share an entry of the table."""
     table, first, last = cache
-    return segment_sum(drows, _distance_index(table, first, last), table.shape[0])
+    return segment_sum(drows, distance_index(table, first, last), table.shape[0])
 
 
-def _distance_index(table, first, last):
+def distance_index(table, first: int, last: int):
+    """Row of the table for each of the distances first .. last."""
     m = table.shape[0] // 2
     return array_module(table).clip(array_module(table).arange(first, last + 1), -m, m) + m
 
@@ -43,9 +52,10 @@ def _distance_index(table, first, last):
 def skew(x, n_keys: int):
     """out[i, j] = x[i, j - i + S - 1]:  x (..., S, P) by distance -> (..., S, N) by key.
 
-    Column p of x stands for distance p + (1 - N), that of out for key j; queries are the last S of
-    the N places when P = N, the first S when P = S + N - 1. Entries beyond P are meaningless (with
-    P = N they are the keys after the query, which the mask removes).
+    Row i of x is read from column S - 1 - i on. So where the queries are the first S of the N
+    positions (P = S + N - 1), column p stands for distance p + 1 - S; where they are the last S,
+    key j is at distance j - i - (N - S) and column p stands for distance p + 1 - N. There P = N is
+    enough: entries beyond it are meaningless, but belong to keys after the query, which are masked.
     A spare column makes the rows of the flat array one longer, so that cutting it into rows of the
     old length moves each row by one: no index arrays.
     """
@@ -74,6 +84,18 @@ def unskew(y, n_distances: int):
 
 # ---------------------------------------------------------------------------------- attention
 
+class AttendCache(NamedTuple):
+    q: Any        # (..., S, D)
+    k: Any        # (..., N, D)
+    v: Any        # (..., N, D)
+    rel_k: Any    # (P, D) or None
+    rel_v: Any
+    mask: Any     # broadcasts to (..., S, N)
+    scale: float
+    dropped: Any
+    lse: Any      # (..., S, 1) log-sum-exp of each row of logits, from which p is computed again
+
+
 @accelerated
 def attend(q, k, v, rel_k, rel_v, mask, scale, dropped=None):
     """o_i = sum_j p_ij (v_j + rel_v[j - i]),  p_i = softmax_j scale q_i . (k_j + rel_k[j - i]).
@@ -81,8 +103,7 @@ def attend(q, k, v, rel_k, rel_v, mask, scale, dropped=None):
     q (..., S, D), k and v (..., N, D); rel_k, rel_v (P, D) rows by distance as in `skew`, or both
     None; mask, broadcast to (..., S, N), is True where query i may see key j. A query that may see
     nothing gets 0. `dropped` = (rate, key) drops entries of p.
-    Paper section 3, Shaw et al. 2018 equations 3 and 4. Cache: the inputs and the log-sum-exp of
-    each row; the backward computes p again.
+    Paper section 3, Shaw et al. 2018 equations 3 and 4.
     """
     xp = array_module(q)
     z = _logits(q, k, rel_k, mask, scale)  # (..., S, N)
@@ -97,7 +118,7 @@ def attend(q, k, v, rel_k, rel_v, mask, scale, dropped=None):
     o = p @ v
     if rel_v is not None:
         o += _rows_times(unskew(p, rel_v.shape[0]), rel_v)
-    return o, (q, k, v, rel_k, rel_v, mask, scale, dropped, lse)
+    return o, AttendCache(q, k, v, rel_k, rel_v, mask, scale, dropped, lse)
 
 
 @accelerated
@@ -154,6 +175,27 @@ def _outer(x, y):
 
 # ---------------------------------------------------------------------------- local attention
 
+class Reach(NamedTuple):
+    """What a query of local attention sees."""
+
+    block: int        # S
+    lookback: int     # blocks before its own
+    segments: Any     # (B, H, T), None: one segment
+    window: Any       # largest distance + 1, None: no bound
+
+
+class LocalCache(NamedTuple):
+    q: Any            # (B, H, T, D); blocks and windows are cut again
+    k: Any
+    v: Any
+    rel_k: Any        # (2 m + 1, D) or None
+    rel_v: Any
+    reach: Reach
+    scale: float
+    dropped: Any
+    lse: Any          # (B, H, n, S, 1) log-sum-exp of each query
+
+
 @accelerated
 def local_attention(q, k, v, rel_k, rel_v, block, lookback, scale, segments=None, window=None,
                     dropped=None):
@@ -163,51 +205,58 @@ def local_attention(q, k, v, rel_k, rel_v, block, lookback, scale, segments=None
     multiple of S = block. With `segments` (B, H, T) a query sees only keys of its own segment, and
     with `window` only those at a distance below it (routing attention in `causal` mode is this, on
     the sequence sorted by cluster). Released code: attention_nd in one dimension, masked.
-    Cache: the inputs and the log-sum-exp of each query; the blocks are cut again.
     """
     t = q.shape[2]
-    block = min(block, t)
-    lookback = min(lookback, -(-t // block) - 1)
-    reach = block, lookback, segments, window
-    inputs, _ = _local_inputs(q, k, v, rel_k, rel_v, block, lookback)
-    mask = _local_mask(q, t, *reach)
-    o, (*_, lse) = attend(*inputs, mask, scale, dropped)
-    return _join(o, t), (q, k, v, rel_k, rel_v, reach, scale, dropped, lse)
+    reach = clipped_reach(t, block, lookback, segments, window)
+    inputs, _ = local_inputs(q, k, v, rel_k, rel_v, reach)
+    o, cache = attend(*inputs, _local_mask(q, t, *reach), scale, dropped)
+    return join_blocks(o, t), LocalCache(q, k, v, rel_k, rel_v, reach, scale, dropped, cache.lse)
 
 
 @accelerated
 def local_attention_backward(do, cache):
     """Gradients of q, k, v, rel_k, rel_v."""
     q, k, v, rel_k, rel_v, reach, scale, dropped, lse = cache
-    t, (block, lookback, _, _) = q.shape[2], reach
-    inputs, caches = _local_inputs(q, k, v, rel_k, rel_v, block, lookback)
-    mask = _local_mask(q, t, *reach)
-    gradients = attend_backward(_split(do, block), (*inputs, mask, scale, dropped, lse))
-    return _local_gradients(*gradients, caches, t, block, lookback)
+    t = q.shape[2]
+    inputs, caches = local_inputs(q, k, v, rel_k, rel_v, reach)
+    gradients = attend_backward(split_blocks(do, reach.block), AttendCache(
+        *inputs, _local_mask(q, t, *reach), scale, dropped, lse))
+    return local_gradients(gradients, caches, t, reach)
 
 
-def _local_gradients(dq, dk, dv, drel_k, drel_v, caches, t, block, lookback):
+def clipped_reach(t: int, block: int, lookback: int, segments, window) -> Reach:
+    """The reach within T tokens: no block longer than the text, no lookback before its start."""
+    block = min(block, t)
+    return Reach(block, min(lookback, -(-t // block) - 1), segments, window)
+
+
+def local_gradients(gradients, caches, t: int, reach: Reach):
     """From those of blocks, windows and rows to those of q, k, v, rel_k, rel_v."""
+    dq, dk, dv, drel_k, drel_v = gradients
     if drel_k is not None:
         drel_k = distance_rows_backward(drel_k, caches[0])
         drel_v = distance_rows_backward(drel_v, caches[1])
-    dk = _windows_backward(dk, t, block, lookback)
-    dv = _windows_backward(dv, t, block, lookback)
-    return _join(dq, t), dk, dv, drel_k, drel_v
+    dk = _windows_backward(dk, t, reach.block, reach.lookback)
+    dv = _windows_backward(dv, t, reach.block, reach.lookback)
+    return join_blocks(dq, t), dk, dv, drel_k, drel_v
 
 
-def _local_inputs(q, k, v, rel_k, rel_v, block, lookback):
-    """What `attend` takes: blocks of queries, windows of keys and values, rows by distance."""
+def local_inputs(q, k, v, rel_k, rel_v, reach: Reach):
+    """What `attend` takes: blocks of queries, windows of keys and values, rows by distance.
+
+    And the caches of the rows, (None, None) without relative positions.
+    """
+    block, lookback = reach.block, reach.lookback
     rows_k = rows_v = cache_k = cache_v = None
     if rel_k is not None:
         first = 1 - (lookback + 1) * block                          # the farthest key
         rows_k, cache_k = distance_rows(rel_k, first, 0)
         rows_v, cache_v = distance_rows(rel_v, first, 0)
-    return (_split(q, block), _windows(k, block, lookback), _windows(v, block, lookback),
+    return (split_blocks(q, block), _windows(k, block, lookback), _windows(v, block, lookback),
             rows_k, rows_v), (cache_k, cache_v)
 
 
-def _split(x, block):
+def split_blocks(x, block: int):
     """(B, H, T, ...) -> (B, H, n, S, ...), the last block filled up with zeros."""
     xp = array_module(x)
     b, h, t = x.shape[:3]
@@ -217,8 +266,8 @@ def _split(x, block):
     return x.reshape(b, h, n, block, *x.shape[3:])
 
 
-def _join(x, t):
-    """The inverse of `_split`."""
+def join_blocks(x, t: int):
+    """The inverse of `split_blocks`: (B, H, n, S, ...) -> (B, H, T, ...)."""
     b, h, n, s = x.shape[:4]
     return x.reshape(b, h, n * s, *x.shape[4:])[:, :, :t]
 
@@ -226,7 +275,7 @@ def _join(x, t):
 def _windows(x, block, lookback):
     """(B, H, T, ...) -> (B, H, n, (lookback + 1) S, ...): each block behind those before it."""
     xp = array_module(x)
-    blocks = _split(x, block)
+    blocks = split_blocks(x, block)
     n = blocks.shape[2]
     if not lookback:
         return blocks
@@ -242,7 +291,7 @@ def _windows_backward(dx, t, block, lookback):
     padded = xp.zeros((b, h, n + lookback, block, d), dx.dtype)
     for i in range(lookback + 1):
         padded[:, :, i : i + n] += dx[:, :, :, i * block : (i + 1) * block]
-    return _join(padded[:, :, lookback:], t)
+    return join_blocks(padded[:, :, lookback:], t)
 
 
 def _local_mask(q, t, block, lookback, segments, window):
@@ -252,11 +301,11 @@ def _local_mask(q, t, block, lookback, segments, window):
     i = xp.arange(block)[:, None]                                   # (S, 1)
     j = xp.arange((lookback + 1) * block)[None, :]                  # (1, N)
     distance = j - lookback * block - i
-    place = (xp.arange(n)[:, None, None] - lookback) * block + j    # (n, 1, N)
-    mask = (distance <= 0) & (place >= 0)                           # (n, S, N)
+    position = (xp.arange(n)[:, None, None] - lookback) * block + j  # (n, 1, N) of the key
+    mask = (distance <= 0) & (position >= 0)                        # (n, S, N)
     if window is not None:
         mask &= distance > -window
     if segments is not None:
-        own, seen = _split(segments, block), _windows(segments, block, lookback)
+        own, seen = split_blocks(segments, block), _windows(segments, block, lookback)
         mask = mask & (own[..., :, None] == seen[..., None, :])     # (B, H, n, S, N)
     return mask

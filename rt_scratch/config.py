@@ -1,7 +1,9 @@
-"""Configuration: frozen dataclasses, their validation, and the presets.
+"""Configuration: frozen dataclasses whose fields carry their help, bounds and choices.
 
-`ModelConfig` says what the network is, `TrainConfig` how it is trained. Every field carries its
-help text; `train.py` builds its flags from them, and a checkpoint stores both as JSON.
+`ModelConfig` says what the network is, `TrainConfig` how it is trained. `train.py` builds its flags
+from the fields, and a checkpoint stores both as JSON. Choices come from the tables that the code
+looks them up in (feed-forward layers, kinds of head, optimizers, schedules), which is why this file
+stands above those: a new row is a new choice.
 """
 
 from __future__ import annotations
@@ -11,15 +13,23 @@ import math
 from dataclasses import dataclass, field
 
 from rt_scratch.errors import UserError
+from rt_scratch.heads import KINDS
+from rt_scratch.kmeans import MAX_CLUSTERS
+from rt_scratch.layers import FEED_FORWARDS
+from rt_scratch.optim import OPTIMIZERS, SCHEDULES
 
-ROUTING_MODES = ("causal", "topk", "random")
-ATTENTION_KINDS = ("routing", "local", "full")
-MAX_CLUSTERS = 1024  # per head: the GPU kernels count them in the memory of one block
+ROUTING = tuple(name for name, kind in KINDS.items() if kind.routes)
+NOT_ROUTING = tuple(name for name, kind in KINDS.items() if not kind.routes)
 PRECISIONS = ("auto", "float32", "float64", "tf32", "bf16", "fp16")
 
 
-def _field(default, text, choices=None):
-    return field(default=default, metadata={"help": text, "choices": choices})
+def _field(default, text, choices=None, least=None, most=None):
+    return field(default=default, metadata={
+        "help": text, "choices": choices and tuple(choices), "least": least, "most": most})
+
+
+def _dropout(text):
+    return _field(0.0, text, least=0, most=0.999)
 
 
 @dataclass(frozen=True)
@@ -28,51 +38,56 @@ class ModelConfig:
 
     # input and output
     kind: str = _field("text", "what the tokens are", ("text", "image"))
-    vocab_size: int = _field(256, "V, number of token values")
-    seq_len: int = _field(512, "T, tokens per training window")
-    image_size: int = _field(0, "pixels per side of a square RGB image (0: text)")
-    n_classes: int = _field(0, "classes to condition on; 0: unconditional")
+    vocab_size: int = _field(256, "V, number of token values", least=1)
+    seq_len: int = _field(512, "T, tokens per training window", least=1)
+    image_size: int = _field(0, "pixels per side of a square RGB image (0: text)", least=0)
+    n_classes: int = _field(0, "classes to condition on; 0: unconditional", least=0)
     pad_id: int = _field(-1, "targets with this id are not scored; -1: every token counts")
     # size
-    n_layers: int = _field(4, "L, number of blocks")
-    width: int = _field(128, "C, width of the residual stream")
-    embed_width: int = _field(0, "E, width of the token table; 0: same as width (text)")
-    ffn: str = _field("geglu", "feed-forward layer", ("geglu", "relu"))
-    ffn_width: int = _field(384, "M, hidden width of the feed-forward layer")
+    n_layers: int = _field(4, "L, number of blocks", least=1)
+    width: int = _field(128, "C, width of the residual stream", least=1)
+    embed_width: int = _field(0, "E, width of the token table; 0: same as width (text)", least=0)
+    ffn: str = _field("geglu", "feed-forward layer", FEED_FORWARDS)
+    ffn_width: int = _field(384, "M, hidden width of the feed-forward layer", least=1)
     norm: str = _field("pre", "where LayerNorm stands: x + f(LN(x)) or LN(x + f(x))",
                        ("pre", "post"))
     tie_embedding: bool = _field(False, "output matrix = token table transposed (text)")
     timing_signal: bool = _field(False, "add sinusoidal absolute positions (text)")
     # attention
-    attention: str = _field("routing", "ablation: all heads local, or full causal attention",
-                            ATTENTION_KINDS)
-    n_local_heads: int = _field(2, "heads with local attention, per layer")
-    n_routing_heads: int = _field(2, "heads with routing attention, in routing layers")
+    attention: str = _field("routing", "ablation: all heads of one kind that does not route, such "
+                                       "as local or full causal attention",
+                            ("routing", *NOT_ROUTING))
+    n_local_heads: int = _field(2, "heads with local attention, per layer", least=0)
+    n_routing_heads: int = _field(2, "heads with routing attention, in routing layers", least=0)
     routing_layers: tuple[int, ...] = _field(
         (), "layers with routing heads, such as 2,3 or, from the end and with =, "
             "--routing-layers=-2,-1; empty: all. Elsewhere these heads are local")
+    full_layers: tuple[int, ...] = _field(
+        (), "layers in which all heads have full causal attention, among routing layers")
     routing: str = _field("causal", "causal: nothing leaks; topk: the paper, membership depends "
-                                    "on later tokens; random: control", ROUTING_MODES)
+                                    "on later tokens; random: control", ROUTING)
     share_qk: bool = _field(True, "routing heads use their queries as keys")
-    n_clusters: int = _field(8, "K, centroids per routing head")
-    window: int = _field(64, "W, tokens that attend to each other in a cluster")
-    block: int = _field(16, "S, queries per block of local attention")
-    lookback: int = _field(1, "earlier blocks that a local block sees")
+    n_clusters: int = _field(8, "K, centroids per routing head", least=1, most=MAX_CLUSTERS)
+    window: int = _field(64, "W, tokens that attend to each other in a cluster", least=1)
+    block: int = _field(16, "S, queries per block of local attention", least=1)
+    lookback: int = _field(1, "earlier blocks that a local block sees", least=0)
     local_max_distance: int = _field(
-        17, "Shaw relative positions of local heads, clipped at this distance; 0: none")
+        17, "Shaw relative positions of local heads, clipped at this distance; 0: none", least=0)
     routing_max_distance: int = _field(
-        65, "the same for routing heads, where distance is the rank in the cluster; 0: none")
+        65, "the same for routing heads, where distance is the rank in the cluster; 0: none",
+        least=0)
     # k-means
-    centroid_decay: float = _field(0.999, "decay of the moving averages of online k-means")
-    commitment: float = _field(1e-4, "beta, weight of the commitment loss")
-    seed_random: int = _field(0, "seed of the memberships in routing mode random")
-    init_gain: float = _field(1.0, "gain of the uniform initialiser (released: 0.2)")
+    centroid_decay: float = _field(0.999, "decay of the moving averages of online k-means",
+                                   least=0, most=1)
+    commitment: float = _field(1e-4, "beta, weight of the commitment loss", least=0)
+    seed_random: int = _field(0, "seed of the memberships of random heads", least=0)
+    init_gain: float = _field(1.0, "gain of the uniform initialiser (released: 0.2)", least=0)
     # dropout
-    embed_dropout: float = _field(0.0, "dropout on token embeddings")
-    attention_dropout: float = _field(0.0, "dropout on attention weights")
-    ffn_dropout: float = _field(0.0, "dropout on the feed-forward hidden layer")
-    residual_dropout: float = _field(0.0, "dropout on sublayer outputs and on the first input")
-    target_dropout: float = _field(0.0, "share of input tokens replaced by id 0 (text)")
+    embed_dropout: float = _dropout("dropout on token embeddings")
+    attention_dropout: float = _dropout("dropout on attention weights")
+    ffn_dropout: float = _dropout("dropout on the feed-forward hidden layer")
+    residual_dropout: float = _dropout("dropout on sublayer outputs and on the first input")
+    target_dropout: float = _dropout("share of input tokens replaced by id 0 (text)")
 
     @property
     def n_heads(self) -> int:
@@ -80,6 +95,7 @@ class ModelConfig:
 
     @property
     def head_width(self) -> int:
+        """D."""
         return self.width // self.n_heads
 
     @property
@@ -87,44 +103,44 @@ class ModelConfig:
         """E, the width of the token table."""
         return self.embed_width or self.width
 
-    def heads(self, layer: int) -> tuple[int, int]:
-        """(routing heads, local heads) of a layer."""
-        routed = {i % self.n_layers for i in self.routing_layers} or range(self.n_layers)
-        n = self.n_routing_heads if self.attention == "routing" and layer in routed else 0
-        return n, self.n_heads - n
+    def layer_heads(self, layer: int) -> tuple[tuple[str, int], ...]:
+        """The heads of a layer: (kind, how many), routing heads first (the released order)."""
+        if self.attention != "routing":
+            return ((self.attention, self.n_heads),)
+        if layer in self._layers(self.full_layers):
+            return (("full", self.n_heads),)
+        if self.routing_layers and layer not in self._layers(self.routing_layers):
+            return (("local", self.n_heads),)
+        heads = (self.routing, self.n_routing_heads), ("local", self.n_local_heads)
+        return tuple((kind, n) for kind, n in heads if n)
+
+    def _layers(self, numbers):
+        return {i % self.n_layers for i in numbers}
+
+    def routing_heads(self, layer: int) -> int:
+        """How many heads of a layer have centroids."""
+        return sum(n for kind, n in self.layer_heads(layer) if KINDS[kind].routes)
+
+    def kinds(self) -> set[str]:
+        """The kinds of head in the model."""
+        return {kind for i in range(self.n_layers) for kind, _ in self.layer_heads(i)}
 
     def validate(self) -> ModelConfig:
         """Raise UserError on a configuration that cannot run; else return it."""
-        _check_numbers(self)
-        for name in ("vocab_size", "seq_len", "n_layers", "width", "ffn_width", "n_clusters",
-                     "window", "block"):
-            if getattr(self, name) < 1:
-                _fail(f"--{_flag(name)} {getattr(self, name)}: must be at least 1")
-        for name in ("image_size", "n_classes", "embed_width", "n_local_heads", "n_routing_heads",
-                     "lookback", "local_max_distance", "routing_max_distance", "commitment"):
-            if getattr(self, name) < 0:
-                _fail(f"--{_flag(name)} {getattr(self, name)}: must not be negative")
-        for f in dataclasses.fields(self):
-            choices = f.metadata["choices"]
-            if choices and getattr(self, f.name) not in choices:
-                _fail(f"--{_flag(f.name)} {getattr(self, f.name)}: choose from "
-                      f"{', '.join(choices)}")
-            if f.name.endswith("dropout") and not 0 <= getattr(self, f.name) <= 0.999:
-                _fail(f"--{_flag(f.name)} {getattr(self, f.name)}: must be from 0 to 0.999")
-        if self.n_clusters > MAX_CLUSTERS:
-            _fail(f"--n-clusters {self.n_clusters}: at most {MAX_CLUSTERS}")
+        _check_fields(self)
         if self.n_heads < 1:
             _fail("--n-local-heads and --n-routing-heads are both 0: give at least one head")
         if self.width % self.n_heads:
             low = self.width - self.width % self.n_heads
             _fail(f"--width {self.width}: must be a multiple of the {self.n_heads} heads, such as "
                   f"{low or self.n_heads} or {low + self.n_heads}")
-        for i in self.routing_layers:
-            if not -self.n_layers <= i < self.n_layers:
-                _fail(f"--routing-layers {i}: the layers are 0 to {self.n_layers - 1}")
-        if not 0 <= self.centroid_decay <= 1:
-            _fail(f"--centroid-decay {self.centroid_decay}: must be in [0, 1]")
-        if self.window > self.seq_len and self.routing == "topk" and self.heads_route():
+        for name in ("routing_layers", "full_layers"):
+            for i in getattr(self, name):
+                if not -self.n_layers <= i < self.n_layers:
+                    _fail(f"--{flag(name)} {i}: the layers are 0 to {self.n_layers - 1}")
+        if both := self._layers(self.routing_layers) & self._layers(self.full_layers):
+            _fail(f"--full-layers {min(both)}: is among --routing-layers too")
+        if self.window > self.seq_len and "topk" in self.kinds():
             _fail(f"--window {self.window}: larger than --seq-len {self.seq_len}; each cluster "
                   "takes W of the T tokens")
         if self.kind == "image":
@@ -138,39 +154,34 @@ class ModelConfig:
             _fail("--image-size and --n-classes are for images, not text")
         return self
 
-    def heads_route(self) -> bool:
-        """True when some layer has routing heads."""
-        return any(self.heads(i)[0] for i in range(self.n_layers))
-
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The training run."""
 
-    batch: int = _field(2, "windows per forward pass")
-    accumulate: int = _field(1, "forward passes per optimizer step")
-    parts: int = _field(2, "parts a batch is cut into on a CPU, one thread each")
+    batch: int = _field(2, "windows per forward pass", least=1)
+    accumulate: int = _field(1, "forward passes per optimizer step", least=1)
+    parts: int = _field(2, "parts a batch is cut into on a CPU, one thread each", least=1)
     recompute: bool = _field(False, "store only block inputs and compute the rest again: less "
                                     "memory, the same numbers")
-    steps: int = _field(2400, "optimizer steps")
-    optimizer: str = _field("adamw", "optimizer", ("adamw", "adafactor"))
+    steps: int = _field(2400, "optimizer steps", least=1)
+    optimizer: str = _field("adamw", "optimizer", OPTIMIZERS)
     lr: float = _field(3e-3, "peak learning rate")
     schedule: str = _field("cosine", "cosine: linear warm-up, then to 10 %%; constant: linear "
                                      "warm-up; rsqrt: the released one, flat for warmup steps, "
-                                     "then lr sqrt(warmup / step)",
-                           ("cosine", "constant", "rsqrt"))
-    warmup: int = _field(50, "warm-up steps (see schedule)")
-    weight_decay: float = _field(0.0, "decoupled decay (adamw), L2 loss (adafactor)")
-    clip: float = _field(1.0, "largest global norm of the gradient; 0: no clipping")
+                                     "then lr sqrt(warmup / step)", SCHEDULES)
+    warmup: int = _field(50, "warm-up steps (see schedule)", least=0)
+    weight_decay: float = _field(0.0, "decoupled decay (adamw), L2 loss (adafactor)", least=0)
+    clip: float = _field(1.0, "largest global norm of the gradient; 0: no clipping", least=0)
     precision: str = _field(
         "auto", "arithmetic of the network. auto: bf16 on a GPU that has it, else float32. tf32, "
                 "bf16 and fp16 (with loss scaling) are for GPUs; parameters, their gradients, "
                 "statistics and centroids stay float32", PRECISIONS)
-    seed: int = _field(0, "seed of weights, data order and dropout")
-    eval_every: int = _field(600, "steps between evaluations; 0: only at the end")
+    seed: int = _field(0, "seed of weights, data order and dropout", least=0)
+    eval_every: int = _field(600, "steps between evaluations; 0: only at the end", least=0)
     eval_windows: int = _field(64, "windows per evaluation, evenly spread over the "
-                                  "split; 0: the whole split")
-    log_every: int = _field(20, "steps between log lines")
+                                   "split; 0: the whole split", least=0)
+    log_every: int = _field(20, "steps between log lines", least=1)
 
     @property
     def dtype(self) -> str:
@@ -179,33 +190,29 @@ class TrainConfig:
 
     def validate(self) -> TrainConfig:
         """Raise UserError on settings that cannot run; else return them."""
-        _check_numbers(self)
-        for name in ("batch", "accumulate", "parts", "steps", "log_every"):
-            if getattr(self, name) < 1:
-                _fail(f"--{_flag(name)} {getattr(self, name)}: must be at least 1")
-        for name in ("warmup", "weight_decay", "clip", "eval_every", "eval_windows", "seed"):
-            if getattr(self, name) < 0:
-                _fail(f"--{_flag(name)} {getattr(self, name)}: must not be negative")
+        _check_fields(self)
         if not self.lr > 0:
             _fail(f"--lr {self.lr}: must be positive")
-        for f in dataclasses.fields(self):
-            choices = f.metadata["choices"]
-            if choices and getattr(self, f.name) not in choices:
-                _fail(f"--{_flag(f.name)} {getattr(self, f.name)}: choose from "
-                      f"{', '.join(choices)}")
         return self
 
 
-def _check_numbers(config):
+def _check_fields(config):
     for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
+        value, rules = getattr(config, f.name), f.metadata
         if isinstance(value, float) and not math.isfinite(value):
-            _fail(f"--{_flag(f.name)} {value}: must be a finite number")
+            _fail(f"--{flag(f.name)} {value}: must be a finite number")
         if isinstance(value, int) and abs(value) >= 2 ** 31:
-            _fail(f"--{_flag(f.name)} {value}: must be below 2^31")
+            _fail(f"--{flag(f.name)} {value}: must be below 2^31")
+        if rules["choices"] and value not in rules["choices"]:
+            _fail(f"--{flag(f.name)} {value}: choose from {', '.join(rules['choices'])}")
+        if rules["least"] is not None and value < rules["least"]:
+            _fail(f"--{flag(f.name)} {value}: must be at least {rules['least']}")
+        if rules["most"] is not None and value > rules["most"]:
+            _fail(f"--{flag(f.name)} {value}: must be at most {rules['most']}")
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """A field's name on the command line, without the dashes in front."""
     return name.replace("_", "-")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 
 from rt_scratch.errors import UserError
@@ -17,7 +18,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def script(main) -> None:
-    """Run main() and exit: 0; 2 after one line on what the user can mend; 130 after Ctrl-C.
+    """Run main() and exit: 0; 2 after one line on what the user can fix; 130 after Ctrl-C.
 
     main may turn Ctrl-C into a line of its own, as training does. Text that the terminal's encoding
     lacks is shown as ?, and a reader that went away, such as `head`, ends the script with 1.
@@ -49,6 +50,27 @@ def say(text: str) -> bool:
         _silence()
         return False
     return True
+
+
+class StopRequest:
+    """Inside `with`, Ctrl-C only sets `asked`, for a loop that ends where everything is whole.
+
+    A second Ctrl-C stops at once, as ever.
+    """
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self):
+        self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, *_):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _silence():

@@ -2,21 +2,30 @@
 
     y, cache = f(x, w, ...)          dx, dw, ... = f_backward(dy, cache)
 
-A backward returns one gradient per differentiable argument, in argument order. `dy` is the gradient
-of the loss with respect to y. Caches are read-only: inputs and row statistics; wide arrays are
-computed again rather than stored where that is cheap.
+A backward returns one gradient per differentiable argument, in argument order; `dy` is the gradient
+of the loss with respect to y. Caches are read-only NamedTuples of inputs and row statistics; wide
+arrays are computed again rather than stored where that is cheap.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from rt_scratch.backend import accelerated, array_module, segment_sum
+from rt_scratch.dispatch import accelerated, array_module
+from rt_scratch.dropout import dropout, dropout_backward
 
 EPSILON = 1e-6  # of LayerNorm; the released code's value
 
 
 # ------------------------------------------------------------------------------------- linear
+
+class LinearCache(NamedTuple):
+    x: Any        # (..., I)
+    w: Any        # (I, O)
+    biased: bool
+
 
 @accelerated
 def linear(x, w, b=None):
@@ -24,7 +33,7 @@ def linear(x, w, b=None):
     y = (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
     if b is not None:
         y += b
-    return y, (x, w, b is not None)
+    return y, LinearCache(x, w, b is not None)
 
 
 @accelerated
@@ -39,18 +48,30 @@ def linear_backward(dy, cache):
 
 # ---------------------------------------------------------------------------------- LayerNorm
 
+class NormalizeCache(NamedTuple):
+    x: Any        # (..., C)
+    mean: Any     # (..., 1)
+    rstd: Any     # (..., 1), 1 / sqrt(variance + EPSILON)
+
+
+class LayerNormCache(NamedTuple):
+    x: Any        # (..., C)
+    gain: Any     # (C,)
+    mean: Any     # (..., 1)
+    rstd: Any     # (..., 1)
+
+
 @accelerated
 def normalize(x):
     """n = (x - mean) / sqrt(variance + 1e-6) over the last axis: LayerNorm without parameters.
 
     Routing heads apply it to queries and keys, so that q . mu compares directions.
-    Cache: x and the row statistics.
     """
     xp = array_module(x)
     mean = x.mean(-1, keepdims=True)  # (..., 1)
     centred = x - mean
     rstd = 1 / xp.sqrt((centred * centred).mean(-1, keepdims=True) + EPSILON)
-    return centred * rstd, (x, mean, rstd)
+    return centred * rstd, NormalizeCache(x, mean, rstd)
 
 
 @accelerated
@@ -65,10 +86,10 @@ def normalize_backward(dn, cache):
 def layer_norm(x, gain, bias):
     """y = n gain + bias with n = normalize(x).  x (..., C), gain and bias (C,).
 
-    Ba, Kiros, Hinton 2016. Cache: x, gain and the row statistics.
+    Ba, Kiros, Hinton 2016.
     """
     n, (_, mean, rstd) = normalize.reference(x)
-    return n * gain + bias, (x, gain, mean, rstd)
+    return n * gain + bias, LayerNormCache(x, gain, mean, rstd)
 
 
 @accelerated
@@ -77,7 +98,7 @@ def layer_norm_backward(dy, cache):
     x, gain, mean, rstd = cache
     rows = tuple(range(dy.ndim - 1))  # every axis but the last
     n = (x - mean) * rstd
-    dx = normalize_backward.reference(dy * gain, (x, mean, rstd))
+    dx = normalize_backward.reference(dy * gain, NormalizeCache(x, mean, rstd))
     return dx, (dy * n).sum(rows), dy.sum(rows)
 
 
@@ -87,15 +108,20 @@ GELU_SCALE = math.sqrt(2 / math.pi)
 GELU_CUBE = 0.044715
 
 
+class GateCache(NamedTuple):
+    a: Any        # (..., M) before the activation
+    b: Any        # (..., M) what it gates
+
+
 @accelerated
 def geglu(a, b):
     """y = gelu(a) b,  gelu(a) = a (1 + tanh u) / 2,  u = sqrt(2/pi) (a + 0.044715 a^3).
 
-    Shazeer 2020, with the tanh form of GELU as in the released code. Cache: a and b.
+    Shazeer 2020, with the tanh form of GELU as in the released code.
     """
     xp = array_module(a)
     t = xp.tanh(GELU_SCALE * a * (1 + GELU_CUBE * a * a))
-    return 0.5 * a * (1 + t) * b, (a, b)
+    return 0.5 * a * (1 + t) * b, GateCache(a, b)
 
 
 @accelerated
@@ -109,54 +135,138 @@ def geglu_backward(dy, cache):
     return da, dy * (0.5 * a * (1 + t))
 
 
+def swiglu(a, b):
+    """y = silu(a) b,  silu(a) = a s,  s = 1 / (1 + exp(-a)) = (1 + tanh(a / 2)) / 2.
+
+    Shazeer 2020. The tanh form does not overflow.
+    """
+    s = 0.5 * (1 + array_module(a).tanh(0.5 * a))
+    return a * s * b, GateCache(a, b)
+
+
+def swiglu_backward(dy, cache):
+    """da = dy b silu'(a),  db = dy silu(a),  silu' = s (1 + a (1 - s))."""
+    a, b = cache
+    s = 0.5 * (1 + array_module(a).tanh(0.5 * a))
+    return dy * b * s * (1 + a * (1 - s)), dy * (a * s)
+
+
+class GatedCache(NamedTuple):
+    x: Any        # (..., C)
+    w_gate: Any   # (C, M)
+    w_value: Any  # (C, M)
+    w_out: Any    # (M, C)
+    a: Any        # (..., M) = x w_gate; the hidden layer is computed again
+    b: Any        # (..., M) = x w_value
+    dropped: Any
+
+
 @accelerated
 def geglu_ffn(x, w_gate, w_value, w_out, dropped=None):
-    """y = dropout(gelu(x w_gate) * (x w_value)) w_out: no biases.  x (..., C), (C, M), (M, C).
-
-    The cache holds x and its two products; the hidden layer is computed again.
-    """
-    a, _ = linear(x, w_gate)  # (..., M)
-    b, _ = linear(x, w_value)
-    h, _ = geglu(a, b)
-    h, _ = dropout(h, dropped)
-    y, _ = linear(h, w_out)
-    return y, (x, w_gate, w_value, w_out, a, b, dropped)
+    """y = dropout(gelu(x w_gate) * (x w_value)) w_out: no biases.  x (..., C), (C, M), (M, C)."""
+    return _gated(geglu, x, w_gate, w_value, w_out, dropped)
 
 
 @accelerated
 def geglu_ffn_backward(dy, cache):
     """Gradients of x, w_gate, w_value, w_out."""
-    x, w_gate, w_value, w_out, a, b, dropped = cache
-    h, _ = geglu(a, b)
+    return _gated_backward(geglu, geglu_backward, dy, cache)
+
+
+def swiglu_ffn(x, w_gate, w_value, w_out, dropped=None):
+    """y = dropout(silu(x w_gate) * (x w_value)) w_out: no biases.  x (..., C), (C, M), (M, C)."""
+    return _gated(swiglu, x, w_gate, w_value, w_out, dropped)
+
+
+def swiglu_ffn_backward(dy, cache):
+    """Gradients of x, w_gate, w_value, w_out."""
+    return _gated_backward(swiglu, swiglu_backward, dy, cache)
+
+
+def _gated(gate, x, w_gate, w_value, w_out, dropped):
+    a, _ = linear(x, w_gate)                                         # (..., M)
+    b, _ = linear(x, w_value)
+    h, _ = gate(a, b)
     h, _ = dropout(h, dropped)
-    dh, dw_out, _ = linear_backward(dy, (h, w_out, False))
+    y, _ = linear(h, w_out)
+    return y, GatedCache(x, w_gate, w_value, w_out, a, b, dropped)
+
+
+def _gated_backward(gate, gate_backward, dy, cache):
+    x, w_gate, w_value, w_out, a, b, dropped = cache
+    h, _ = gate(a, b)
+    h, _ = dropout(h, dropped)
+    dh, dw_out, _ = linear_backward(dy, LinearCache(h, w_out, False))
     dh = dropout_backward(dh, dropped)
-    da, db = geglu_backward(dh, (a, b))
-    dx_a, dw_gate, _ = linear_backward(da, (x, w_gate, False))
-    dx_b, dw_value, _ = linear_backward(db, (x, w_value, False))
+    da, db = gate_backward(dh, GateCache(a, b))
+    dx_a, dw_gate, _ = linear_backward(da, LinearCache(x, w_gate, False))
+    dx_b, dw_value, _ = linear_backward(db, LinearCache(x, w_value, False))
     return dx_a + dx_b, dw_gate, dw_value, dw_out
+
+
+class ReluCache(NamedTuple):
+    hidden: LinearCache
+    positive: Any  # (..., M) where the hidden layer is above 0
+    dropped: Any
+    out: LinearCache
 
 
 def relu_ffn(x, w_in, b_in, w_out, b_out, dropped=None):
     """y = dropout(max(x w_in + b_in, 0)) w_out + b_out.  x (..., C), w_in (C, M), w_out (M, C)."""
-    h, cache_h = linear(x, w_in, b_in)
-    xp = array_module(x)
-    h = xp.maximum(h, 0)
-    d, cache_d = dropout(h, dropped)
-    y, cache_y = linear(d, w_out, b_out)
-    return y, (cache_h, h > 0, cache_d, cache_y)
+    h, hidden = linear(x, w_in, b_in)
+    h = array_module(x).maximum(h, 0)
+    d, dropped = dropout(h, dropped)
+    y, out = linear(d, w_out, b_out)
+    return y, ReluCache(hidden, h > 0, dropped, out)
 
 
 def relu_ffn_backward(dy, cache):
     """Gradients of x, w_in, b_in, w_out, b_out."""
-    cache_h, positive, cache_d, cache_y = cache
-    dh, dw_out, db_out = linear_backward(dy, cache_y)
-    dh = dropout_backward(dh, cache_d) * positive
-    dx, dw_in, db_in = linear_backward(dh, cache_h)
+    dh, dw_out, db_out = linear_backward(dy, cache.out)
+    dh = dropout_backward(dh, cache.dropped) * cache.positive
+    dx, dw_in, db_in = linear_backward(dh, cache.hidden)
     return dx, dw_in, db_in, dw_out, db_out
 
 
+class FeedForward(NamedTuple):
+    """A feed-forward layer: forward(x, **parameters, dropped), and the parameters' shapes."""
+
+    forward: Callable
+    backward: Callable                              # gradients of x and of the parameters, in order
+    parameters: Callable[[int, int], dict[str, tuple]]  # (C, M) -> {name: shape}, in order
+
+
+def _gated_parameters(c, m):
+    return {"w_gate": (c, m), "w_value": (c, m), "w_out": (m, c)}
+
+
+def _relu_parameters(c, m):
+    return {"w_in": (c, m), "b_in": (m,), "w_out": (m, c), "b_out": (c,)}
+
+
+FEED_FORWARDS = {
+    "geglu": FeedForward(geglu_ffn, geglu_ffn_backward, _gated_parameters),
+    "swiglu": FeedForward(swiglu_ffn, swiglu_ffn_backward, _gated_parameters),
+    "relu": FeedForward(relu_ffn, relu_ffn_backward, _relu_parameters),
+}
+
+
 # --------------------------------------------------------------------------------- embeddings
+
+@accelerated
+def segment_sum(rows, index, n: int):
+    """out[i] = sum of rows[j] over index[j] == i.  rows (N, D), index (N,) -> (n, D).
+
+    Sorts the index and sums runs, so that the order of addition, and with it every bit of the
+    result, is the same on every run (a scatter with atomic additions is not).
+    """
+    xp = array_module(rows)
+    order = xp.argsort(index, kind="stable")
+    sorted_rows = xp.concatenate([rows[order], xp.zeros_like(rows[:1])])  # (N + 1, D)
+    bounds = xp.searchsorted(index[order], xp.arange(n + 1))
+    sums = xp.add.reduceat(sorted_rows, bounds[:-1], axis=0)  # an empty run gives a stray row
+    return sums * (bounds[1:] > bounds[:-1])[:, None]
+
 
 def shift_right(ids):
     """Position t sees id t - 1; position 0 sees id 0, an ordinary row of the table.
@@ -167,13 +277,18 @@ def shift_right(ids):
     return xp.concatenate([xp.zeros_like(ids[:, :1]), ids[:, :-1]], axis=1)
 
 
+class EmbeddingCache(NamedTuple):
+    ids: Any      # (...)
+    table: Any    # (V, E)
+
+
 def embedding(ids, table):
     """y = table[ids].  ids (...) integers, table (V, E) -> (..., E)."""
-    return table[ids], (ids, table)
+    return table[ids], EmbeddingCache(ids, table)
 
 
 def embedding_backward(dy, cache):
-    """dtable[v] = sum of dy over the places where ids == v."""
+    """dtable[v] = sum of dy over the positions where ids == v."""
     ids, table = cache
     return segment_sum(dy.reshape(-1, dy.shape[-1]), ids.reshape(-1), table.shape[0])
 
@@ -193,24 +308,34 @@ def timing_signal(xp, n_positions: int, width: int, dtype, start: int = 0):
     return xp.concatenate(parts, axis=1).astype(dtype, copy=False)
 
 
+class ImageEmbeddingCache(NamedTuple):
+    index: Any    # (B, T) rows of table
+    row: Any      # (T,) rows of `rows`, seen as (3 P, C)
+    column: Any   # (T,) the same of `columns`
+    table: Any
+    rows: Any
+    columns: Any
+
+
 def image_embedding(ids, start, table, rows, columns):
     """y_t = sqrt(C) table[256 c + ids_t] + sqrt(3 C) (rows[r] + columns[s])_c.
 
-    Place t of the row-major list of R, G, B values belongs to row r, column s and channel c. The
-    channel is that of the place, not of the value, which was shifted in from the place before.
-    ids (B, T) for places start .. start + T - 1, table (3 x 256, C), rows (P, 1, 3 C), columns
+    Position t of the row-major list of R, G, B values belongs to row r, column s and channel c. The
+    channel is that of the position, not of the value, which was shifted in from the one before.
+    ids (B, T) for positions start .. start + T - 1, table (3 x 256, C), rows (P, 1, 3 C), columns
     (1, P, 3 C), P the pixels per side. Released code: get_channel_embeddings,
     add_positional_embedding_nd.
     """
     xp = array_module(table)
     width, side = table.shape[1], rows.shape[0]
-    place = start + xp.arange(ids.shape[1])
-    pixel, channel = place // 3, place % 3
+    t = start + xp.arange(ids.shape[1])
+    pixel, channel = t // 3, t % 3
     index = ids + 256 * channel  # (B, T)
     row, column = pixel // side * 3 + channel, pixel % side * 3 + channel  # (T,)
     position = rows.reshape(-1, width)[row] + columns.reshape(-1, width)[column]  # (T, C)
     y = math.sqrt(width) * table[index] + math.sqrt(3 * width) * position
-    return y.astype(table.dtype, copy=False), (index, row, column, table, rows, columns)
+    return (y.astype(table.dtype, copy=False),
+            ImageEmbeddingCache(index, row, column, table, rows, columns))
 
 
 def image_embedding_backward(dy, cache):
@@ -224,57 +349,18 @@ def image_embedding_backward(dy, cache):
     return math.sqrt(width) * dtable, drows.reshape(rows.shape), dcolumns.reshape(columns.shape)
 
 
-# ------------------------------------------------------------------------------------ dropout
-
-@accelerated
-def dropout(x, dropped):
-    """y = x keep / (1 - rate), keep drawn by `dropout_mask`.
-
-    `dropped` is (rate, key) or None for no dropout. The cache is `dropped` itself: the backward
-    draws the same mask again, so no mask is stored.
-    """
-    if dropped is None or not dropped[0]:
-        return x, None
-    return x * dropout_mask(array_module(x), x.shape, *dropped, x.dtype), dropped
-
-
-def dropout_backward(dy, cache):
-    """dx = dy keep / (1 - rate)."""
-    return dropout(dy, cache)[0]
-
-
-def dropout_mask(xp, shape, rate: float, key: tuple[int, int, int], dtype, start: int = 0):
-    """Array of 0 and 1 / (1 - rate): entry i depends only on (key, start + i).
-
-    key = (seed, stream, step). Philox4x32-10 (Salmon et al. 2011) with key (seed, 0) and counter
-    (i // 8, 0, stream, step) gives eight numbers of 16 bits; entry i is kept when number i % 8 is
-    at least rate x 65536. The rate is rounded to a multiple of 1 / 65536.
-    """
-    n = math.prod(shape)
-    first, last = start // 8, (start + n + 7) // 8
-    halves = philox(xp, key[0], xp.arange(first, last, dtype=xp.uint32), key[1], key[2])
-    threshold = round(rate * 65536)
-    keep = halves.reshape(-1)[start - 8 * first : start - 8 * first + n] >= threshold
-    return keep.astype(dtype).reshape(shape) * (65536 / (65536 - threshold))
-
-
-def philox(xp, seed: int, index, stream: int, step: int):
-    """Philox4x32-10: (n,) uint32 counters -> (n, 8) uint16 random numbers."""
-    mask = 0xFFFFFFFF
-    c0, c1 = index.astype(xp.uint64), xp.zeros_like(index, dtype=xp.uint64)
-    c2, c3 = xp.full_like(c0, stream & mask), xp.full_like(c0, step & mask)
-    k0, k1 = seed & mask, (seed >> 32) & mask
-    for _ in range(10):
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # 32 x 32 -> 64 bits
-        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & mask, (p0 >> 32) ^ c3 ^ k1, p0 & mask
-        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
-    words = xp.stack([c0, c1, c2, c3], axis=1).astype(xp.uint32)  # (n, 4)
-    return xp.stack([words & 0xFFFF, words >> 16], axis=2).reshape(-1, 8)
-
-
 # -------------------------------------------------------------------- output layer and loss
 
 CHUNK_ENTRIES = 1 << 22  # logits alive at a time: rows are taken so that rows x V stays below
+
+
+class CrossEntropyCache(NamedTuple):
+    x: Any        # (N, C)
+    w: Any        # (C, V)
+    b: Any        # (V,)
+    targets: Any  # (N,)
+    weights: Any  # (N,)
+    lse: Any      # (N,) log-sum-exp of the logits, which are computed again
 
 
 @accelerated
@@ -283,8 +369,7 @@ def linear_cross_entropy(x, w, b, targets, weights):
 
     x (N, C), w (C, V), b (V,), targets (N,) integers, weights (N,) -> loss, a 0-d array in nats.
     Mean cross-entropy has weights 1 / N; a weight of 0 leaves a row out. The (N, V) logits exist
-    only a chunk of rows at a time; the cache holds the inputs and the row statistic, and the
-    backward computes the logits again.
+    only a chunk of rows at a time.
     """
     xp = array_module(x)
     loss = xp.zeros((), x.dtype)
@@ -296,7 +381,7 @@ def linear_cross_entropy(x, w, b, targets, weights):
         lse[rows] = top + xp.log(xp.exp(z - top[:, None]).sum(-1))
         hit = z[xp.arange(z.shape[0]), targets[rows]]
         loss = loss + (weights[rows] * (lse[rows] - hit)).sum()
-    return loss, (x, w, b, targets, weights, lse)
+    return loss, CrossEntropyCache(x, w, b, targets, weights, lse)
 
 
 @accelerated

@@ -1,17 +1,18 @@
-"""Optimizers on one flat buffer: Adafactor, AdamW, clipping by global norm, learning rates.
+"""Optimizers on one flat buffer, clipping by global norm, learning rates, loss scaling.
 
-The optimizer is the one place that changes what it was given: parameters and state are updated in
-place. `table` lists the leaves of the buffer (name, shape, start, stop).
+An optimizer is a pair, a row of `OPTIMIZERS`: init(flat, table) -> state, a dict of flat arrays,
+and update(flat, grads, state, table, lr, step, weight_decay). It is the one part that changes what
+it was given: parameters and state are updated in place. `table` lists the leaves of the buffer
+(name, shape, start, stop).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
-from rt_scratch.backend import accelerated, array_module
-
-SLICE = 1 << 18  # elements per pass on a CPU: a slice of all five buffers stays in cache
+from rt_scratch.dispatch import accelerated, array_module
 
 
 def global_norm(grads):
@@ -27,21 +28,30 @@ def clip_by_global_norm(grads, limit: float):
     return norm
 
 
-def learning_rate(step: int, schedule: str, lr: float, warmup: int, total: int) -> float:
-    """Learning rate of step 0, 1, ...
+# ------------------------------------------------------------------------------- learning rates
 
-    rsqrt:    lr sqrt(w) / sqrt(max(step, w)): flat for w steps, no linear warm-up (released code)
-    cosine:   linear warm-up over w steps, then lr (0.1 + 0.45 (1 + cos(pi x))), x from 0 to 1
-    constant: linear warm-up, then lr
-    """
-    if schedule == "rsqrt":
-        return lr * math.sqrt(max(warmup, 1)) / math.sqrt(max(step, warmup, 1))
-    if step < warmup:
-        return lr * (step + 1) / warmup
-    if schedule == "constant":
-        return lr
-    x = min(1.0, (step - warmup) / max(1, total - warmup))
-    return lr * (0.1 + 0.45 * (1 + math.cos(math.pi * x)))
+def rsqrt(step: int, lr: float, warmup: int, total: int) -> float:
+    """lr sqrt(w) / sqrt(max(step, w)): flat for w steps, no linear warm-up (released code)."""
+    return lr * math.sqrt(max(warmup, 1)) / math.sqrt(max(step, warmup, 1))
+
+
+def constant(step: int, lr: float, warmup: int, total: int) -> float:
+    """Linear warm-up over w steps, then lr."""
+    return lr * (step + 1) / warmup if step < warmup else lr
+
+
+def cosine(step: int, lr: float, warmup: int, total: int) -> float:
+    """Linear warm-up over w steps, then lr (0.1 + 0.45 (1 + cos(pi x))), x from 0 to 1."""
+    x = min(1.0, max(step - warmup, 0) / max(1, total - warmup))
+    return constant(step, lr, warmup, total) * (0.1 + 0.45 * (1 + math.cos(math.pi * x)))
+
+
+SCHEDULES = {"cosine": cosine, "constant": constant, "rsqrt": rsqrt}
+
+
+def learning_rate(step: int, schedule: str, lr: float, warmup: int, total: int) -> float:
+    """Learning rate of step 0, 1, ... of `total` under a schedule of the table above."""
+    return SCHEDULES[schedule](step, lr, warmup, total)
 
 
 # --------------------------------------------------------------------------------- loss scaling
@@ -85,29 +95,15 @@ def adamw_update(flat, grads, state, table, lr, step, *, beta1=0.9, beta2=0.99, 
     m <- m + (1 - beta1) (g - m),   v <- v + (1 - beta2) (g^2 - v)
     w <- w - lr m' / (sqrt(v') + eps),   m' = m / (1 - beta1^(step + 1)),  v' likewise.
     """
-    xp = array_module(flat)
     if weight_decay:
         for leaf in table:
             if len(leaf.shape) >= 2:
                 flat[leaf.start : leaf.stop] *= 1 - lr * weight_decay
-    unbias1, unbias2 = 1 - beta1 ** (step + 1), math.sqrt(1 - beta2 ** (step + 1))
-    size = SLICE if xp.__name__ == "numpy" else flat.size
-    for start in range(0, flat.size, size):
-        part = slice(start, start + size)
-        g, m, v = grads[part], state["m"][part], state["v"][part]
-        change = g - m
-        change *= 1 - beta1
-        m += change
-        xp.multiply(g, g, out=change)
-        change -= v
-        change *= 1 - beta2
-        v += change
-        xp.sqrt(v, out=change)
-        change /= unbias2
-        change += eps
-        xp.divide(m, change, out=change)
-        change *= lr / unbias1
-        flat[part] -= change
+    m, v = state["m"], state["v"]
+    m += (1 - beta1) * (grads - m)
+    v += (1 - beta2) * (grads * grads - v)
+    unbiased = m / (1 - beta1 ** (step + 1)), v / (1 - beta2 ** (step + 1))
+    flat -= lr * unbiased[0] / (array_module(flat).sqrt(unbiased[1]) + eps)
 
 
 # ---------------------------------------------------------------------------------- Adafactor
@@ -161,7 +157,7 @@ def adafactor_update(flat, grads, state, table, lr, step, *, weight_decay=0.0) -
     for leaf in table:
         w = flat[leaf.start : leaf.stop].reshape(leaf.shape)
         g = grads[leaf.start : leaf.stop].reshape(leaf.shape)
-        if weight_decay and not _is_bias(leaf):
+        if weight_decay and not is_bias(leaf):
             g = g + weight_decay * w
         square = g * g + SQUARE_FLOOR
         if _factored(leaf):
@@ -180,9 +176,18 @@ def adafactor_update(flat, grads, state, table, lr, step, *, weight_decay=0.0) -
         w -= x
 
 
-def _is_bias(leaf) -> bool:
+def is_bias(leaf) -> bool:
+    """Whether a leaf is a bias, which the released L2 loss leaves out."""
     last = leaf.name.rpartition(".")[2]
     return len(leaf.shape) == 1 and (last == "bias" or last.startswith("b_") or last == "b")
 
 
-OPTIMIZERS = {"adamw": (adamw_init, adamw_update), "adafactor": (adafactor_init, adafactor_update)}
+class Optimizer(NamedTuple):
+    init: Callable
+    update: Callable
+
+
+OPTIMIZERS = {
+    "adamw": Optimizer(adamw_init, adamw_update),
+    "adafactor": Optimizer(adafactor_init, adafactor_update),
+}

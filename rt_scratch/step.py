@@ -1,23 +1,53 @@
-"""The gradient of one optimizer step, from as many parts as the batch is cut into.
+"""One optimizer step: the gradient of a batch, clipping, the update, the centroids.
 
-On a CPU a few parts run side by side on threads (NumPy releases the interpreter's lock while it
-computes), each with one BLAS thread and a gradient buffer of its own. The buffers are added in the
-order of the parts, so the result depends on how the batch is cut, never on the number of threads.
+On a CPU the parts of a batch run side by side on threads (NumPy releases the interpreter's lock
+while it computes), each with one BLAS thread and a gradient buffer of its own. The buffers are
+added in the order of the parts, so the result depends on how the batch is cut, never on the number
+of threads.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from rt_scratch.backend import array_module
-from rt_scratch.config import ModelConfig
-from rt_scratch.model import Noise, Report, loss, loss_backward, target_weights, views
-from rt_scratch.routing import Centroids, Membership, update_centroids
+import numpy as np
+
+from rt_scratch.config import ModelConfig, TrainConfig
+from rt_scratch.dispatch import array_module
+from rt_scratch.heads import KINDS
+from rt_scratch.kmeans import Centroids, update_centroids
+from rt_scratch.model import Noise, Report, loss, loss_backward, target_weights
+from rt_scratch.optim import (
+    FIRST_SCALE,
+    OPTIMIZERS,
+    LossScale,
+    clip_by_global_norm,
+    global_norm,
+    learning_rate,
+)
+from rt_scratch.parameters import init_centroids, init_parameters, views
+from rt_scratch.routing import Membership
 from rt_scratch.threads import parallel
 
 
-class Step(NamedTuple):
-    """What one step computed, summed or averaged over its parts."""
+class State(NamedTuple):
+    """All that an optimizer step changes."""
+
+    flat: Any                         # parameters
+    table: list                       # their names and shapes
+    centroids: dict[int, Centroids]
+    optimizer: dict[str, Any]
+    step: int                         # optimizer steps done
+    scale: LossScale
+
+    @property
+    def params(self) -> dict:
+        """The parameters as a tree of views."""
+        return views(self.flat, self.table)
+
+
+class Gradients(NamedTuple):
+    """What the passes of one step computed, summed or averaged over the parts of its batch."""
 
     nats: Any                            # mean cross-entropy per counted target, a 0-d array
     commitment: Any                      # mean commitment loss
@@ -25,21 +55,72 @@ class Step(NamedTuple):
     reports: list[Report]
 
 
-def gradients(flat, grads, table, centroids, cfg: ModelConfig, parts, seed: int, step: int,
-              recompute: bool = False, dtype=None, loss_scale: float = 1.0,
-              together: int = 1) -> Step:
+class Step(NamedTuple):
+    """What a step reports."""
+
+    nats: Any                            # as in Gradients
+    memberships: dict[int, Membership]
+    norm: Any                            # global norm of the gradient before clipping, 0-d
+    lr: float
+    applied: bool                        # False: a gradient left the range of fp16
+
+
+def new_state(model: ModelConfig, train: TrainConfig, xp) -> State:
+    """Fresh parameters, centroids and optimizer state."""
+    flat, table = init_parameters(model, xp, train.dtype, train.seed)
+    centroids = init_centroids(model, xp, train.dtype, train.seed)
+    optimizer = OPTIMIZERS[train.optimizer].init(flat, table)
+    scale = FIRST_SCALE if train.precision == "fp16" else LossScale(1.0, 0)
+    return State(flat, table, centroids, optimizer, 0, scale)
+
+
+def train_step(state: State, grads, parts, model: ModelConfig, train: TrainConfig, dtype=None):
+    """One optimizer step -> (the state after it, Step).
+
+    parts: what `cut` makes of the batch. Writes into the buffers of the state and into `grads`, a
+    buffer like state.flat; makes no check, so that nothing waits for a GPU (but with fp16, where a
+    step whose gradient overflows is left out and the loss scale halved).
+    """
+    result = gradients(state, grads, parts, model, train, dtype)
+    norm = clip_by_global_norm(grads, train.clip) if train.clip else global_norm(grads)
+    lr = learning_rate(state.step, train.schedule, train.lr, train.warmup, train.steps)
+    fp16 = train.precision == "fp16"
+    applied, centroids = not fp16 or bool(np.isfinite(float(norm))), state.centroids
+    if applied:
+        OPTIMIZERS[train.optimizer].update(state.flat, grads, state.optimizer, state.table, lr,
+                                           state.step, weight_decay=train.weight_decay)
+        centroids = move_centroids(centroids, result.memberships, model)
+    scale = state.scale.after(applied) if fp16 else state.scale
+    return (state._replace(centroids=centroids, step=state.step + 1, scale=scale),
+            Step(result.nats, result.memberships, norm, lr, applied))
+
+
+def cut(ids, labels, train: TrainConfig, xp) -> list[tuple]:
+    """The parts of a batch ids (N, T), labels (N,) or None, as arrays of xp: [(ids, labels), ...].
+
+    As many as --accumulate says, on a CPU --parts times as many; no more than windows.
+    """
+    n = train.accumulate * (train.parts if xp is np else 1)
+    pieces = np.array_split(np.arange(len(ids)), min(len(ids), n))
+    return [(xp.asarray(ids[p]), None if labels is None else xp.asarray(labels[p]))
+            for p in pieces]
+
+
+def gradients(state: State, grads, parts, model: ModelConfig, train: TrainConfig,
+              dtype=None) -> Gradients:
     """Fill `grads` with the gradient of nats + beta commitment over all parts of the batch.
 
-    parts: list of (ids (B, T), labels (B,) or None). Every target weighs the same whatever part it
-    is in, so cutting a batch differently changes nothing but rounding (and the masks of dropout,
-    which are drawn per part). The network computes in
-    `dtype` (default: that of flat), on a rounded copy of the parameters; `grads` keeps the dtype of
-    flat. With `loss_scale` the backward pass runs on so many times the loss. `together` parts run
-    side by side: as many times the activations, and as many gradient buffers.
+    Every target weighs the same whatever part it is in, so cutting a batch differently changes
+    nothing but rounding (and the masks of dropout, which are drawn per part). The network computes
+    in `dtype` (default: that of the parameters), on a rounded copy of them; `grads` keeps theirs.
+    The backward pass runs on state.scale times the loss. On a CPU train.parts parts run side by
+    side: as many times the activations, and as many gradient buffers.
     """
+    flat, table, scale = state.flat, state.table, state.scale.value
     xp = array_module(flat)
+    together = train.parts if xp is np else 1
     params = views(flat if dtype is None else flat.astype(dtype), table)
-    weights = [target_weights(cfg, ids, flat.dtype) for ids, _ in parts]
+    weights = [target_weights(model, ids, flat.dtype) for ids, _ in parts]
     total = sum(w.sum() for w in weights)
     n = len(parts)
     rows = [len(ids) for ids, _ in parts]
@@ -53,10 +134,9 @@ def gradients(flat, grads, table, centroids, cfg: ModelConfig, parts, seed: int,
             buffer = spare[part % together]
             buffer[...] = 0
         (nats, commitment), cache, report = loss(
-            params, centroids, cfg, ids, weights[part] / total, labels, Noise(seed, step, part),
-            recompute=recompute)
-        loss_backward(loss_scale, loss_scale * cfg.commitment * shares[part], cache,
-                      views(buffer, table))
+            params, state.centroids, model, ids, weights[part] / total, labels,
+            Noise(train.seed, state.step, part), recompute=train.recompute)
+        loss_backward(scale, scale * model.commitment * shares[part], cache, views(buffer, table))
         return nats, commitment, report
 
     results = []
@@ -66,11 +146,11 @@ def gradients(flat, grads, table, centroids, cfg: ModelConfig, parts, seed: int,
         for part in group:
             if part:
                 grads += spare[part % together]
-    if loss_scale != 1:
-        grads *= 1 / loss_scale
+    if scale != 1:
+        grads *= 1 / scale
     nats, commitments, reports = zip(*results, strict=True)
     commitment = sum(share * c for share, c in zip(shares, commitments, strict=True))
-    return Step(sum(nats), commitment, _merge(reports, shares), list(reports))
+    return Gradients(sum(nats), commitment, _merge(reports, shares), list(reports))
 
 
 def _merge(reports, shares) -> dict[int, Membership]:
@@ -84,9 +164,9 @@ def _merge(reports, shares) -> dict[int, Membership]:
     return merged
 
 
-def move_centroids(centroids: dict[int, Centroids], memberships, cfg: ModelConfig):
-    """The centroids after one step of online k-means in every routing layer."""
-    if cfg.routing == "random":
+def move_centroids(centroids: dict[int, Centroids], memberships, model: ModelConfig):
+    """The centroids after one step of online k-means, in every layer whose centroids learn."""
+    if not KINDS[model.routing].mode.learns:
         return centroids
-    return {i: update_centroids(c, memberships[i].counts, memberships[i].sums, cfg.centroid_decay)
-            for i, c in centroids.items()}
+    return {i: update_centroids(c, memberships[i].counts, memberships[i].sums,
+                                model.centroid_decay) for i, c in centroids.items()}

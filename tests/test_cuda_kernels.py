@@ -560,7 +560,7 @@ def test_model_on_kernels(on_cpu, monkeypatch, mode):
         results.append((nats, commitment, grads, report))
     for kernel in ("layer_norm_backward", "geglu_backward", "attention_softmax_backward",
                    "gather_rows", "cross_entropy", "dropout", "segment_finish", "cluster_sums",
-                   "top_members" if mode == "topk" else "cluster_places"):
+                   "top_members" if mode == "topk" else "cluster_positions"):
         assert kernel in launched
     (nats, commitment, grads, report), (*got, got_grads, got_report) = results
     for i, route in report.routes.items():

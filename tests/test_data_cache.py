@@ -89,14 +89,14 @@ def test_another_folder_with_the_same_times_is_another_source(maker):
 
 
 def test_a_source_that_changes_while_it_is_read(maker, monkeypatch):
-    real = cache._digest
+    real = cache.digest_of
 
     def meanwhile(path):
         digest = real(path)
         path.write_bytes(b"new")
         return digest
 
-    monkeypatch.setattr(cache, "_digest", meanwhile)
+    monkeypatch.setattr(cache, "digest_of", meanwhile)
     with pytest.raises(UserError, match="changed while it was read"):
         maker()
     monkeypatch.undo()

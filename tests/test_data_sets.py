@@ -11,9 +11,10 @@ import zipfile
 import numpy as np
 import pytest
 
-from rt_scratch.data import cifar10, codec, enwik8, imagenet64, load, pg19, tokenizer
+from rt_scratch.data import cifar10, enwik8, imagenet64, load, open_codec, pg19
 from rt_scratch.data import wikitext103 as wikitext
 from rt_scratch.data.__main__ import main
+from rt_scratch.data.codecs import train_subwords
 from rt_scratch.data.images import interleave
 from rt_scratch.errors import UserError
 
@@ -63,7 +64,6 @@ def test_enwik8_is_cut_at_the_official_places(tmp_path, wiki_bytes, packed):
 
 
 def test_enwik8_official_numbers():
-    assert sum(enwik8.SIZES.values()) == 10 ** 8
     assert enwik8.SIZES == {"train": 90_000_000, "valid": 5_000_000, "test": 5_000_000}
 
 
@@ -151,7 +151,7 @@ def make_wikitext(folder, train=TRAIN, valid=VALID, test=TEST):
 def test_wikitext_tokens(tmp_path):
     make_wikitext(tmp_path)
     data = load("wikitext103", tmp_path)
-    words = data.codec_file.read_bytes().split(b"\n")
+    words = data.codec.file.read_bytes().split(b"\n")
     #          5 lines, 3 the, 2 each of these by byte order, then those seen once by byte order
     assert words == b"<eos> the = a b , <unk> A and cat title".split()
     eos, the, unk = 0, 1, 6
@@ -171,19 +171,19 @@ def test_wikitext_codec(tmp_path):
     make_wikitext(tmp_path)
     data = load("wikitext103", tmp_path)
     for split in data.splits.values():
-        assert data.encode(data.decode(split)).tolist() == split.tolist()
+        assert data.codec.encode(data.codec.decode(split)).tolist() == split.tolist()
     a, b = data.splits["train"][:7], data.splits["train"][7:]
-    assert data.decode(a) + data.decode(b) == data.decode(data.splits["train"])
-    assert data.encode(b"the cat").tolist() == [1, 9]
-    assert data.encode(b"").tolist() == []
-    assert data.encode(b"\xff\n").tolist() == [6, 0]
-    assert data.decode(data.encode(b"the cat\n")) == b"the cat \n"
-    encode, decode = codec(data.codec_file)
+    assert data.codec.decode(a) + data.codec.decode(b) == data.codec.decode(data.splits["train"])
+    assert data.codec.encode(b"the cat").tolist() == [1, 9]
+    assert data.codec.encode(b"").tolist() == []
+    assert data.codec.encode(b"\xff\n").tolist() == [6, 0]
+    assert data.codec.decode(data.codec.encode(b"the cat\n")) == b"the cat \n"
+    _, _, encode, decode = open_codec("words", data.codec.file)
     assert encode(TRAIN).tolist() == data.splits["train"].tolist()
     assert decode([1, 0]) == b"the \n"
 
 
-def test_wikitext_in_its_zip_and_its_folders(tmp_path, monkeypatch):
+def test_wikitext_in_its_zip_and_its_folders(tmp_path):
     want = None
     members = {f"wikitext-103/wiki.{s}.tokens": t
                for s, t in (("train", TRAIN), ("valid", VALID), ("test", TEST))}
@@ -191,8 +191,8 @@ def test_wikitext_in_its_zip_and_its_folders(tmp_path, monkeypatch):
     zipped(tmp_path / "z" / "wikitext-103-v1.zip", **members)
     make_wikitext(tmp_path / "f" / "wikitext-2")
     make_wikitext(tmp_path / "p")
-    for place in "zfp":
-        got = {s: t.tolist() for s, t in load("wikitext103", tmp_path / place).splits.items()}
+    for folder in "zfp":
+        got = {s: t.tolist() for s, t in load("wikitext103", tmp_path / folder).splits.items()}
         assert want in (None, got)
         want = got
     # a folder with valid and test of one edition must not be filled up with the other's train
@@ -224,7 +224,7 @@ def test_wikitext_many_words_take_wider_integers(tmp_path):
     make_wikitext(tmp_path, train=train)
     data = load("wikitext103", tmp_path)
     assert data.splits["train"].dtype == np.uint32
-    assert data.decode(data.splits["train"]) == train
+    assert data.codec.decode(data.splits["train"]) == train
     make_wikitext(tmp_path, train=train[:5000])
     assert load("wikitext103", tmp_path).splits["train"].dtype == np.uint16
 
@@ -240,7 +240,9 @@ def test_wikitext_with_an_empty_split(tmp_path, split):
 def test_wikitext_vocabulary_that_is_none(tmp_path):
     (tmp_path / "vocab.txt").write_bytes(b"some\nother\nwords")
     with pytest.raises(UserError, match="not a list of words"):
-        codec(tmp_path / "vocab.txt")
+        open_codec("words", tmp_path / "vocab.txt")
+    with pytest.raises(UserError, match="not a list of words"):
+        open_codec("words")
 
 
 # -------------------------------------------------------------------------------------- PG-19
@@ -267,9 +269,9 @@ def test_pg19_round_trip_and_words(tmp_path):
     assert train.dtype == np.uint16
     assert train[0] == 0 and (train == 0).sum() == 3  # a boundary before each book, in no other
     starts = np.flatnonzero(train == 0)
-    assert [data.decode(part) for part in np.split(train, starts[1:])] == [
+    assert [data.codec.decode(part) for part in np.split(train, starts[1:])] == [
         AWKWARD, BOOK.encode() * 3, b"Another book\r\n" * 9]  # order of numbers, every byte
-    assert data.decode(data.splits["test"]) == BOOK.encode() + AWKWARD
+    assert data.codec.decode(data.splits["test"]) == BOOK.encode() + AWKWARD
     assert data.unit == "ppl/word"
     assert data.units == {"train": 3 * len(BOOK.split()) + 18 + len(AWKWARD.decode(
         errors="replace").split()), "valid": len(BOOK.split()), "test": len(BOOK.split()) + len(
@@ -285,7 +287,7 @@ def test_pg19_vocabulary_sizes_live_side_by_side(tmp_path):
     small, large = load("pg19", tmp_path, vocab_size=260), load("pg19", tmp_path)
     assert (small.vocab_size, large.vocab_size) == (260, 98_304)
     assert large.splits["train"].dtype == np.uint32
-    assert large.decode([98_303, 70_000]) == b""  # ids that little text left unused
+    assert large.codec.decode([98_303, 70_000]) == b""  # ids that little text left unused
     assert len(large.splits["valid"]) < len(small.splits["valid"])
     assert (load("pg19", tmp_path, vocab_size=260).splits["valid"] == small.splits["valid"]).all()
     with pytest.raises(UserError, match="at least 257"):
@@ -314,22 +316,30 @@ def test_pg19_with_an_empty_split(tmp_path, name):
         load("pg19", tmp_path, vocab_size=300)
 
 
-def test_pg19_sample_is_bounded_and_from_train(tmp_path, monkeypatch):
-    make_pg19(tmp_path, train={i: b"x" * 1000 for i in range(50)})
+def test_pg19_subwords_are_trained_on_a_bounded_sample_of_train(tmp_path, monkeypatch):
+    books = {i: b"%04d" % i * 250 for i in range(50)}
+    make_pg19(tmp_path, train=books)
     monkeypatch.setattr(pg19, "SAMPLE_BYTES", 10_000)
-    books = pg19._books(tmp_path / "train")
-    assert len(books) == 50
-    sample = list(pg19._sample(books))
-    assert len(sample) == 10
-    assert sample != sorted(sample)  # not the first ones
-    assert sample == list(pg19._sample(books[::-1]))
+    sample = []
+
+    def train(texts, vocab_size, path):
+        sample.extend(texts)
+        raise UserError("seen enough")
+
+    monkeypatch.setattr(pg19, "train_subwords", train)
+    with pytest.raises(UserError, match="seen enough"):
+        load("pg19", tmp_path)
+    assert len(set(sample)) == len(sample) == 10
+    assert set(sample) < set(books.values())
+    numbers = sorted(int(text[:4]) for text in sample)
+    assert numbers[0] < 25 < numbers[-1] and numbers != list(range(numbers[0], numbers[0] + 10))
 
 
 @pytest.fixture(scope="module")
 def subwords(tmp_path_factory):
     pytest.importorskip("tokenizers")
     path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
-    tokenizer.train([BOOK.encode() * 5], 320, path)
+    train_subwords([BOOK.encode() * 5], 320, path)
     return path
 
 
@@ -337,7 +347,7 @@ def test_subwords_keep_every_byte(subwords):
     from hypothesis import given
     from hypothesis import strategies as st
 
-    encode, decode = codec(subwords)
+    _, _, encode, decode = open_codec("subwords", subwords)
 
     @given(st.one_of(st.binary(max_size=60), st.text(max_size=40).map(str.encode),
                      st.lists(st.sampled_from([b" ", b"\r\n", b"the", b"\n", b"it's", b"\t", b"9",
@@ -356,7 +366,7 @@ def test_subwords_keep_every_byte(subwords):
 
 
 def test_subwords_are_the_same_every_time(subwords, tmp_path):
-    tokenizer.train([BOOK.encode() * 5], 320, tmp_path / "again.json")
+    train_subwords([BOOK.encode() * 5], 320, tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == subwords.read_bytes()
 
 
@@ -364,9 +374,11 @@ def test_tokenizer_file_that_is_none(tmp_path):
     pytest.importorskip("tokenizers")
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": 3}))
     with pytest.raises(UserError, match="not a tokenizer file"):
-        codec(tmp_path / "tokenizer.json")
+        open_codec("subwords", tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match="not a tokenizer file"):
+        open_codec("subwords")
     with pytest.raises(UserError, match="missing; a run folder"):
-        codec(tmp_path / "missing.json")
+        open_codec("subwords", tmp_path / "missing.json")
 
 
 # ----------------------------------------------------------------------------------- CIFAR-10

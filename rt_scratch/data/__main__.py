@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 
 from rt_scratch.console import Parser, script
-from rt_scratch.data import DATASETS, fetch, load
+from rt_scratch.data.table import DATASETS, fetch, load
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command; UserError for all that the user can mend."""
+    """Run the command; UserError for everything the user can fix."""
     parser = Parser(
         prog="python -m rt_scratch.data", description="Fetch, check and encode a dataset.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(f"  {name:12} {about}" for name, (_, about, *_) in DATASETS.items()))
+        epilog="\n".join(f"  {name:12} {row.about}" for name, row in DATASETS.items()))
     parser.add_argument("name", help="a dataset of the list below, or a text file")
     parser.add_argument("--data-dir", metavar="DIR",
                         help="folder of the official files (default: data/NAME)")

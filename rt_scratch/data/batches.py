@@ -1,4 +1,4 @@
-"""Which tokens a step trains on, and how a split is cut up to be scored.
+"""Which tokens a step trains on, and which windows of a split are scored.
 
 Training batches are pure functions of (seed, step): a resumed run continues the same order with
 nothing stored. Evaluation scores every token exactly once.
@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from rt_scratch.data.dataset import Dataset
 from rt_scratch.errors import UserError
 
 
@@ -35,28 +36,37 @@ def shuffled_images(split: np.ndarray, batch: int, seed: int, step: int):
     """B images of an (N, T) split, each seen once per epoch:  (B, T) int32, (B,) their indices.
 
     Image number step B + i of the run is entry (step B + i) mod N of the permutation of its epoch,
-    so epochs follow each other without a gap, also inside a batch.
+    so epochs follow each other without a gap, even inside a batch.
     """
     n = len(split)
     if n == 0:
         raise UserError("the split has no images")
-    place = step * batch + np.arange(batch)
-    index = np.array([_permutation(n, seed, p // n)[p % n] for p in place.tolist()])
+    position = step * batch + np.arange(batch)
+    index = np.array([_permutation(n, seed, p // n)[p % n] for p in position.tolist()])
     return split[index].astype(np.int32), index
+
+
+def training_batch(dataset: Dataset, n_tokens: int, batch: int, seed: int, step: int):
+    """What a step trains on: (ids (B, T), labels (B,) or None where the dataset has none)."""
+    split = dataset.splits["train"]
+    if dataset.kind == "text":
+        return random_windows(split, n_tokens, batch, seed, step), None
+    ids, index = shuffled_images(split, batch, seed, step)
+    return ids, dataset.labels["train"][index] if dataset.labels else None
 
 
 def eval_windows(split: np.ndarray, n_tokens: int, batch: int, stride: int = 0,
                  limit: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Batches of tokens (B, T) int32, weights (B, T) float32: 1 where the token is scored, else 0,
-    and which windows of the split they are (B,).
+    and the number of each row's window in the split (B,).
 
-    Text, stride 0: windows that follow each other. Text, 0 < stride < T: windows every `stride`
-    tokens; each scores its last `stride` tokens, the first all, so that a token has at least
-    T - stride tokens of context (but for the first T). Either way each token is scored once; a last
-    window that the text does not fill comes alone at its own length (in mode `topk` filling would
-    take places from its tokens). Images (N, T): one per row, `stride` unused. All other batches
-    have B rows; spare rows have weight 0. `limit`: only so many windows, evenly spread over the
-    split (0: all).
+    Text, stride 0: consecutive windows. Text, 0 < stride < T: a window every `stride` tokens; the
+    first scores all its tokens, each other its last `stride`, so that after the first T a token
+    has at least T - stride tokens of context. Either way each token is scored once. A last window
+    that the text does not fill is a batch of its own, at its own length: padding would compete
+    with its tokens for the clusters of mode `topk`. Images (N, T): one per row, `stride` unused.
+    All other batches have B rows; spare rows have weight 0. `limit`: only so many windows, evenly
+    spread over the split (0: all).
     """
     if split.ndim == 2 and split.shape[1] != n_tokens:
         raise UserError(f"images have {split.shape[1]} values, --seq-len is {n_tokens}")

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rt_scratch.data.files import sha256_of
+from rt_scratch.data.files import digest_of
 from rt_scratch.errors import UserError
 
 FORMAT = 2            # raise it when the encoding of any dataset changes
@@ -88,25 +88,19 @@ class ArrayFile:
         self._file.write(np.ascontiguousarray(exact).data)
         self.n += len(rows)
 
-    def close(self) -> None:
-        """Write the header that the pieces were waiting for."""
-        head = repr({"descr": self.dtype.str, "fortran_order": False,
-                     "shape": (self.n, *self.row_shape)}).encode()
-        text = head.ljust(HEADER_BYTES - 11) + b"\n"  # 11: magic, version, length, newline
-        self._file.seek(0)
-        self._file.write(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-
     def __enter__(self) -> ArrayFile:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._file.close()
+        with self._file:
+            if kind is None:  # now that n is known, the header
+                head = repr({"descr": self.dtype.str, "fortran_order": False,
+                             "shape": (self.n, *self.row_shape)}).encode()
+                text = head.ljust(HEADER_BYTES - 11) + b"\n"  # 11: magic, version, length, newline
+                self._file.seek(0)
+                self._file.write(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
+                self._file.flush()
+                os.fsync(self._file.fileno())
 
 
 def smallest_type(n_values: int) -> np.dtype:
@@ -127,16 +121,16 @@ def _lookup(path, folder, recipe, sources):
     now = [_quick(p, folder) for p in sources]
     if [(s["name"], s["size"]) for s in old] != [(s["name"], s["size"]) for s in now]:
         return None
-    place = str(folder.resolve())
-    if about["folder"] != place or [s["mtime_ns"] for s in old] != [s["mtime_ns"] for s in now]:
+    where = str(folder.resolve())
+    if about["folder"] != where or [s["mtime_ns"] for s in old] != [s["mtime_ns"] for s in now]:
         for s, path_of_s in zip(now, sources, strict=True):
             s["sha256"] = _digest(path_of_s)
         if [s["sha256"] for s in old] != [s["sha256"] for s in now]:
             return None
         if _writable(path):
-            _write_json(path, about | {"sources": now, "folder": place})
+            _write_json(path, about | {"sources": now, "folder": where})
     for name, digest in about["files"].items():
-        if not (path / name).is_file() or sha256_of(path / name) != digest:
+        if not (path / name).is_file() or digest_of(path / name) != digest:
             return None
     return _open(path, about)
 
@@ -176,7 +170,7 @@ def _make(root, name, folder, recipe, sources, build):
                 arrays[path.stem] = (array.dtype.str, list(array.shape))
                 del array  # an open map would keep Windows from renaming the folder
             else:
-                files[path.name] = sha256_of(path)
+                files[path.name] = digest_of(path)
         _write_json(new, {"format": FORMAT, "recipe": recipe, "info": info, "arrays": arrays,
                           "files": files, "folder": str(folder.resolve()), "sources": entries})
         _swap(new, root / name)
@@ -221,7 +215,7 @@ def _quick(path, folder):
 def _digest(path):
     if path.is_dir():
         return hashlib.sha256("\n".join(sorted(os.listdir(path))).encode()).hexdigest()
-    return sha256_of(path)
+    return digest_of(path)
 
 
 def _writable(path):

@@ -12,7 +12,7 @@ import numpy as np
 
 from rt_scratch.data.cache import cached
 from rt_scratch.data.dataset import Dataset
-from rt_scratch.data.download import Source, fetch
+from rt_scratch.data.download import Source
 from rt_scratch.data.files import find, missing, opened
 from rt_scratch.data.images import interleave, take_labels, write_images
 from rt_scratch.errors import UserError
@@ -29,14 +29,14 @@ HOLD_OUT = 10        # one image of train in so many is for valid
 
 def load(folder: Path) -> Dataset:
     """From the .bin files or the official tar.gz; train files may be missing, and the protocol
-    says so. UserError on files of another size or with impossible labels."""
+    says so. UserError on files of the wrong size or with impossible labels."""
     found = find(folder, [*TRAIN, TEST], ["cifar-10-batches-bin"], [SOURCE.name])
     train = [name for name in TRAIN if name in found]
     if TEST not in found or not train:
         raise missing(folder, "cifar10", f"{TRAIN[0]} ... {TEST} or {SOURCE.name} (the binary "
                       "version, not the one for Python)")
     recipe = {"files": [*train, TEST], "hold_out": HOLD_OUT}
-    data = cached(folder, "cifar10", "cifar10", recipe, {place.path for place in found.values()},
+    data = cached(folder, "cifar10", "cifar10", recipe, {f.path for f in found.values()},
                   lambda new: write_images(new, _batches(found, train), VALUES, 10, HOLD_OUT))
     splits, labels = take_labels(data.arrays)
     counts = ", ".join(f"{split} {len(images):,}" for split, images in splits.items())
@@ -45,11 +45,6 @@ def load(folder: Path) -> Dataset:
                 f"{counts}; test is the official one, valid every {HOLD_OUT}th image of train")
     return Dataset("cifar10", "image", 256, "bits/dim", splits, protocol, labels=labels,
                    n_classes=10, image_shape=(32, 32, 3))
-
-
-def download(folder: Path) -> None:
-    """The official tar.gz."""
-    fetch(SOURCE, folder)
 
 
 def _batches(found, train):

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from rt_scratch.errors import UserError
+from rt_scratch.data.codecs import Codec, open_codec
 
 
 class Dataset(NamedTuple):
@@ -24,12 +22,10 @@ class Dataset(NamedTuple):
     protocol: str                     # one line to print with every score
     labels: dict[str, np.ndarray] | None = None  # class of each image, 0 .. n_classes - 1
     n_classes: int = 0
-    pad_id: int = -1                  # -1: every token counts, which is so for all of these
+    pad_id: int = -1                  # -1: every token counts, as in all datasets here
     units: dict[str, int] | None = None  # words of the original text, where unit is 'ppl/word'
     image_shape: tuple[int, int, int] | None = None  # (height, width, 3)
-    encode: Callable[[bytes], np.ndarray] | None = None  # text to ids; None for images
-    decode: Callable[[np.ndarray], bytes] | None = None  # ids to text
-    codec_file: Path | None = None    # all that encode and decode need besides code; None: bytes
+    codec: Codec = open_codec("bytes")  # text to tokens and back
 
 
 def score(nats_sum: float, n_tokens: int, dataset: Dataset, split: str) -> float:
@@ -50,35 +46,6 @@ def score(nats_sum: float, n_tokens: int, dataset: Dataset, split: str) -> float
         return math.inf
 
 
-def codec(path: str | Path | None):
-    """(encode, decode) from a `codec_file`: None is bytes, .txt a list of words, .json subwords.
-
-    A run folder that keeps a copy of this file can be sampled from without the dataset.
-    """
-    if path is None:
-        return encode_bytes, decode_bytes
-    if not Path(path).is_file():
-        raise UserError(f"{path}: missing; a run folder needs it to read and write text")
-    if Path(path).suffix == ".txt":
-        from rt_scratch.data.wikitext103 import word_codec
-
-        return word_codec(path)
-    from rt_scratch.data.tokenizer import subword_codec
-
-    return subword_codec(path)
-
-
-def encode_bytes(text: bytes) -> np.ndarray:
-    """(n,) uint8, one id per byte."""
-    return np.frombuffer(text, np.uint8)
-
-
-def decode_bytes(ids) -> bytes:
-    """The inverse of `encode_bytes`."""
-    return np.asarray(ids).astype(np.uint8).tobytes()
-
-
 def byte_dataset(name: str, splits: dict[str, np.ndarray], protocol: str) -> Dataset:
     """A dataset whose tokens are bytes: V = 256, scored in bits per byte, byte 0 like any other."""
-    return Dataset(name, "text", 256, "bits/byte", splits, protocol,
-                   encode=encode_bytes, decode=decode_bytes)
+    return Dataset(name, "text", 256, "bits/byte", splits, protocol)

@@ -1,4 +1,4 @@
-"""Fetching official files: size first, resumed when broken, verified, nothing half-done kept.
+"""Fetching official files: size announced, resumed when broken, verified before use.
 
 A file arrives as NAME.part and gets its name only when size and checksum are right. A broken
 download keeps its .part, and the next one goes on from there.
@@ -6,7 +6,6 @@ download keeps its .part, and the next one goes on from there.
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import shutil
 import sys
@@ -19,7 +18,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from rt_scratch.data.cache import NO_SPACE
-from rt_scratch.data.files import CHUNK, chunks
+from rt_scratch.data.files import CHUNK, digest_of
 from rt_scratch.errors import UserError
 
 TRIES = 5           # connections per address; each goes on where the last one broke
@@ -80,6 +79,14 @@ def get(url: str) -> bytes:
         raise UserError(f"{url}: {e}") from e
 
 
+def check_space(folder: Path, size: int) -> None:
+    """UserError unless `size` bytes more fit on the disk of `folder`."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise UserError(f"no space left in {folder}: {size / 1e6:,.1f} MB to come, "
+                        f"{free / 1e6:,.1f} MB free")
+
+
 def _persistently(once):
     """The result of once(), called up to TRIES times while the connection or the server fails."""
     for attempt in range(TRIES):
@@ -128,7 +135,7 @@ def _continue(url, source, part, quiet):
             raise ConnectionError("the earlier part did not fit, starting again") from e
         raise
     with reply:
-        if have and not _resumes_at(reply, have):
+        if reply.status != 206 or f"bytes {have}-" not in reply.headers.get("Content-Range", ""):
             have = 0  # the whole file comes again
         length = reply.headers.get("Content-Length")
         total = source.size or (have + int(length) if length else None)
@@ -147,19 +154,11 @@ def _continue(url, source, part, quiet):
         raise ConnectionError(f"the server stopped after {have:,} of {total:,} bytes")
 
 
-def _resumes_at(reply, have):
-    return reply.status == 206 and (reply.headers.get("Content-Range") or "").startswith(
-        f"bytes {have}-")
-
-
 def _announce(url, part, have, total):
     size = f"{total / 1e6:,.1f} MB" if total else "a file of unknown size"
     rest = f", {have / 1e6:,.1f} MB of it already here" if have else ""
     print(f"downloading {size}{rest} from {url} into {part.parent}", file=sys.stderr)
-    free = shutil.disk_usage(part.parent).free
-    if total and free < total - have:
-        raise UserError(f"no space left in {part.parent}: {(total - have) / 1e6:,.1f} MB to come, "
-                        f"{free / 1e6:,.1f} MB free")
+    check_space(part.parent, total - have if total else 0)
 
 
 def _wrong(path, source):
@@ -169,10 +168,7 @@ def _wrong(path, source):
         return f"{size:,} bytes, not {source.size:,}"
     if source.digest is not None:
         algorithm, _, wanted = source.digest.partition(":")
-        digest = hashlib.new(algorithm)
-        with open(path, "rb") as f:
-            for chunk in chunks(f):
-                digest.update(chunk)
-        if digest.hexdigest() != wanted:
-            return f"its {algorithm} is {digest.hexdigest()[:12]}..., not {wanted[:12]}..."
+        digest = digest_of(path, algorithm)
+        if digest != wanted:
+            return f"its {algorithm} is {digest[:12]}..., not {wanted[:12]}..."
     return None

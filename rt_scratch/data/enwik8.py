@@ -14,7 +14,7 @@ import numpy as np
 
 from rt_scratch.data.cache import ArrayFile, cached
 from rt_scratch.data.dataset import Dataset, byte_dataset
-from rt_scratch.data.download import Source, fetch
+from rt_scratch.data.download import Source
 from rt_scratch.data.files import chunks, find, missing, opened
 from rt_scratch.errors import UserError
 
@@ -30,25 +30,21 @@ def load(folder: Path) -> Dataset:
     found = find(folder, ["enwik8"], archives=["enwik8.zip"])
     if not found:
         raise missing(folder, "enwik8", "enwik8 or enwik8.zip")
-    place = found["enwik8"]
+    location = found["enwik8"]
     recipe = {"sizes": SIZES, "sha256": SHA256}
-    data = cached(folder, "enwik8", "enwik8", recipe, [place.path], lambda new: _cut(place, new))
+    data = cached(folder, "enwik8", "enwik8", recipe, [location.path],
+                  lambda new: _cut(location, new))
     counts = ", ".join(f"{split} {n:,}" for split, n in SIZES.items())
     protocol = f"bits per byte on enwik8; official splits in bytes: {counts}; sha256 {SHA256[:12]}"
     return byte_dataset("enwik8", data.arrays, protocol)
 
 
-def download(folder: Path) -> None:
-    """The official zip."""
-    fetch(SOURCE, folder)
-
-
-def _cut(place, new):
+def _cut(location, new):
     digest, at = hashlib.sha256(), 0
     with ExitStack() as stack:
         files = {split: stack.enter_context(ArrayFile(new / f"{split}.npy", np.uint8))
                  for split in SIZES}
-        stream = stack.enter_context(opened(place))
+        stream = stack.enter_context(opened(location))
         for chunk in chunks(stream):
             digest.update(chunk)
             end = 0
@@ -59,9 +55,9 @@ def _cut(place, new):
             at += len(chunk)
     expected = sum(SIZES.values())
     if at != expected:
-        raise UserError(f"{place.path}: {at:,} bytes of text; enwik8 has {expected:,}. To use "
+        raise UserError(f"{location.path}: {at:,} bytes of text; enwik8 has {expected:,}. To use "
                         "another text, give its unpacked file instead of the name enwik8")
     if digest.hexdigest() != SHA256:
-        raise UserError(f"{place.path}: not the official enwik8, its sha256 is "
+        raise UserError(f"{location.path}: not the official enwik8, its sha256 is "
                         f"{digest.hexdigest()[:12]}..., not {SHA256[:12]}...; fetch it again")
     return {}

@@ -18,14 +18,14 @@ from typing import NamedTuple
 
 from rt_scratch.errors import UserError
 
-CHUNK = 1 << 20  # bytes read at a time: enough to keep a disk busy, nothing to memory
+CHUNK = 1 << 20  # bytes read at a time: keeps a disk busy and takes little memory
 
+# The last two from zip: unknown compression, undecodable names.
 DAMAGE = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, lzma.LZMAError, zlib.error,
-          EOFError,
-          NotImplementedError, UnicodeDecodeError)  # zip: unknown compression, undecodable names
+          EOFError, NotImplementedError, UnicodeDecodeError)
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where an official file is: a file on disk, or a member of an archive."""
 
     path: Path
@@ -33,29 +33,29 @@ class Place(NamedTuple):
 
 
 def find(folder: Path, names: list[str], subfolders=(), archives=(),
-         itself=True) -> dict[str, Place]:
+         itself=True) -> dict[str, Location]:
     """Those of the official files `names` that are there.
 
     Looks in `folder` (if `itself`), its `subfolders`, then in those of its files that are named in
-    `archives`; the first place that has a file counts. UserError when folder is none.
+    `archives`; the first location that has a file counts. UserError when there is no `folder`.
     """
     if not folder.is_dir():
         raise no_folder(folder)
     found = {}
-    for place in ([folder] if itself else []) + [folder / s for s in subfolders]:
+    for parent in ([folder] if itself else []) + [folder / s for s in subfolders]:
         for name in names:
-            if (place / name).is_file():
-                found.setdefault(name, Place(place / name))
+            if (parent / name).is_file():
+                found.setdefault(name, Location(parent / name))
     for archive in (folder / a for a in archives):
         if len(found) < len(names) and archive.is_file():
             members = {PurePosixPath(m).name: m for m in member_names(archive)}
             for name in members.keys() & set(names):
-                found.setdefault(name, Place(archive, members[name]))
+                found.setdefault(name, Location(archive, members[name]))
     return found
 
 
 def no_folder(folder: Path) -> UserError:
-    """The error for a --data-dir that is none."""
+    """The error for a --data-dir that does not exist."""
     return UserError(f"{folder}: no such folder; --data-dir names the folder with the data, "
                      "--download fetches it")
 
@@ -74,26 +74,26 @@ def member_names(archive: Path) -> list[str]:
                 return [i.filename for i in z.infolist() if not i.is_dir()]
         with tarfile.open(archive) as t:
             names = [m.name for m in t if m.isreg()]
-            while t.fileobj.read(CHUNK):  # to the end, where gzip's checksum stands
+            while t.fileobj.read(CHUNK):  # to the end, where gzip's checksum is
                 pass
             return names
 
 
 @contextmanager
-def opened(place: Place):
+def opened(location: Location):
     """A binary stream of an official file; UserError where the archive turns out damaged."""
-    with _reading(place.path):
-        if place.member is None:
-            with open(place.path, "rb") as f:
+    with _reading(location.path):
+        if location.member is None:
+            with open(location.path, "rb") as f:
                 yield f
-        elif place.path.suffix == ".zip":
-            with zipfile.ZipFile(place.path) as z:
-                if z.getinfo(place.member).flag_bits & 1:
-                    raise UserError(f"{place.path}: encrypted; unpack it first")
-                with z.open(place.member) as f:
+        elif location.path.suffix == ".zip":
+            with zipfile.ZipFile(location.path) as z:
+                if z.getinfo(location.member).flag_bits & 1:
+                    raise UserError(f"{location.path}: encrypted; unpack it first")
+                with z.open(location.member) as f:
                     yield f
         else:
-            with tarfile.open(place.path) as t, t.extractfile(place.member) as f:
+            with tarfile.open(location.path) as t, t.extractfile(location.member) as f:
                 yield f
 
 
@@ -111,9 +111,9 @@ def chunks(stream):
         yield chunk
 
 
-def sha256_of(path: Path) -> str:
-    """Hexadecimal sha256 of a file of any size."""
-    digest = hashlib.sha256()
+def digest_of(path: Path, algorithm: str = "sha256") -> str:
+    """Hexadecimal checksum of a file of any size."""
+    digest = hashlib.new(algorithm)
     with open(path, "rb") as f:
         for chunk in chunks(f):
             digest.update(chunk)

@@ -56,7 +56,7 @@ def load(folder: Path) -> Dataset:
         raise UserError(f"{folder}: holds both versions of ImageNet 64x64, whose scores do not "
                         "compare; keep them in two folders")
     if has_npz:
-        version, sources = "npz", {place.path for place in npz.values()}
+        version, sources = "npz", {f.path for f in npz.values()}
         batches = _npz_batches(npz)
     elif len(png) == len(PNG):
         version, sources = "png", set(png.values())
@@ -82,7 +82,7 @@ def load(folder: Path) -> Dataset:
 
 
 def download(folder: Path) -> None:
-    """UserError that says where to ask: nobody may download it without."""
+    """UserError that says where to request access: there is no download without it."""
     raise UserError(HOW_TO_GET_IT)
 
 
@@ -118,13 +118,13 @@ def _npz_rows(stream, name):
                 yield np.frombuffer(rows, np.uint8).reshape(len(part), VALUES), part
 
 
-def _png_batches(places):
+def _png_batches(paths):
     try:
         from PIL import Image
     except ImportError as e:
         raise UserError("reading PNG files needs pillow: pip install pillow, or "
                         "pip install 'rt_scratch[data]'") from e
-    for split, path in places.items():
+    for split, path in paths.items():
         pixels = []
         for name, content in _png_files(path):
             try:

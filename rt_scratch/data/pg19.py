@@ -1,10 +1,10 @@
 """PG-19: books published before 1919, from Project Gutenberg (Rae et al. 2020).
 
-Each book is a boundary token and its text in subwords, trained here on train (tokenizer.py); books
+Each book is a boundary token and its text in subwords, trained here on train (codecs.py); books
 follow each other in the order of their numbers. Scores are perplexity per word: exp(total nats /
 words), words being those of the original text between white space, so that models with different
 subwords compare. (The released code has a fixed factor instead, 1.248 on log-perplexity, which
-holds for its own subwords.) Nats of boundary tokens count, boundary tokens are no words.
+holds for its own subwords.) The nats of boundary tokens count, but boundary tokens are not words.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import base64
 import hashlib
 import json
 import re
-import shutil
 import sys
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
@@ -21,14 +20,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rt_scratch.data import tokenizer
 from rt_scratch.data.cache import ArrayFile, cached, smallest_type
+from rt_scratch.data.codecs import BOUNDARY, PIECES, encode_subwords, open_codec, train_subwords
 from rt_scratch.data.dataset import Dataset
-from rt_scratch.data.download import Source, fetch, get
-from rt_scratch.data.files import missing, no_folder, sha256_of
+from rt_scratch.data.download import Source, check_space, fetch, get
+from rt_scratch.data.files import digest_of, missing, no_folder
 from rt_scratch.errors import UserError
 
-VOCAB_SIZE = 98_304        # V unless asked for another: about the 98k of the paper
 SAMPLE_BYTES = 200_000_000  # of train text that the subwords are trained on
 BATCH_BYTES = 8_000_000    # of text encoded at a time
 FOLDERS = {"train": "train", "valid": "validation", "test": "test"}
@@ -41,7 +39,7 @@ ADDRESS = "https://storage.googleapis.com/deepmind-gutenberg/"
 CONNECTIONS = 8            # books are small: one at a time would mostly wait
 
 
-def load(folder: Path, vocab_size: int = VOCAB_SIZE) -> Dataset:
+def load(folder: Path, vocab_size: int) -> Dataset:
     """From train/, validation/ and test/ID.txt; any number of books, the protocol says how many."""
     if not folder.is_dir():
         raise no_folder(folder)
@@ -49,21 +47,20 @@ def load(folder: Path, vocab_size: int = VOCAB_SIZE) -> Dataset:
     if not all(books.values()):
         empty = [FOLDERS[split] for split, paths in books.items() if not paths]
         raise missing(folder, "pg19", f"books ID.txt in {' and '.join(f + '/' for f in empty)}")
-    recipe = {"vocab_size": vocab_size, "sample_bytes": SAMPLE_BYTES, "pieces": tokenizer.PIECES}
+    recipe = {"vocab_size": vocab_size, "sample_bytes": SAMPLE_BYTES, "pieces": PIECES}
     data = cached(folder, "pg19", f"pg19-{vocab_size}", recipe,
                   [path for paths in books.values() for path in paths],
                   lambda new: _encode(books, vocab_size, new))
-    codec_file = data.folder / "tokenizer.json"
-    encode, decode = tokenizer.subword_codec(codec_file)
+    codec = open_codec("subwords", data.folder / "tokenizer.json")
     words = data.info["words"]
     counts = "; ".join(
         f"{split} {len(books[split]):,} of {BOOKS[split]:,} books, {words[split]:,} words, "
         f"{len(data.arrays[split]):,} tokens" for split in FOLDERS)
     protocol = (f"perplexity per word (exp of total nats / words of the original text between "
                 f"white space); {counts}; V {vocab_size:,}, of which {data.info['subwords']:,} "
-                f"are used, tokenizer sha256 {sha256_of(codec_file)[:12]}")
+                f"are used, tokenizer sha256 {digest_of(codec.file)[:12]}")
     return Dataset("pg19", "text", vocab_size, "ppl/word", data.arrays, protocol,
-                   units=words, encode=encode, decode=decode, codec_file=codec_file)
+                   units=words, codec=codec)
 
 
 def download(folder: Path) -> None:
@@ -75,10 +72,7 @@ def download(folder: Path) -> None:
           f"are already here, into {folder}", file=sys.stderr)
     for name in FOLDERS.values():
         (folder / name).mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < total - here:
-        raise UserError(f"no space left in {folder}: {(total - here) / 1e6:,.1f} MB to come, "
-                        f"{free / 1e6:,.1f} MB free")
+    check_space(folder, total - here)
     fetch(METADATA, folder)
     pool = ThreadPoolExecutor(CONNECTIONS)
     try:
@@ -122,14 +116,14 @@ def _books(folder):
 
 def _encode(books, vocab_size, new):
     path = new / "tokenizer.json"
-    tokenizer.train((p.read_bytes() for p in _sample(books["train"])), vocab_size, path)
+    train_subwords((p.read_bytes() for p in _sample(books["train"])), vocab_size, path)
     info = {"words": {}, "subwords": len(json.loads(path.read_text("utf-8"))["model"]["vocab"]) + 1}
     for split, paths in books.items():
         words = []
         with ArrayFile(new / f"{split}.npy", smallest_type(vocab_size)) as out:
-            for tokens in tokenizer.encode_all(path, _texts(paths, words, f"encoding {split}")):
+            for tokens in encode_subwords(path, _texts(paths, words, f"encoding {split}")):
                 for book in tokens:
-                    out.append([tokenizer.BOUNDARY])
+                    out.append([BOUNDARY])
                     out.append(book)
         info["words"][split] = sum(words)
         if not info["words"][split]:

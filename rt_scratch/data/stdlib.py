@@ -24,17 +24,13 @@ SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "id
 MIN_FILES = 50  # a full library has more than 500
 
 
-def load(folder: Path | None = None) -> Dataset:
-    """Splits train / valid / test of about 90 / 5 / 5 % of the files of this Python.
+def load(folder: Path | None = None, root: Path | None = None) -> Dataset:
+    """Splits train / valid / test of about 90 / 5 / 5 % of the files of a standard library.
 
-    `folder`, where the caller names one, is not used. UserError when Python keeps no sources on
-    disk (zipped and embedded ones).
+    It is the one in `root`, by default that of this Python; `folder`, where other datasets have
+    their files, is not used. UserError when Python keeps no sources on disk (zipped, embedded).
     """
-    return load_folder(Path(sysconfig.get_paths()["stdlib"]))
-
-
-def load_folder(root: Path) -> Dataset:
-    """The same, from any folder that holds a standard library."""
+    root = root or Path(sysconfig.get_paths()["stdlib"])
     parts = {"train": [], "valid": [], "test": []}
     paths = source_files(root)
     if len(paths) < MIN_FILES:

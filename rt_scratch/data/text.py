@@ -7,28 +7,23 @@ from pathlib import Path
 import numpy as np
 
 from rt_scratch.data.dataset import Dataset, byte_dataset
-from rt_scratch.data.files import sha256_of
+from rt_scratch.data.files import digest_of
 from rt_scratch.errors import UserError
 
 MIN_BYTES = 100  # below this the 5 % splits hold next to nothing
 
 
 def load(path: str | Path) -> Dataset:
-    """Memory-mapped bytes of the file; UserError when it is missing, a folder or too short."""
+    """Memory-mapped bytes of the file; UserError when it is unreadable, a folder or too short."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: a folder; give one text file")
-    if not path.exists():
-        from rt_scratch.data import DATASETS
-
-        raise UserError(f"{path}: no such file, and no such dataset; datasets are "
-                        f"{', '.join(DATASETS)}")
     try:
         n = path.stat().st_size
         if n < MIN_BYTES:
             raise UserError(f"{path}: {n} bytes; at least {MIN_BYTES} are needed for three splits")
         data = np.memmap(path, np.uint8, "r")
-        digest = sha256_of(path)
+        digest = digest_of(path)
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from e
     cut, last = n * 9 // 10, n - n // 20

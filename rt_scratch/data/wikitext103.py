@@ -16,14 +16,14 @@ import numpy as np
 from tqdm import tqdm
 
 from rt_scratch.data.cache import ArrayFile, cached, smallest_type
+from rt_scratch.data.codecs import EOS, UNK, open_codec
 from rt_scratch.data.dataset import Dataset
-from rt_scratch.data.download import Source, fetch
-from rt_scratch.data.files import find, missing, opened, sha256_of
+from rt_scratch.data.download import Source
+from rt_scratch.data.files import digest_of, find, missing, opened
 from rt_scratch.errors import UserError
 
-EOS, UNK = b"<eos>", b"<unk>"
 FILES = {split: f"wiki.{split}.tokens" for split in ("train", "valid", "test")}
-PLACES = [  # what `find` takes: all three files come from one of these places
+LOCATIONS = [  # arguments of `find`: all three files come from one of these
     {},
     {"subfolders": ["wikitext-103"], "itself": False},
     {"archives": ["wikitext-103-v1.zip"], "itself": False},
@@ -47,55 +47,24 @@ PIECE = 1 << 20  # tokens kept in memory before they are written
 
 def load(folder: Path) -> Dataset:
     """From the three files or the official zip; UserError on missing files and empty splits."""
-    for place in PLACES:
-        found = find(folder, list(FILES.values()), **place)
+    for location in LOCATIONS:
+        found = find(folder, list(FILES.values()), **location)
         if len(found) == len(FILES):
             break
     else:
         raise missing(folder, "wikitext103", f"{', '.join(FILES.values())} or {SOURCE.name}")
     recipe = {"line": EOS.decode(), "unknown": UNK.decode(), "order": "frequency, bytes"}
     data = cached(folder, "wikitext103", "wikitext103", recipe,
-                  {place.path for place in found.values()}, lambda new: _encode(found, new))
-    codec_file = data.folder / "vocab.txt"
-    encode, decode = word_codec(codec_file)
+                  {f.path for f in found.values()}, lambda new: _encode(found, new))
+    codec = open_codec("words", data.folder / "vocab.txt")
     counts = "; ".join(
         f"{split} {len(data.arrays[split]):,} tokens "
         f"({OFFICIAL.get(sha1, f'not a WikiText-103 file, sha1 {sha1[:12]}')})"
         for split, sha1 in data.info["sha1"].items())
     protocol = (f"perplexity per word-level token, end-of-line tokens counted; {counts}; "
-                f"V {data.info['words']:,} of train, sha256 {sha256_of(codec_file)[:12]}")
+                f"V {data.info['words']:,} of train, sha256 {digest_of(codec.file)[:12]}")
     return Dataset("wikitext103", "text", data.info["words"], "ppl/token", data.arrays, protocol,
-                   encode=encode, decode=decode, codec_file=codec_file)
-
-
-def download(folder: Path) -> None:
-    """The official zip, from its author's mirror or the original address."""
-    fetch(SOURCE, folder)
-
-
-def word_codec(path: str | Path):
-    """(encode, decode) with the words of a vocab.txt, one a line, in the order of their ids.
-
-    encode cuts at white space, maps unknown words to <unk> and each newline to <eos>. decode
-    writes a space after each word, so that decode(a + b) = decode(a) + decode(b), and
-    encode(decode(ids)) gives the ids again.
-    """
-    words = Path(path).read_bytes().split(b"\n")
-    ids = {word: i for i, word in enumerate(words)}
-    if EOS not in ids or UNK not in ids:
-        raise UserError(f"{path}: not a list of words with {EOS.decode()} and {UNK.decode()}")
-    shown = [b"\n" if word == EOS else word + b" " for word in words]
-
-    def encode(text: bytes) -> np.ndarray:
-        tokens = []
-        for i, line in enumerate(text.split(b"\n")):
-            tokens += [ids[EOS]] * (i > 0) + [ids.get(w, ids[UNK]) for w in line.split()]
-        return np.array(tokens, smallest_type(len(words)))
-
-    def decode(tokens) -> bytes:
-        return b"".join([shown[t] for t in np.asarray(tokens).tolist()])
-
-    return encode, decode
+                   codec=codec)
 
 
 def _encode(found, new):
@@ -125,9 +94,10 @@ def _encode(found, new):
     return {"words": len(words), "sha1": sha1}
 
 
-def _lines(place, what):
+def _lines(location, what):
     """Lines of a file, their newline included."""
-    with opened(place) as stream, tqdm(unit="B", unit_scale=True, desc=what, disable=None) as bar:
+    with (opened(location) as stream,
+          tqdm(unit="B", unit_scale=True, desc=what, disable=None) as bar):
         for line in stream:
             bar.update(len(line))
             yield line

@@ -12,10 +12,10 @@
 // written by the same lane.
 #include "common.cuh"
 
-// Who sees whom. Query i of block b stands at place b % blocks S + i of its sequence b / blocks,
-// key j at place b % blocks S + j - offset. With `mask` its entry decides (a mask of fewer blocks
-// than the batch repeats), with window > 0 also: 0 <= place of query - place of key < window, and,
-// with `segment`, the same segment at both places.
+// Who sees whom. Query i of block b stands at position b % blocks S + i of its sequence b / blocks,
+// key j at position b % blocks S + j - offset. With `mask` its entry decides (a mask of fewer blocks
+// than the batch repeats), with window > 0 also: 0 <= position of query - position of key < window, and,
+// with `segment`, the same segment at both positions.
 struct Sight {
   const bool* mask_mqn;
   const int* segment_bt;

@@ -2,7 +2,7 @@
 // head), in three steps over chunks g of a row.
 //   cluster_counts   count_rkg: members of cluster k in chunk g
 //   cluster_starts   their running sum: where the first member of (k, g) goes
-//   cluster_places   order_rt: places in order
+//   cluster_positions   order_rt: positions in order
 // and the inverse, which says where each token went.
 // Called by by_cluster and inverse in cuda.py.
 #include "common.cuh"
@@ -48,7 +48,7 @@ __global__ void cluster_starts(int* count_rn, int n) {
 }
 
 // One warp per chunk, grid (chunks, rows); walks the chunk 32 tokens at a time.
-__global__ void cluster_places(const int* winner_rt, const int* start_rkg, int* order_rt,
+__global__ void cluster_positions(const int* winner_rt, const int* start_rkg, int* order_rt,
                                int tokens, int clusters, int chunk) {
   __shared__ int next[CLUSTERS];
   int lane = threadIdx.x;
@@ -63,15 +63,15 @@ __global__ void cluster_places(const int* winner_rt, const int* start_rkg, int* 
     int cluster = valid ? winner_rt[row + t] : -1;
     unsigned peers = __match_any_sync(ALL, cluster);
     int earlier = __popc(peers & ((1u << lane) - 1));
-    int place = valid ? next[cluster] + earlier : 0;
+    int position = valid ? next[cluster] + earlier : 0;
     __syncwarp();
     if (valid && earlier == 0) next[cluster] += __popc(peers);
     __syncwarp();
-    if (valid) order_rt[row + place] = t;
+    if (valid) order_rt[row + position] = t;
   }
 }
 
-// rank[order[i]] = i for a permutation of each row. One thread per place, grid (T / threads, rows).
+// rank[order[i]] = i for a permutation of each row. One thread per position, grid (T / threads, rows).
 __global__ void invert(const int* order_rt, int* rank_rt, int tokens) {
   int i = blockIdx.x * blockDim.x + threadIdx.x;
   u64 row = (u64)blockIdx.y * tokens;

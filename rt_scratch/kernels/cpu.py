@@ -13,9 +13,21 @@ import math
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from rt_scratch.attention import _distance_index
-from rt_scratch.backend import first_array, segment_sum
-from rt_scratch.layers import EPSILON, GELU_CUBE, GELU_SCALE, dropout_mask
+from rt_scratch.attention import AttendCache, LocalCache, clipped_reach, distance_index
+from rt_scratch.dispatch import first_array
+from rt_scratch.dropout import dropout_mask
+from rt_scratch.layers import (
+    EPSILON,
+    GELU_CUBE,
+    GELU_SCALE,
+    CrossEntropyCache,
+    GateCache,
+    GatedCache,
+    LayerNormCache,
+    LinearCache,
+    NormalizeCache,
+    segment_sum,
+)
 from rt_scratch.threads import busy, parallel, tiles
 
 PIECE = 1 << 17      # entries of an array that element-wise work takes at a time
@@ -36,7 +48,7 @@ def linear(x, w, b=None):
             y[r] += b
 
     _over_rows(piece, len(rows))
-    return y.reshape(*x.shape[:-1], w.shape[1]), (x, w, b is not None)
+    return y.reshape(*x.shape[:-1], w.shape[1]), LinearCache(x, w, b is not None)
 
 
 def linear_backward(dy, cache):
@@ -71,7 +83,7 @@ def layer_norm(x, gain, bias):
         y[r] += bias
 
     parallel(piece, tiles(len(y), PIECE // y.shape[1]))
-    return y.reshape(x.shape), (x, gain, mean, rstd)
+    return y.reshape(x.shape), LayerNormCache(x, gain, mean, rstd)
 
 
 def layer_norm_backward(dy, cache):
@@ -96,7 +108,7 @@ def layer_norm_backward(dy, cache):
 
 def normalize(x):
     y, mean, rstd = _normalized(x)
-    return y.reshape(x.shape), (x, mean, rstd)
+    return y.reshape(x.shape), NormalizeCache(x, mean, rstd)
 
 
 def normalize_backward(dn, cache):
@@ -154,7 +166,7 @@ def geglu(a, b):
     y = np.empty(a.shape, a.dtype)
     flat_a, flat_b, flat = a.reshape(-1), b.reshape(-1), y.reshape(-1)
     parallel(lambda r: _geglu(flat_a[r], flat_b[r], flat[r]), tiles(flat.size, PIECE))
-    return y, (a, b)
+    return y, GateCache(a, b)
 
 
 def geglu_backward(dy, cache):
@@ -180,7 +192,7 @@ def geglu_ffn(x, w_gate, w_value, w_out, dropped=None):
 
     parallel(piece, tiles(len(rows), ROWS))
     wide = (*x.shape[:-1], m)
-    return y.reshape(*x.shape[:-1], -1), (
+    return y.reshape(*x.shape[:-1], -1), GatedCache(
         x, w_gate, w_value, w_out, a.reshape(wide), b.reshape(wide), dropped)
 
 
@@ -278,7 +290,7 @@ def linear_cross_entropy(x, w, b, targets, weights):
 
         parallel(piece, tiles(n, PIECE * 4 // (c.stop - c.start)))
     lse = top + np.log(total)
-    return np.asarray(weights @ (lse - hit)), (x, w, b, targets, weights, lse)
+    return np.asarray(weights @ (lse - hit)), CrossEntropyCache(x, w, b, targets, weights, lse)
 
 
 def linear_cross_entropy_backward(dloss, cache):
@@ -318,7 +330,7 @@ def attend(q, k, v, rel_k, rel_v, mask, scale, dropped=None):
     n = k.shape[-2]
     blocks = math.prod(lead)
     flat = [z.reshape(blocks, *z.shape[-2:]) for z in (q, k, v)]
-    tables = _transposed_tables(rel_k, rel_v)
+    tables = _padded_tables(rel_k, rel_v)
     o, lse = np.empty((blocks, s, v.shape[-1]), q.dtype), np.empty((blocks, s, 1), q.dtype)
     hidden = _hidden(np.broadcast_to(mask, (*lead, s, n)), q.dtype)
 
@@ -328,8 +340,8 @@ def attend(q, k, v, rel_k, rel_v, mask, scale, dropped=None):
                 o[r], lse[r])
 
     parallel(piece, tiles(blocks, PIECE // (s * n)))
-    return o.reshape(*lead, s, -1), (q, k, v, rel_k, rel_v, mask, scale, dropped,
-                                     lse.reshape(*lead, s, 1))
+    return o.reshape(*lead, s, -1), AttendCache(q, k, v, rel_k, rel_v, mask, scale, dropped,
+                                                lse.reshape(*lead, s, 1))
 
 
 def attend_backward(do, cache):
@@ -338,7 +350,7 @@ def attend_backward(do, cache):
     n = k.shape[-2]
     blocks = math.prod(lead)
     flat = [z.reshape(blocks, *z.shape[-2:]) for z in (q, k, v, do, lse)]
-    tables = _transposed_tables(rel_k, rel_v)
+    tables = _padded_tables(rel_k, rel_v)
     dq, dk, dv = (np.empty(z.shape, q.dtype) for z in flat[:3])
     hidden = _hidden(np.broadcast_to(mask, (*lead, s, n)), q.dtype)
     groups = tiles(blocks, -(-blocks // 8))  # each adds up its own gradient of the tables
@@ -368,7 +380,7 @@ def _hidden(mask, dtype):
     return lambda r: np.where(flat[r], dtype.type(0), dtype.type(-np.inf))
 
 
-def _transposed_tables(rel_k, rel_v):
+def _padded_tables(rel_k, rel_v):
     """Rows by distance with a row of zeros behind: the spare column that the skew needs."""
     if rel_k is None:
         return None
@@ -391,7 +403,7 @@ def _by_distance(y, tables):
     return wide
 
 
-def _probabilities(q, k, tables, hidden):
+def _logits(q, k, tables, hidden):
     """Logits of scaled queries q (G, S, D) and keys k (G, N, D)."""
     z = q @ k.swapaxes(-1, -2)
     if tables is not None:
@@ -407,7 +419,7 @@ def _rows_times(x, w):
 def _attend(q, k, v, tables, hidden, dropped, start, o, lse):
     """Into o (G, S, D) and lse (G, S, 1)."""
     tiny, lowest = np.finfo(q.dtype).tiny, np.finfo(q.dtype).min
-    p = _probabilities(q, k, tables, hidden)
+    p = _logits(q, k, tables, hidden)
     top = np.maximum(p.max(-1, keepdims=True), lowest)
     p -= top
     np.exp(p, out=p)
@@ -422,7 +434,7 @@ def _attend(q, k, v, tables, hidden, dropped, start, o, lse):
 
 def _attend_backward(do, q, k, v, tables, hidden, dropped, start, lse, dq, dk, dv, drel):
     """Into dq (of the scaled queries), dk, dv; adds to drel (2, P, D)."""
-    p = _probabilities(q, k, tables, hidden)
+    p = _logits(q, k, tables, hidden)
     p -= lse
     np.exp(p, out=p)
     dp = do @ v.swapaxes(-1, -2)
@@ -455,17 +467,15 @@ def _outer(x, y):
 def local_attention(q, k, v, rel_k, rel_v, block, lookback, scale, segments=None, window=None,
                     dropped=None):
     b, h, t, d = q.shape
-    block = min(block, t)
-    lookback = min(lookback, -(-t // block) - 1)
-    reach = block, lookback, segments, window
+    reach = clipped_reach(t, block, lookback, segments, window)
     cut = _Cut(t, reach, rel_k, rel_v, q.dtype)
     o = np.empty((b, h, t, v.shape[-1]), q.dtype)
-    lse = np.empty((b, h, cut.n, block, 1), q.dtype)
+    lse = np.empty((b, h, cut.n, reach.block, 1), q.dtype)
 
     def head(i):
         at = divmod(i, h)
         own_q, own_k, own_v = cut.queries(q[at] * scale), cut.keys(k[at]), cut.keys(v[at])
-        out = np.empty((cut.n, block, v.shape[-1]), q.dtype)
+        out = np.empty((cut.n, reach.block, v.shape[-1]), q.dtype)
         for r in cut.pieces:
             _attend(own_q[r], cut.windows(own_k, r), cut.windows(own_v, r), cut.tables,
                     cut.hidden(r, at), dropped, (i * cut.n + r.start) * cut.size, out[r],
@@ -473,7 +483,7 @@ def local_attention(q, k, v, rel_k, rel_v, block, lookback, scale, segments=None
         o[at] = out.reshape(-1, out.shape[-1])[:t]
 
     parallel(head, range(b * h))
-    return o, (q, k, v, rel_k, rel_v, reach, scale, dropped, lse)
+    return o, LocalCache(q, k, v, rel_k, rel_v, reach, scale, dropped, lse)
 
 
 def local_attention_backward(do, cache):
@@ -503,7 +513,7 @@ def local_attention_backward(do, cache):
     parallel(head, range(b * h))
     if drel is None:
         return dq, dk, dv, None, None
-    index = _distance_index(rel_k, 1 - cut.n_keys, 0)
+    index = distance_index(rel_k, 1 - cut.n_keys, 0)
     sums = drel.sum(0)
     return dq, dk, dv, *(segment_sum(rows, index, len(rel_k)) for rows in sums)
 
@@ -522,8 +532,8 @@ class _Cut:
         self.pieces = tiles(self.n, PIECE // self.size)
         self.tables = None
         if rel_k is not None:
-            rows = _distance_index(rel_k, 1 - self.n_keys, 0)
-            self.tables = _transposed_tables(rel_k[rows], rel_v[rows])
+            rows = distance_index(rel_k, 1 - self.n_keys, 0)
+            self.tables = _padded_tables(rel_k[rows], rel_v[rows])
         distance = (np.arange(self.n_keys) - self.lookback * self.block
                     - np.arange(self.block)[:, None])
         seen = distance <= 0
@@ -552,7 +562,7 @@ class _Cut:
                           (self.block * step, step, *padded.strides[1:]))
 
     def add_windows(self, padded, grads, r):
-        """Adds gradients (G, N, D) of windows to the places they are views of."""
+        """Adds gradients (G, N, D) of windows to the positions they are views of."""
         for i in range(self.lookback + 1):
             first = (r.start + i) * self.block
             rows = padded[first : first + (r.stop - r.start) * self.block]
@@ -580,7 +590,7 @@ class _Cut:
 # ------------------------------------------------------------------------------------ routing
 
 def top_members(scores, window):
-    """The W-th best score by selection instead of a sort; then every place is in or out."""
+    """The W-th best score by selection instead of a sort; then every position is in or out."""
     t = scores.shape[-1]
     flat = scores.reshape(-1, t)
     out = np.empty((len(flat), window), np.int64)
@@ -588,8 +598,8 @@ def top_members(scores, window):
     def piece(r):
         worst = np.partition(flat[r], t - window, axis=-1)[:, t - window, None]
         above, equal = flat[r] > worst, flat[r] == worst
-        places = window - above.sum(-1, keepdims=True)
-        member = above | (equal & (np.cumsum(equal, axis=-1, dtype=np.int32) <= places))
+        room = window - above.sum(-1, keepdims=True)
+        member = above | (equal & (np.cumsum(equal, axis=-1, dtype=np.int32) <= room))
         out[r] = np.nonzero(member)[1].reshape(-1, window)
 
     parallel(piece, tiles(len(flat), PIECE // t))
@@ -624,19 +634,20 @@ def gather(x, index):
 def scatter_sum(rows, index, n_tokens):
     """Round after round: the first row of every token, then the second of those that have two, ...
 
-    No token is in a round twice, so a round is one addition. A place below 2^16 is sorted by radix.
+    No token is in a round twice, so a round is one addition. A position below 2^16 is sorted by
+    radix.
     """
     b, h, d = *rows.shape[:2], rows.shape[-1]
     flat = rows.reshape(b * h, -1, d)
-    places = index.reshape(b * h, -1).astype(np.min_scalar_type(n_tokens - 1))
+    positions = index.reshape(b * h, -1).astype(np.min_scalar_type(n_tokens - 1))
     out = np.zeros((b * h, n_tokens, d), rows.dtype)
 
     def heads(r):
         head = np.arange(r.stop - r.start)[:, None]
-        order = places[r].argsort(axis=-1, kind="stable")
+        order = positions[r].argsort(axis=-1, kind="stable")
         order += head * order.shape[1]                               # by token
         order = order.reshape(-1)
-        count = np.bincount((places[r] + head * n_tokens).reshape(-1),
+        count = np.bincount((positions[r] + head * n_tokens).reshape(-1),
                             minlength=len(head) * n_tokens)
         first = np.cumsum(count) - count                             # of each token in the order
         source, total = flat[r].reshape(-1, d), out[r].reshape(-1, d)
@@ -685,9 +696,12 @@ def worthwhile(*args) -> bool:
     return first_array(args).size >= PIECE // 8
 
 
-TWINS = {f.__name__: f for f in (
-    linear, linear_backward, layer_norm, layer_norm_backward, normalize, normalize_backward, geglu,
-    geglu_backward, geglu_ffn, geglu_ffn_backward, dropout, linear_cross_entropy,
-    linear_cross_entropy_backward, attend, attend_backward, local_attention,
-    local_attention_backward, top_members, by_cluster, inverse, gather, scatter_sum,
-    adamw_update)}
+TWINS = {f"{module}.{f.__name__}": f for module, functions in {
+    "layers": (linear, linear_backward, layer_norm, layer_norm_backward, normalize,
+               normalize_backward, geglu, geglu_backward, geglu_ffn, geglu_ffn_backward,
+               linear_cross_entropy, linear_cross_entropy_backward),
+    "dropout": (dropout,),
+    "attention": (attend, attend_backward, local_attention, local_attention_backward),
+    "routing": (top_members, by_cluster, inverse, gather, scatter_sum),
+    "optim": (adamw_update,),
+}.items() for f in functions}

@@ -3,137 +3,39 @@
 Each twin has the signature, the values and the cache of the function of its name, for float32,
 float16 and bfloat16 arrays. Row statistics, parameters of LayerNorm and integers are float32 and
 int32 whatever the activations are. Nothing here waits for the GPU.
-
-The kernels are the .cu files beside this one; `launch` compiles a file at its first use. Everything
-it needs to know about a kernel it reads from the kernel's own declaration.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rt_scratch import attention
-from rt_scratch.backend import array_module
-from rt_scratch.config import MAX_CLUSTERS
+from rt_scratch.attention import (
+    AttendCache,
+    LocalCache,
+    clipped_reach,
+    join_blocks,
+    local_gradients,
+    local_inputs,
+    split_blocks,
+)
+from rt_scratch.dispatch import array_module
 from rt_scratch.kernels.gemm import matmul
-
-# ------------------------------------------------------------------------------------ launcher
-
-FOLDER = Path(__file__).parent
-OPTIONS = ("-std=c++17",)  # of the compiler
-DTYPE = {"float": "float32", "__half": "float16", "__nv_bfloat16": "bfloat16", "int": "int32",
-         "long long": "int64", "bool": "bool"}
-SCALAR = {"int": np.int32, "unsigned": np.uint32, "long long": np.int64, "float": np.float32}
-# The types that stand for a template parameter: activations, and words of a row that is only moved.
-INSTANCES = {"T": ("float", "__half", "__nv_bfloat16"),
-             "W": ("unsigned char", "unsigned short", "unsigned", "uint2", "uint4")}
-WORD = {DTYPE[t]: t for t in INSTANCES["T"]}
-DECLARATION = re.compile(r"(?:template <typename (\w)>\s*)?__global__ void\s+"
-                         r"(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(([^)]*)\)")
-
-
-class Kernel(NamedTuple):
-    """What a kernel's declaration says."""
-
-    file: str
-    name: str
-    template: str | None                      # letter of its template parameter
-    parameters: tuple[tuple[str, str], ...]   # (type, name)
-
-    def instances(self) -> list[str]:
-        """Its full names: layer_norm<float>, layer_norm<__half>, ..."""
-        if self.template is None:
-            return [self.name]
-        return [f"{self.name}<{t}>" for t in INSTANCES[self.template]]
-
-
-@functools.cache
-def source(file: str) -> str:
-    """Text of a .cu file with common.cuh in place of its #include."""
-    common = (FOLDER / "common.cuh").read_text()
-    return (FOLDER / file).read_text().replace('#include "common.cuh"', common)
-
-
-def declarations(file: str) -> dict[str, Kernel]:
-    """The kernels of a file, by name."""
-    text = re.sub(r"//.*", "", source(file))
-    kernels = {}
-    for template, name, parameters in DECLARATION.findall(text):
-        split = [tuple(p.replace("const ", "").strip().rsplit(maxsplit=1))
-                 for p in parameters.split(",")]
-        kernels[name] = Kernel(file, name, template or None, tuple(split))
-    return kernels
-
-
-@functools.cache
-def kernels() -> dict[str, Kernel]:
-    """All kernels, by name."""
-    files = sorted(path.name for path in FOLDER.glob("*.cu"))
-    return {k.name: k for file in files for k in declarations(file).values()}
-
-
-@functools.cache
-def _compiled(instance: str):
-    """A function (grid, block, arguments) that starts the kernel."""
-    import cupy
-
-    function = _module(kernels()[instance.partition("<")[0]].file).get_function(instance)
-
-    def start(grid, block, arguments):
-        # A null pointer goes as the integer 0; CuPy takes addresses from arrays by itself.
-        function(grid, block, tuple(cupy.uintp(0) if a is None else a for a in arguments))
-
-    return start
-
-
-@functools.cache
-def _module(file: str):
-    import cupy
-
-    names = [instance for kernel in declarations(file).values() for instance in kernel.instances()]
-    return cupy.RawModule(code=source(file), options=OPTIONS, name_expressions=names)
-
-
-def launch(name: str, grid, block, *arguments, word: str | None = None) -> None:
-    """Start kernel `name`, with arguments in the order of its declaration.
-
-    CuPy passes what it is given: an array of another dtype, a strided view or a Python int where
-    the kernel expects 32 bits would be read as garbage. So each argument is checked against the
-    declared type, and scalars are converted to it. A pointer may be None. Arrays must be
-    C-contiguous, unless the parameter's name ends in `strided`. T is taken from the arrays; `word`
-    is the type of W.
-    """
-    kernel = kernels()[name]
-    if len(arguments) != len(kernel.parameters):
-        raise TypeError(f"{name} takes {len(kernel.parameters)} arguments, not {len(arguments)}")
-    activation = None
-    converted = []
-    for (declared, parameter), value in zip(kernel.parameters, arguments, strict=True):
-        if not declared.endswith("*"):
-            if isinstance(value, np.ndarray) or hasattr(value, "get"):
-                raise TypeError(f"{name}: {parameter} is an array; a {declared} is expected")
-            value = SCALAR[declared](value)
-        elif value is not None:
-            if declared == "T*":
-                activation = activation or value.dtype.name
-                if activation not in WORD:
-                    raise TypeError(f"{name}: {parameter} is {activation}, not one of {[*WORD]}")
-            expected = activation if declared == "T*" else DTYPE.get(declared[:-1])
-            if expected and value.dtype.name != expected:
-                raise TypeError(f"{name}: {parameter} is {value.dtype}, not {expected}")
-            if not (parameter.endswith("strided") or value.flags.c_contiguous):
-                raise TypeError(f"{name}: {parameter} is not contiguous")
-        converted.append(value)
-    if kernel.template == "T":
-        word = WORD[activation]
-    _compiled(f"{name}<{word}>" if kernel.template else name)(grid, block, tuple(converted))
-
+from rt_scratch.kernels.launch import WORD, launch
+from rt_scratch.kmeans import MAX_CLUSTERS
+from rt_scratch.layers import (
+    EPSILON,
+    CrossEntropyCache,
+    GateCache,
+    LayerNormCache,
+    LinearCache,
+    NormalizeCache,
+)
+from rt_scratch.optim import DECAY_POWER, is_bias
+from rt_scratch.routing import MEAN_FLOOR, ScatterMeanCache
 
 THREADS = 256
 WARPS = THREADS // 32
@@ -177,7 +79,7 @@ def linear(x, w, b=None):
     y = matmul(rows, w)
     if b is not None:
         y += b
-    return y.reshape(*x.shape[:-1], w.shape[1]), (x, w, b is not None)
+    return y.reshape(*x.shape[:-1], w.shape[1]), LinearCache(x, w, b is not None)
 
 
 def linear_backward(dy, cache):
@@ -214,14 +116,14 @@ def _sum_strips(parts):
 
 def normalize(x):
     """Twin of layers.normalize."""
-    y, (x, _, mean, rstd) = _layer_norm(x, None, None)
-    return y, (x, mean, rstd)
+    y, x, mean, rstd = _layer_norm(x, None, None)
+    return y, NormalizeCache(x, mean, rstd)
 
 
 def layer_norm(x, gain, bias):
     """Twin of layers.layer_norm."""
-    y, (x, _, mean, rstd) = _layer_norm(x, _float32(gain), _float32(bias))
-    return y, (x, gain, mean, rstd)
+    y, x, mean, rstd = _layer_norm(x, _float32(gain), _float32(bias))
+    return y, LayerNormCache(x, gain, mean, rstd)
 
 
 def _layer_norm(x, gain, bias):
@@ -233,10 +135,7 @@ def _layer_norm(x, gain, bias):
     mean, rstd = (xp.empty((*x.shape[:-1], 1), xp.float32) for _ in range(2))
     launch("layer_norm", (_blocks(rows, WARPS),), (THREADS,), x, gain, bias, y, mean, rstd, rows,
            width, EPSILON)
-    return y, (x, gain, mean, rstd)
-
-
-EPSILON = 1e-6  # of LayerNorm, as in layers.py
+    return y, x, mean, rstd
 
 
 def normalize_backward(dn, cache):
@@ -272,7 +171,7 @@ def geglu(a, b):
     a, b = _contiguous(a), _contiguous(b)
     y = array_module(a).empty_like(a)
     launch("geglu", (_blocks(a.size, 8 * THREADS),), (THREADS,), a, b, y, a.size)
-    return y, (a, b)
+    return y, GateCache(a, b)
 
 
 def geglu_backward(dy, cache):
@@ -285,7 +184,7 @@ def geglu_backward(dy, cache):
 
 
 def dropout(x, dropped):
-    """Twin of layers.dropout; also its backward."""
+    """Twin of dropout.dropout; also its backward."""
     if dropped is None or not dropped[0]:
         return x, None
     x = _contiguous(x)
@@ -318,7 +217,7 @@ def linear_cross_entropy(x, w, b, targets, weights):
         z = matmul(x[rows], w, dtype=xp.float32)
         launch("cross_entropy", (z.shape[0],), (_row_threads(vocabulary),), z, bias, target[rows],
                weight[rows], lse[rows], loss[rows], vocabulary)
-    return loss.sum(), (x, w, b, targets, weights, lse)
+    return loss.sum(), CrossEntropyCache(x, w, b, targets, weights, lse)
 
 
 def linear_cross_entropy_backward(dloss, cache):
@@ -359,9 +258,9 @@ def _chunks(n_rows: int, row_size: int):
 # ----------------------------------------------------------------------------------- attention
 
 class Band(NamedTuple):
-    """A mask for `attend` by rule instead of by array: what attention._local_mask draws.
+    """A mask for `attend` by rule instead of by array: the causal mask of blocks.
 
-    The batch is sequences x blocks. Query i of a block sees key j (which stands at place
+    The batch is sequences x blocks. Query i of a block sees key j (which stands at position
     block S + j - offset) of its own sequence and, with `segment` (sequences, T), of its own
     segment, at a distance from 0 to window - 1.
     """
@@ -389,8 +288,8 @@ def attend(q, k, v, rel_k, rel_v, mask, scale, dropped=None):
         matmul(p, values[part], out=o[part])
         if by_value is not None:
             matmul(_rows(u), by_value, out=_rows(o[part]), beta=1)
-    return o.reshape(*lead, n_queries, v.shape[-1]), (q, k, v, rel_k, rel_v, mask, scale, dropped,
-                                                      lse)
+    return o.reshape(*lead, n_queries, v.shape[-1]), AttendCache(
+        q, k, v, rel_k, rel_v, mask, scale, dropped, lse)
 
 
 def attend_backward(do, cache):
@@ -483,22 +382,20 @@ def local_attention(q, k, v, rel_k, rel_v, block, lookback, scale, segments=None
                     dropped=None):
     """Twin of attention.local_attention: no mask exists, the kernel knows its rule."""
     t = q.shape[2]
-    block = min(block, t)
-    lookback = min(lookback, -(-t // block) - 1)
-    reach = block, lookback, segments, window
-    inputs, _ = attention._local_inputs(q, k, v, rel_k, rel_v, block, lookback)
-    o, (*_, lse) = attend(*inputs, _band(t, *reach), scale, dropped)
-    return attention._join(o, t), (q, k, v, rel_k, rel_v, reach, scale, dropped, lse)
+    reach = clipped_reach(t, block, lookback, segments, window)
+    inputs, _ = local_inputs(q, k, v, rel_k, rel_v, reach)
+    o, cache = attend(*inputs, _band(t, *reach), scale, dropped)
+    return join_blocks(o, t), LocalCache(q, k, v, rel_k, rel_v, reach, scale, dropped, cache.lse)
 
 
 def local_attention_backward(do, cache):
     """Twin of attention.local_attention_backward."""
     q, k, v, rel_k, rel_v, reach, scale, dropped, lse = cache
-    t, (block, lookback, _, _) = q.shape[2], reach
-    inputs, caches = attention._local_inputs(q, k, v, rel_k, rel_v, block, lookback)
-    gradients = attend_backward(attention._split(do, block),
-                                (*inputs, _band(t, *reach), scale, dropped, lse))
-    return attention._local_gradients(*gradients, caches, t, block, lookback)
+    t = q.shape[2]
+    inputs, caches = local_inputs(q, k, v, rel_k, rel_v, reach)
+    gradients = attend_backward(split_blocks(do, reach.block), AttendCache(
+        *inputs, _band(t, *reach), scale, dropped, lse))
+    return local_gradients(gradients, caches, t, reach)
 
 
 def _band(t, block, lookback, segments, window):
@@ -509,7 +406,7 @@ def _band(t, block, lookback, segments, window):
 # ------------------------------------------------------------------------------------- routing
 
 def top_members(scores, window: int):
-    """Twin of routing.top_members: int32 places."""
+    """Twin of routing.top_members: int32 positions."""
     xp = array_module(scores)
     scores = _float32(scores)
     index = xp.empty((*scores.shape[:-1], window), xp.int32)
@@ -519,7 +416,7 @@ def top_members(scores, window: int):
 
 
 def by_cluster(winner):
-    """Twin of routing.by_cluster: int32 places; winners below 1024."""
+    """Twin of routing.by_cluster: int32 positions; winners below 1024."""
     xp = array_module(winner)
     winner = _int32(winner)
     tokens = winner.shape[-1]
@@ -531,7 +428,7 @@ def by_cluster(winner):
     grid = (chunks, rows)
     launch("cluster_counts", grid, (32,), winner, starts, tokens, MAX_CLUSTERS, chunk)
     launch("cluster_starts", (rows,), (256,), starts, MAX_CLUSTERS * chunks)
-    launch("cluster_places", grid, (32,), winner, starts, order, tokens, MAX_CLUSTERS, chunk)
+    launch("cluster_positions", grid, (32,), winner, starts, order, tokens, MAX_CLUSTERS, chunk)
     return order
 
 
@@ -568,7 +465,6 @@ def _address(x) -> int:
     return x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr
 
 
-MEAN_FLOOR = 1e-2  # as in routing.py
 TILE = 4096        # floats of sums that a block holds, as in rows.cu and kmeans.cu
 
 
@@ -580,7 +476,7 @@ def scatter_sum(rows, index, n_tokens: int):
 def scatter_mean(rows, index, n_tokens: int):
     """Twin of routing.scatter_mean for lists that ascend along the last axis of index."""
     out, times = _scatter(rows, index, n_tokens, MEAN_FLOOR)
-    return out, (index, times)
+    return out, ScatterMeanCache(index, times)
 
 
 def _scatter(rows, index, n_tokens, floor):
@@ -608,7 +504,7 @@ PIECE = 64  # rows that a block of segment_pieces adds
 
 
 def segment_sum(rows, index, n: int):
-    """Twin of backend.segment_sum: sorts the index, sums runs in a fixed order, in float32."""
+    """Twin of layers.segment_sum: sorts the index, sums runs in a fixed order, in float32."""
     xp = array_module(rows)
     size, width = rows.shape
     rows, index = _contiguous(rows), _int32(index)
@@ -626,7 +522,7 @@ def segment_sum(rows, index, n: int):
 
 
 def cluster_statistics(x, winner, n_clusters: int):
-    """Twin of routing.cluster_statistics; float32 results."""
+    """Twin of kmeans.cluster_statistics; float32 results."""
     xp = array_module(x)
     x, winner = _contiguous(x), _int32(winner)
     b, h, tokens, width = x.shape
@@ -659,7 +555,6 @@ def _leaves(xp, table):
 
 ADAFACTOR_BLOCKS = 128  # BLOCKS in optim.cu
 ADAFACTOR_STRIPS = 16   # strips of rows that the sums over columns are cut into
-DECAY_POWER = 0.8       # as in optim.py
 
 
 def adafactor_update(flat, grads, state, table, lr, step, *, weight_decay=0.0) -> None:
@@ -686,11 +581,9 @@ def adafactor_update(flat, grads, state, table, lr, step, *, weight_decay=0.0) -
 @functools.lru_cache(maxsize=4)
 def _matrices(xp, table):
     """(matrices, 8) int64: struct Matrix of optim.cu for every matrix of every leaf."""
-    from rt_scratch.optim import _is_bias
-
     lines, row_state, column_state, full_state = [], 0, 0, 0
     for leaf in table:
-        first, decays = len(lines), not _is_bias(leaf)
+        first, decays = len(lines), not is_bias(leaf)
         if len(leaf.shape) < 2:
             size = leaf.stop - leaf.start
             lines.append((leaf.start, 1, size, full_state, -1, first, 1, decays))
@@ -707,9 +600,13 @@ def _matrices(xp, table):
 
 
 # What may be registered as the twin of the function of the same name, when `supports` agrees.
-TWINS = {function.__name__: function for function in (
-    linear, linear_backward, normalize, normalize_backward, layer_norm, layer_norm_backward, geglu,
-    geglu_backward, dropout, linear_cross_entropy, linear_cross_entropy_backward, attend,
-    attend_backward, local_attention, local_attention_backward, top_members,
-    by_cluster, inverse, gather, scatter_sum, scatter_mean, segment_sum, cluster_statistics,
-    adamw_update, adafactor_update)}
+TWINS = {f"{module}.{f.__name__}": f for module, functions in {
+    "layers": (linear, linear_backward, normalize, normalize_backward, layer_norm,
+               layer_norm_backward, geglu, geglu_backward, segment_sum, linear_cross_entropy,
+               linear_cross_entropy_backward),
+    "dropout": (dropout,),
+    "attention": (attend, attend_backward, local_attention, local_attention_backward),
+    "kmeans": (cluster_statistics,),
+    "routing": (top_members, by_cluster, inverse, gather, scatter_sum, scatter_mean),
+    "optim": (adamw_update, adafactor_update),
+}.items() for f in functions}

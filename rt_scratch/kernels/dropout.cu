@@ -1,4 +1,4 @@
-// y = x keep / (1 - rate); the bits of keep depend only on (seed, stream, step, place), so the
+// y = x keep / (1 - rate); the bits of keep depend only on (seed, stream, step, position), so the
 // backward is the same kernel on dy and no mask is stored.
 // Called by dropout in cuda.py. Eight entries, one draw, per thread.
 #include "common.cuh"

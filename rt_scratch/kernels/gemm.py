@@ -13,7 +13,7 @@ import functools
 import math
 from typing import NamedTuple
 
-from rt_scratch.backend import array_module
+from rt_scratch.dispatch import array_module
 from rt_scratch.errors import UserError
 
 # Values of cuBLAS's enumerations: cublasOperation_t, cudaDataType_t, cublasComputeType_t.

@@ -44,7 +44,7 @@ __global__ void adamw(float* w_n, const float* g_n, float* m_n, float* v_n,
 constexpr int BLOCKS = 128;
 constexpr float SQUARE_FLOOR = 1e-30f, SCALE_FLOOR = 1e-3f;
 
-// A line of the table, all places in entries: the matrix in the flat buffer, its size, its place
+// A line of the table, all positions in entries: the matrix in the flat buffer, its size, its position
 // among the row moments (a vector: among the full moments) and the column moments (a vector: -1),
 // which lines of the table are of the same leaf, and whether it decays.
 struct Matrix {

@@ -16,7 +16,7 @@ __global__ void gather_rows(const W* x_strided, const int* index_bhr, W* out_bhr
   out_bhrw[(u64)bh * rows * words + i] = x_t[token * stride_t + word];
 }
 
-// First place in the ascending list index_w whose entry is at least `token`.
+// First position in the ascending list index_w whose entry is at least `token`.
 __device__ inline int lower_bound(const int* index_w, int window, int token) {
   int low = 0, high = window;
   while (low < high) {

@@ -1,0 +1,84 @@
+"""Online k-means: the centroids of routing heads, and the loss that keeps tokens near them.
+
+Centroids are state, not parameters: no gradient reaches them. `cluster_statistics` counts during
+the forward pass what each centroid won, `update_centroids` moves them once per optimizer step.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from rt_scratch.dispatch import accelerated, array_module
+
+MAX_CLUSTERS = 1024  # per head: the GPU kernels count them in the memory of one block
+SMOOTHING = 1e-5     # added to the counts (released code)
+
+
+class Centroids(NamedTuple):
+    """State of one layer's routing heads: means mu and the averages they come from."""
+
+    mu: Any        # (H, K, D)
+    count: Any     # (H, K) moving average of the number of tokens won per step
+    total: Any     # (H, K, D) moving average of their sum
+
+
+def nearest(x, mu, equal_length: bool = False):
+    """Winner of each token: argmax_k x . mu_k, the lowest index on ties.
+
+    x (B, H, T, D), mu (H, K, D) -> integers (B, H, T). With `equal_length` the centroids are scaled
+    to length 1 first (`causal` heads): a long centroid would otherwise win more tokens than its
+    direction deserves.
+    """
+    xp = array_module(x)
+    if equal_length:
+        tiny = xp.finfo(mu.dtype).tiny
+        mu = mu / xp.sqrt(xp.maximum((mu * mu).sum(-1, keepdims=True), tiny))
+    return (x.astype(mu.dtype, copy=False) @ mu.swapaxes(-1, -2)).argmax(-1)
+
+
+@accelerated
+def cluster_statistics(x, winner, n_clusters: int):
+    """Counts (H, K) and sums (H, K, D) of the tokens x (B, H, T, D) that each centroid won."""
+    xp = array_module(x)
+    hot = (winner[:, :, None, :] == xp.arange(n_clusters)[:, None]).astype(x.dtype)  # (B, H, K, T)
+    return hot.sum((0, 3)), (hot @ x).sum(0)
+
+
+def update_centroids(state: Centroids, counts, sums, decay: float) -> Centroids:
+    """One step of online k-means; call it once per optimizer step.
+
+    c <- c + (1 - decay) (counts - c),   m <- m + (1 - decay) (sums - m),
+    mu = m / c',   c' = n (c + 1e-5) / (n + 1e-5 K),  n = sum_k c.
+
+    Paper section 4.1 and the released code, with two repairs: the released averages start at 0
+    counts but non-zero sums, so its first means are hundreds of times too long (ours start at
+    count 1), and a centroid that won no token stays where it is.
+    """
+    xp = array_module(state.mu)
+    count = state.count + (1 - decay) * (counts - state.count)
+    total = state.total + (1 - decay) * (sums - state.total)
+    n = count.sum(-1, keepdims=True)  # (H, 1)
+    smooth = (count + SMOOTHING) * n / (n + SMOOTHING * count.shape[-1])
+    mu = total / xp.maximum(smooth, xp.finfo(smooth.dtype).tiny)[..., None]
+    return Centroids(xp.where((counts > 0)[..., None], mu, state.mu), count, total)
+
+
+class CommitmentCache(NamedTuple):
+    apart: Any     # (B, H, T, D) x - mu[winner]
+
+
+def commitment(x, mu, winner):
+    """loss = mean over all entries of (x - mu[winner])^2: keeps tokens near their centroid.
+
+    x (B, H, T, D), mu (H, K, D), winner (B, H, T). No gradient reaches mu. Computed in the dtype of
+    mu, float32 even where x has half the bits; so is its gradient.
+    """
+    xp = array_module(x)
+    own = mu[xp.arange(x.shape[1])[:, None], winner]  # (B, H, T, D)
+    apart = x.astype(mu.dtype, copy=False) - own
+    return (apart * apart).mean(), CommitmentCache(apart)
+
+
+def commitment_backward(dloss, cache):
+    """dx = 2 dloss (x - mu[winner]) / size."""
+    return cache.apart * (2 * dloss / cache.apart.size)

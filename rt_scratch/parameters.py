@@ -1,0 +1,130 @@
+"""Parameters: one table of names and shapes, one flat buffer, a tree of views of it."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.random import Generator, Philox
+
+from rt_scratch.config import ModelConfig
+from rt_scratch.heads import key_heads, parts
+from rt_scratch.kmeans import Centroids
+from rt_scratch.layers import FEED_FORWARDS, normalize
+
+
+class Leaf(NamedTuple):
+    """One parameter: its name, its shape, its range of the flat buffer, its initialiser."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    init: str  # a name of INITIALISERS
+
+
+def parameter_table(cfg: ModelConfig) -> list[Leaf]:
+    """Every parameter of the model, in the order of the flat buffer."""
+    c, e = cfg.width, cfg.token_width
+    table: list[Leaf] = []
+
+    def add(name, *shape, init="uniform"):
+        start = table[-1].stop if table else 0
+        table.append(Leaf(name, shape, start, start + math.prod(shape), init))
+
+    def add_norm(name):
+        add(f"{name}.gain", c, init="ones")
+        add(f"{name}.bias", c, init="zeros")
+
+    if cfg.kind == "text":
+        add("embed.table", cfg.vocab_size, e)
+        add("embed.w", e, c)
+        add("embed.b", c, init="zeros")
+    else:
+        add("embed.table", 3 * cfg.vocab_size, c)
+        add("embed.rows", cfg.image_size, 1, 3 * c, init="positions")
+        add("embed.columns", 1, cfg.image_size, 3 * c, init="positions")
+        if cfg.n_classes:
+            add("embed.classes", cfg.n_classes, c)
+    for i in range(cfg.n_layers):
+        add_norm(f"layers.{i}.norm_attention")
+        add(f"layers.{i}.attention.w_q", c, c)
+        if n_keys := key_heads(cfg, i):
+            add(f"layers.{i}.attention.w_k", c, n_keys * cfg.head_width)
+        add(f"layers.{i}.attention.w_v", c, c)
+        add(f"layers.{i}.attention.w_o", c, c)
+        own = {}
+        for part in reversed(parts(cfg, i)):
+            own |= part.kind.parameters(cfg)
+        for name, shape in own.items():
+            add(f"layers.{i}.attention.{name}", *shape)
+        add_norm(f"layers.{i}.norm_ffn")
+        for name, shape in FEED_FORWARDS[cfg.ffn].parameters(c, cfg.ffn_width).items():
+            add(f"layers.{i}.ffn.{name}", *shape, init="uniform" if len(shape) > 1 else "zeros")
+    if cfg.norm == "pre":
+        add_norm("norm")
+    if cfg.kind == "text" and e != c:
+        add("output.w_embed", c, e)
+        add("output.b_embed", e, init="zeros")
+    if not cfg.tie_embedding:
+        add("output.w", e, cfg.vocab_size)
+    add("output.b", cfg.vocab_size, init="zeros")
+    return table
+
+
+def views(flat, table: list[Leaf]) -> dict:
+    """The tree of the flat buffer: tree['layers'][0]['attention']['w_q'] is a view of it."""
+    tree: dict[str, Any] = {}
+    for leaf in table:
+        *path, last = leaf.name.split(".")
+        node = tree
+        for part in path:
+            node = node.setdefault(int(part) if part.isdigit() else part, {})
+        node[last] = flat[leaf.start : leaf.stop].reshape(leaf.shape)
+    return tree
+
+
+def _uniform(rng, shape, gain):
+    bound = math.sqrt(3 * gain / (sum(shape) / 2))
+    return rng.uniform(-bound, bound, shape)
+
+
+INITIALISERS = {  # (rng, shape, gain) -> values
+    "uniform": _uniform,
+    "positions": lambda rng, shape, gain: rng.normal(0, shape[-1] ** -0.5, shape),
+    "ones": lambda rng, shape, gain: np.ones(shape),
+    "zeros": lambda rng, shape, gain: np.zeros(shape),
+}
+
+
+def init_parameters(cfg: ModelConfig, xp, dtype, seed: int):
+    """(flat buffer, table). Drawn on the host, so that every device starts from the same numbers.
+
+    Released initialisers: matrices and tables uniform with variance gain / average of fan-in and
+    fan-out, image positions N(0, 1 / sqrt(3 C)), biases 0, LayerNorm 1 and 0. The released gain is
+    0.2. Each leaf draws from a stream of its own, keyed by its name.
+    """
+    table = parameter_table(cfg)
+    flat = xp.empty(table[-1].stop, dtype)
+    for leaf in table:
+        rng = Generator(Philox(key=[seed, zlib.crc32(leaf.name.encode())]))
+        values = INITIALISERS[leaf.init](rng, leaf.shape, cfg.init_gain)
+        flat[leaf.start : leaf.stop] = xp.asarray(values.astype(dtype).reshape(-1))
+    return flat, table
+
+
+def init_centroids(cfg: ModelConfig, xp, dtype, seed: int) -> dict[int, Centroids]:
+    """Centroids of the layers with routing heads: LayerNorm of a Gaussian (released code).
+
+    The averages start at count 1 and total mu, so that the first update is sane.
+    """
+    state = {}
+    for i in range(cfg.n_layers):
+        if routed := cfg.routing_heads(i):
+            rng = Generator(Philox(key=[seed, zlib.crc32(f"centroids.{i}".encode())]))
+            draw = rng.normal(size=(routed, cfg.n_clusters, cfg.head_width))
+            mu = normalize(xp.asarray(draw.astype(dtype)))[0]
+            state[i] = Centroids(mu, xp.ones(mu.shape[:2], dtype), mu.copy())
+    return state

@@ -1,0 +1,93 @@
+"""Scores of a split, each with the protocol that makes it comparable."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from rt_scratch import decode
+from rt_scratch.config import ModelConfig
+from rt_scratch.data import Dataset, score
+from rt_scratch.data.batches import count_windows, eval_windows
+from rt_scratch.dispatch import array_module, to_host
+from rt_scratch.errors import UserError
+from rt_scratch.model import loss
+from rt_scratch.step import State
+
+CAUSAL_WINDOWS = 64  # windows that incremental scoring takes at a time, and unless told in all
+
+
+class Score(NamedTuple):
+    nats: float     # per token
+    value: float    # in the dataset's unit
+    line: str       # the score with its protocol
+
+
+def evaluate(state: State, dataset: Dataset, model: ModelConfig, split: str, batch: int,
+             stride: int = 0, limit: int = 0) -> Score:
+    """The score of a split in single passes over its windows (data/batches.py: eval_windows)."""
+    xp, params = array_module(state.flat), state.params
+    total = _count(dataset, model, split, stride)
+    nats, n = 0.0, 0.0
+    for ids, weights, index in eval_windows(dataset.splits[split], model.seq_len, batch, stride,
+                                            limit):
+        labels = xp.asarray(dataset.labels[split][index]) if model.n_classes else None
+        weight = xp.asarray(weights.astype(state.flat.dtype))
+        (part, _), _, _ = loss(params, state.centroids, model, xp.asarray(ids), weight, labels,
+                               recompute=True)
+        nats += float(part)
+        n += float(weights.sum())
+    seen = f"{limit} of {total} windows, evenly spread" if 0 < limit < total else "whole split"
+    leak = "; TOPK ROUTING LEAKS THE FUTURE into this score" if "topk" in model.kinds() else ""
+    value = score(nats, n, dataset, split)
+    return Score(nats / n, value, (
+        f"{split} {value:.4f} {dataset.unit}  ({seen}, {n:.0f} tokens, context {model.seq_len}, "
+        f"stride {stride or model.seq_len}, {mode(model)}{leak})"))
+
+
+def evaluate_causally(state: State, dataset: Dataset, model: ModelConfig, split: str,
+                      limit: int = 0) -> Score:
+    """The score by incremental decoding: each token given what came before, no more.
+
+    Without topk heads this is the ordinary score; with them, whose members later tokens help to
+    choose when a window is read in one pass, the difference is what looking ahead is worth.
+    """
+    xp, params = array_module(state.flat), state.params
+    total = _count(dataset, model, split)
+    limit = min(limit or total, total)
+    nats, n = 0.0, 0.0
+    for ids, weights, index in eval_windows(dataset.splits[split], model.seq_len, CAUSAL_WINDOWS,
+                                            0, limit):
+        labels = xp.asarray(dataset.labels[split][index]) if model.n_classes else None
+        ids = xp.asarray(ids)
+        logits, memory = decode.prefill(
+            params, state.centroids, model, ids[:, :0], model.seq_len, labels)
+        for t in range(ids.shape[1]):
+            z = to_host(logits).astype("float64")
+            z -= z.max(-1, keepdims=True)
+            hit = np.take_along_axis(z, to_host(ids[:, t : t + 1]).astype(np.int64), axis=1)[:, 0]
+            nats += float((weights[:, t] * (np.log(np.exp(z).sum(-1)) - hit)).sum())
+            if t + 1 < ids.shape[1]:
+                logits = decode.step(params, state.centroids, model, memory, ids[:, t])
+        n += float(weights.sum())
+    value = score(nats, n, dataset, split)
+    return Score(nats / n, value, (
+        f"{split} {value:.4f} {dataset.unit}  by incremental decoding, nothing seen ahead  "
+        f"({limit} of {total} windows, evenly spread, {n:.0f} tokens, context {model.seq_len}, "
+        f"{mode(model)})"))
+
+
+def _count(dataset, model, split, stride=0):
+    total = count_windows(dataset.splits[split], model.seq_len, stride)
+    if total == 0:
+        raise UserError(f"the {split} split is empty: give more text")
+    return total
+
+
+def mode(model: ModelConfig) -> str:
+    """How the model attends, for the line with its score."""
+    if any(model.routing_heads(i) for i in range(model.n_layers)):
+        return f"routing {model.routing}"
+    return {"full": "full attention", "local": "local heads only"}.get(
+        model.attention, f"{', '.join(sorted(model.kinds()))} heads")

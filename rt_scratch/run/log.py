@@ -1,0 +1,150 @@
+"""log.csv of a run, the line that a step prints, cluster health, and the clock."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from rt_scratch.console import say
+from rt_scratch.data import Dataset, score
+from rt_scratch.dispatch import to_host
+from rt_scratch.step import Step
+
+COLUMNS = ("step", "split", "nats", "score", "unit", "tokens_per_s", "seconds", "lr", "grad_norm",
+           "uncovered", "several", "smallest", "largest", "dead")
+
+
+class Clock:
+    """Seconds of a run that may go on from an earlier one, and its speed without the scoring."""
+
+    def __init__(self, seconds: float = 0.0):
+        self._before, self._started, self._aside = seconds, time.monotonic(), 0.0
+
+    def here(self) -> float:
+        """Seconds since this process began to train."""
+        return time.monotonic() - self._started
+
+    def total(self) -> float:
+        """Seconds of the whole run."""
+        return self._before + self.here()
+
+    @contextlib.contextmanager
+    def aside(self):
+        """Time that is no training: scoring, sampling, saving."""
+        started = time.monotonic()
+        yield
+        self._aside += time.monotonic() - started
+
+    def rate(self, tokens: int) -> float:
+        """Tokens per second of training in this process."""
+        return tokens / max(self.here() - self._aside, 1e-9)
+
+
+class Progress:
+    """A bar on a terminal, lines elsewhere."""
+
+    def __init__(self, first: int, steps: int):
+        self._bar = tqdm(total=steps, initial=first, unit="step", disable=None)
+        self._first, self._steps = first, steps
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._bar.close()
+
+    def update(self) -> None:
+        """One more step."""
+        self._bar.update()
+
+    def show(self, row: dict, seconds: float) -> bool:
+        """The log row of a step, `seconds` after the first; False where nobody reads it."""
+        text = (f"{row['score']:.4f} {row['unit']}  lr {row['lr']:.2e}  "
+                f"|g| {row['grad_norm']:.2f}  {row['tokens_per_s']} tok/s")
+        if self._bar.disable:
+            left = seconds / (row["step"] - self._first) * (self._steps - row["step"])
+            return say(f"{row['step']}/{self._steps}  {text}  ETA {left:.0f} s")
+        self._bar.set_postfix_str(text)
+        return True
+
+    def say(self, text: str) -> bool:
+        """Print above the bar; False where nobody reads it."""
+        with self._bar.external_write_mode():
+            return say(text)
+
+
+def step_row(result: Step, step: int, dataset: Dataset, clock: Clock, tokens: int) -> dict:
+    """The log row of a training step; `tokens` were trained on in this process so far."""
+    nats = float(result.nats)
+    return {"step": step, "split": "train", "nats": nats,
+            "score": score(nats, 1, dataset, "train"), "unit": dataset.unit,
+            "tokens_per_s": round(clock.rate(tokens)), "seconds": round(clock.total(), 1),
+            "lr": result.lr, "grad_norm": float(result.norm), **health(result.memberships)}
+
+
+def append_log(folder: Path, row: dict) -> None:
+    """One line of log.csv; the header on the first."""
+    path = folder / "log.csv"
+    _write_rows(path, [row], "a", header=not path.exists())
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The whole lines of log.csv; none where there is no log."""
+    path = folder / "log.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        lines = [line for line in file if len(line) < 1000 and "\0" not in line]
+    return [row for row in csv.DictReader(lines) if _whole(row)]
+
+
+def trim_log(folder: Path, step: int) -> None:
+    """Drop the lines after `step`, which a resumed run writes again, and any that was cut off."""
+    rows = [row for row in read_log(folder) if int(row["step"]) <= step]
+    _write_rows(folder / "log.csv.tmp", rows, "w", header=True)
+    os.replace(folder / "log.csv.tmp", folder / "log.csv")
+
+
+def _write_rows(path, rows, mode, header):
+    with path.open(mode, newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def _whole(row):
+    try:
+        return (set(row) == set(COLUMNS) and None not in row.values()
+                and int(row["step"]) >= 0 and float(row["score"]) >= 0)
+    except (TypeError, ValueError):
+        return False
+
+
+def health(memberships) -> dict[str, float]:
+    """Cluster health over all routing heads: shares of tokens, and centroids that won none."""
+    if not memberships:
+        return {}
+    counts = np.concatenate([to_host(m.counts) for m in memberships.values()])  # (heads, K)
+    share = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
+    return {
+        "uncovered": float(np.mean([float(m.uncovered) for m in memberships.values()])),
+        "several": float(np.mean([float(m.several) for m in memberships.values()])),
+        "smallest": float(share.min()), "largest": float(share.max()),
+        "dead": int((counts == 0).sum()),
+    }
+
+
+def cluster_line(row: dict) -> str:
+    """The cluster health of a log row in words; nothing for a model without routing heads."""
+    if "dead" not in row:
+        return ""
+    return (f"clusters: {row['uncovered']:.1%} of tokens in none, {row['several']:.1%} in several; "
+            f"smallest {row['smallest']:.1%}, largest {row['largest']:.1%} of a head's tokens; "
+            f"{row['dead']} without any\n")

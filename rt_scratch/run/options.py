@@ -1,0 +1,137 @@
+"""From flags to a run: flags of the configuration, and what they and a saved run ask for."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+from rt_scratch import data
+from rt_scratch.config import ModelConfig, TrainConfig, flag, from_json
+from rt_scratch.errors import UserError
+from rt_scratch.presets import preset
+from rt_scratch.run.checkpoint import best_checkpoint, read_state
+from rt_scratch.run.folder import default_folder, describe, newest_run
+
+
+class Plan(NamedTuple):
+    """A run as it was asked for, new or saved."""
+
+    folder: Path
+    dataset: data.Dataset
+    model: ModelConfig
+    train: TrainConfig
+    config: dict                 # of config.json
+    checkpoint: Path | None      # where a saved run is
+    saved: tuple | None          # what it holds, see checkpoint.read_state
+
+
+def add_fields(parser: argparse.ArgumentParser) -> None:
+    """A flag for every field of ModelConfig and TrainConfig; None where it is not given."""
+    for cls, title in ((ModelConfig, "model"), (TrainConfig, "training")):
+        group = parser.add_argument_group(title)
+        for f in dataclasses.fields(cls):
+            group.add_argument(f"--{flag(f.name)}", **_settings(f))
+
+
+def _settings(f):
+    shown = f.default if f.default != () else "none" if f.name == "full_layers" else "all"
+    settings = {"default": None, "help": f"{f.metadata['help']} (default: {shown})"}
+    if f.metadata["choices"]:
+        return settings | {"choices": f.metadata["choices"]}
+    if isinstance(f.default, bool):
+        return settings | {"action": argparse.BooleanOptionalAction}
+    if isinstance(f.default, tuple):
+        return settings | {"type": layer_list, "metavar": "I,J,..."}
+    return settings | {"type": type(f.default), "metavar": type(f.default).__name__.upper()}
+
+
+def layer_list(text: str) -> tuple[int, ...]:
+    """Numbers with commas between them."""
+    return tuple(int(x) for x in text.split(",") if x)
+
+
+def plan_run(args) -> Plan:
+    """What train.py's flags ask for: a new run, or with --resume and --evaluate a saved one."""
+    given = {f.name: getattr(args, f.name) for cls in (ModelConfig, TrainConfig)
+             for f in dataclasses.fields(cls) if getattr(args, f.name) is not None}
+    plan = _saved(args, given) if args.resume or args.evaluate else _new(args, given)
+    plan.model.validate()
+    plan.train.validate()
+    if plan.dataset.splits:
+        _check_fits(plan.model, plan.dataset)
+    return plan
+
+
+def _new(args, given):
+    name, location = "stdlib" if args.dataset is None else args.dataset, args.data_dir
+    folder = args.out or default_folder(name)
+    if not args.dry_run and best_checkpoint(folder).exists():
+        raise UserError(f"--out {folder}: holds a run already; add --resume to continue it, or "
+                        "choose another folder")
+    if args.download:
+        data.fetch(name, location)
+    values = preset(name, args.preset or "small") | given
+    vocab_size = values.pop("vocab_size", 0)
+    known = not args.dry_run or data.present(name, location)
+    dataset = (data.load(name, location, vocab_size) if known
+               else data.outline(name, vocab_size))
+    for fixed in ("kind", "pad_id"):
+        if given.get(fixed, getattr(dataset, fixed)) != getattr(dataset, fixed):
+            raise UserError(f"--{flag(fixed)} {given[fixed]}: {name} has "
+                            f"{getattr(dataset, fixed)}")
+    values |= {"kind": dataset.kind, "vocab_size": dataset.vocab_size, "pad_id": dataset.pad_id}
+    if dataset.kind == "image":
+        values.setdefault("image_size", dataset.image_shape[0])
+        values.setdefault("seq_len", 3 * values["image_size"] ** 2)
+    model, train = (cls(**_only(cls, values)) for cls in (ModelConfig, TrainConfig))
+    config = _config(name, location, dataset, model, train)
+    return Plan(folder, dataset, model, train, config, None, None)
+
+
+def _saved(args, given):
+    folder = args.out or (default_folder(args.dataset) if args.dataset
+                          else newest_run(Path("runs")))
+    path = folder / "last.npz"
+    if args.evaluate or not path.is_file():
+        path = best_checkpoint(folder)
+    saved = read_state(path)
+    before = saved[1]["config"]
+    name = before["dataset"]
+    if args.dataset not in (None, name):
+        if args.dataset in data.DATASETS or name in data.DATASETS:
+            raise UserError(f"the run was trained on {name}, not on {args.dataset}")
+        name = args.dataset  # own text that was moved or renamed
+    location = args.data_dir or before["data_dir"]
+    model, train = (
+        dataclasses.replace(from_json(cls, before[key]), **_only(cls, given))
+        for cls, key in ((ModelConfig, "model"), (TrainConfig, "train")))
+    dataset = data.load(name, location, model.vocab_size)
+    if dataset.protocol != before["data"]:
+        changed = f"trained on other data: {before['data']}"
+        if args.resume:
+            raise UserError(f"the run was {changed}; now there is: {dataset.protocol}")
+        print(f"note: what is scored now may be in part what was trained on; {changed}")
+    config = _config(name, location, dataset, model, train)
+    return Plan(folder, dataset, model, train, config, path, saved)
+
+
+def _config(name, location, dataset, model, train):
+    if name not in data.DATASETS:
+        name = str(Path(name).resolve())  # a run is resumed from anywhere
+    return describe(name, location and str(Path(location).resolve()), dataset, model, train)
+
+
+def _check_fits(model, dataset):
+    if model.n_classes and model.n_classes != dataset.n_classes:
+        raise UserError(f"--n-classes {model.n_classes}: {dataset.name} has {dataset.n_classes} "
+                        "classes")
+    if model.kind == "text" and len(dataset.splits["train"]) < model.seq_len:
+        raise UserError(f"the training text has {len(dataset.splits['train'])} tokens, fewer than "
+                        f"--seq-len {model.seq_len}: give a longer text or a smaller --seq-len")
+
+
+def _only(cls, values):
+    names = {f.name for f in dataclasses.fields(cls)}
+    return {k: v for k, v in values.items() if k in names}
