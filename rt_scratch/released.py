@@ -26,17 +26,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rt_scratch import run
 from rt_scratch.config import ModelConfig, TrainConfig, to_json
 from rt_scratch.console import Parser, script
-from rt_scratch.data import released_subwords
+from rt_scratch.data import open_codec
 from rt_scratch.data.download import Source, fetch
-from rt_scratch.data.files import sha256_of
+from rt_scratch.data.files import digest_of
+from rt_scratch.data.released_subwords import RELEASED, read_vocabulary
 from rt_scratch.errors import UserError
-from rt_scratch.model import parameter_table, views
+from rt_scratch.kmeans import Centroids
 from rt_scratch.optim import OPTIMIZERS, LossScale, learning_rate
+from rt_scratch.parameters import parameter_table, views
 from rt_scratch.presets import PRESETS
-from rt_scratch.routing import Centroids
+from rt_scratch.run.checkpoint import Progress, save_state
+from rt_scratch.run.folder import open_folder
+from rt_scratch.step import State
 from rt_scratch.tf_checkpoint import opened
 
 ADDRESS = "https://storage.googleapis.com/rt-checkpoint/"
@@ -87,7 +90,7 @@ def _convert(variables, config):
 
     state = {}
     for i in range(config.n_layers):
-        if config.heads(i)[0]:
+        if config.routing_heads(i):
             means, count, total = (f"{_cluster_scope(i)}/{name}" for name in _CENTROIDS)
             mu = read(means)
             state[i] = Centroids(mu, read(count), read(total)) if averages else Centroids(
@@ -105,7 +108,7 @@ def released_shapes(config: ModelConfig, averages: bool = True) -> dict[str, tup
     for i in range(config.n_layers):
         shapes[f"{_attention_scope(i)}/attention_nd/dense/kernel"] = (d, d)
         shapes[f"{_attention_scope(i)}/k/kernel"] = (c, c)  # also where every key is a query
-        if routed := config.heads(i)[0]:
+        if routed := config.routing_heads(i):
             means, count, total = (f"{_cluster_scope(i)}/{name}" for name in _CENTROIDS)
             shapes[means] = (routed, config.n_clusters, d)
             if averages:
@@ -277,11 +280,8 @@ def model_config(variables: Mapping, hparams: Mapping | None = None):
     fixed = {"kind": "text", "routing": "topk", "pad_id": 0,
              "init_gain": PRESETS["pg19"]["released"]["init_gain"]}
     config = ModelConfig(**fixed, **shaped, **stated, **assumed)
-    if not config.heads_route():
-        config = dataclasses.replace(config, window=min(config.window, config.seq_len))
-    shown = {"embed_width": config.token_width, "routing_layers": "all" if config.heads_route()
-             else "none"} | ({"routing_layers": config.routing_layers} if config.routing_layers
-                             else {})
+    routed = [i for i in range(config.n_layers) if config.routing_heads(i)]
+    shown = {"embed_width": config.token_width, "routing_layers": routed}
     notes = [f"{where}: " + ", ".join(f"{name} {shown.get(name, value)}"
                                       for name, value in fields.items())
              for where, fields in (
@@ -405,7 +405,7 @@ def write_run(checkpoint: Path, vocabulary: Path, folder: Path) -> None:
     """Convert a checkpoint and its vocabulary into the run folder `folder`, whole or not at all."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out {folder}: is there already; choose another folder")
-    subwords = released_subwords.read(vocabulary)
+    subwords = read_vocabulary(vocabulary)
     with opened(checkpoint, folder.absolute().parent) as source:
         found = own_variables(source.variables)
         hparams = _read_hparams(source.hparams) if source.hparams else None
@@ -419,18 +419,18 @@ def write_run(checkpoint: Path, vocabulary: Path, folder: Path) -> None:
             raise UserError(f"{vocabulary} has {len(subwords):,} subwords, the checkpoint "
                             f"{config.vocab_size:,}: it is another model's vocabulary")
         flat, table, centroids = _convert(found.variables, config)
-        digests = {path.name: sha256_of(path) for path in (vocabulary, *source.files)}
+        digests = {path.name: digest_of(path) for path in (vocabulary, *source.files)}
     train = _fine_tuning(step)
-    optimizer = OPTIMIZERS[train.optimizer][0](flat, table)
-    state = run.State(flat, table, centroids, optimizer, 0, float("inf"), 0.0, LossScale(1.0, 0))
+    optimizer = OPTIMIZERS[train.optimizer].init(flat, table)
+    state = State(flat, table, centroids, optimizer, 0, LossScale(1.0, 0))
     about = {"dataset": "pg19", "data_dir": None, "data": None, "model": to_json(config),
-             "train": to_json(train), "codec": vocabulary.name,
+             "train": to_json(train), **open_codec(RELEASED, vocabulary).to_config(),
              "released": {"step": step, "sha256": digests}}
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        run.open_folder(part, about, vocabulary)
-        run.save(part / "last.npz", state, about)
+        open_folder(part, about, vocabulary)
+        save_state(part / "last.npz", state, Progress(), about)
         part.replace(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rt_scratch.data.download import check_space
 from rt_scratch.data.files import DAMAGE, chunks, member_names
 from rt_scratch.errors import UserError
 
@@ -164,11 +164,7 @@ def _unpack(path, folder):
             beside = [n for n in names if PurePosixPath(n).parent == chosen.parent
                       and (PurePosixPath(n).name == "hparams.json"
                            or PurePosixPath(n).name.startswith(f"{chosen.name}."))]
-            size = sum(z.getinfo(name).file_size for name in beside)
-            free = shutil.disk_usage(folder).free
-            if size > free:
-                raise UserError(f"no space left in {folder.parent} to unpack {path}: "
-                                f"{size / 1e6:,.1f} MB to come, {free / 1e6:,.1f} MB free")
+            check_space(folder, sum(z.getinfo(name).file_size for name in beside))
             for name in beside:
                 with z.open(name) as source, open(folder / PurePosixPath(name).name, "wb") as out:
                     for chunk in chunks(source):

@@ -16,9 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rt_scratch import checkpoint, model, released, run
+from rt_scratch import model, released
 from rt_scratch.config import ModelConfig
 from rt_scratch.errors import UserError
+from rt_scratch.run import checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 E1 = GOLDEN / "E1_checkpoint"
@@ -88,7 +89,7 @@ def test_shapes_tell_the_configuration(data):
     found, _ = released.model_config(made(config), {"share_qk": config.share_qk})
     assert found == config
     params, state = released.convert(made(found), found)
-    assert set(state) == {i for i in range(n_layers) if config.heads(i)[0]}
+    assert set(state) == {i for i in range(n_layers) if config.routing_heads(i)}
     assert params["embed"]["table"].shape == (config.vocab_size, config.token_width)
 
 
@@ -192,13 +193,13 @@ def test_golden_logits(given, copied, vocabulary, capsys):
     folder = copied.parent / "runs" / "out"
     released.main([str(place), "--vocab", str(vocabulary), "--out", str(folder)])
     assert "64 optimizer slots, global_step" in capsys.readouterr().out
-    state, config, cfg = run.load_model(folder, np)
+    state, _, config, cfg, _ = checkpoint.load_model(folder, np)
     assert cfg == CONFIG
     assert config["released"]["step"] == 3530000 and state.step == 0
-    assert (folder / config["codec"]).read_bytes() == vocabulary.read_bytes()
+    assert (folder / config["codec_file"]).read_bytes() == vocabulary.read_bytes()
     with np.load(GOLDEN / "E1.npz") as file:
         ids, want = file["in/targets"].reshape(2, -1), file["out/logits"]
-    got = model.logits(model.views(state.flat, state.table), state.centroids, cfg, ids)
+    got = model.logits(state.params, state.centroids, cfg, ids)
     assert np.abs(got - want).max() <= 2e-5 * np.abs(want).max()
     arrays, _ = checkpoint.load(folder / "last.npz")
     assert {"opt.row", "opt.column", "opt.full"} <= set(arrays)

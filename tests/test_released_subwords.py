@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rt_scratch.data import released_subwords
+from rt_scratch.data.released_subwords import read_vocabulary
 from rt_scratch.errors import UserError
 
 FILE = Path(__file__).parent / "golden" / "T_subwords.subwords"
 GOLDEN = json.loads(FILE.with_suffix(".json").read_text("utf-8"))
-SUBWORDS = released_subwords.read(FILE)
+SUBWORDS = read_vocabulary(FILE)
 
 
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=range(len(GOLDEN["cases"])))
@@ -73,7 +73,7 @@ def test_quotes(tmp_path, quote):
     path = tmp_path / "vocabulary"
     pieces = ["<pad>", "<EOS>", "cat_", *"\\_u;0123456789act"]
     path.write_text("\n".join(f"{quote}{p}{quote}" for p in pieces))
-    subwords = released_subwords.read(path)
+    subwords = read_vocabulary(path)
     assert subwords.encode(b"cat").tolist() == [2]
     assert len(subwords) == len(pieces)
 
@@ -89,4 +89,4 @@ def test_not_a_vocabulary(tmp_path, content, message):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=message):
-        released_subwords.read(path).encode(b"a")
+        read_vocabulary(path).encode(b"a")

@@ -25,6 +25,7 @@ import numpy as np
 from rt_scratch.data.cache import smallest_type
 from rt_scratch.errors import UserError
 
+RELEASED = "tensor2tensor"          # their row in codecs.py
 PADDING, END = 0, 1
 RESERVED = ["<pad>", "<EOS>"]       # what the file calls them, in some versions with an underscore
 ESCAPES = "\\_u;0123456789"         # needed to spell what the vocabulary lacks
@@ -61,10 +62,13 @@ class Subwords:
         return np.array([i for line in lines for i in self.encode_line(line.strip())], self.dtype)
 
     def decode(self, ids) -> bytes:
-        """Text of ids (n,) that follow each other; 0, 1 and ids out of range are no text."""
+        """Text of ids (n,) that follow each other; 0, 1 and ids out of range are no text.
+
+        Nor is an escape that the last id leaves unfinished.
+        """
         n = len(self.subwords)
         escaped = "".join([self.subwords[i] for i in np.asarray(ids).tolist() if END < i < n])
-        runs = [_ESCAPED.sub(_unescape, run) for run in escaped.split("_") if run]
+        runs = [_ESCAPED.sub(_unescape, run) for run in _whole(escaped).split("_") if run]
         pieces, before = [], False
         for run in runs:
             if before and run[0].isalnum():
@@ -96,7 +100,13 @@ class Subwords:
             yield [*now, END]
 
 
-def read(path: str | Path) -> Subwords:
+def released_codec(file: Path):
+    """(encode, decode, True, 1): see Codec. Text shows runs that are cut as far as they go."""
+    subwords = read_vocabulary(file)
+    return subwords.encode, subwords.decode, True, END
+
+
+def read_vocabulary(path: str | Path) -> Subwords:
     """The vocabulary in a file; UserError if the file is missing or no such vocabulary."""
     path = Path(path)
     try:
@@ -148,6 +158,14 @@ def _unquoted(line):
     if len(line) > 1 and line[0] == line[-1] and line[0] in "'\"":
         return line[1:-1]
     return line
+
+
+def _whole(escaped):
+    """Without a last escape that is not finished: an odd backslash, digits without semicolon."""
+    before = escaped.rstrip("0123456789")
+    if (len(before) - len(before.rstrip("\\"))) % 2:
+        return before[:-1]
+    return escaped
 
 
 def _unescape(match):
