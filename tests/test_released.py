@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 import zipfile
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +17,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rt_scratch import model, released
+import sample
+import train
+from rt_scratch import data, model, released
 from rt_scratch.config import ModelConfig
+from rt_scratch.data.released_subwords import read_vocabulary
 from rt_scratch.errors import UserError
-from rt_scratch.run import checkpoint
+from rt_scratch.run import checkpoint, log
+from rt_scratch.run.evaluate import evaluate
+from rt_scratch.run.samples import Text
+from rt_scratch.tf_checkpoint import Checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 E1 = GOLDEN / "E1_checkpoint"
@@ -158,6 +165,111 @@ def test_all_names_without_a_counterpart():
 def test_not_one_model(names):
     with pytest.raises(UserError, match="end in embeddings/embedding, one is needed"):
         released.own_variables({name: np.zeros((2, 2)) for name in names})
+
+
+# -------------------------------------------------------------------------- what is done with it
+
+VOCABULARY = GOLDEN / "T_subwords.subwords"
+SMALL = ModelConfig(
+    vocab_size=1988, seq_len=64, pad_id=0, n_layers=2, width=16, ffn_width=24, n_local_heads=1,
+    n_routing_heads=1, routing_layers=(1,), routing="topk", n_clusters=4, window=16, block=16,
+    local_max_distance=5, routing_max_distance=5, norm="post")
+
+
+@pytest.fixture
+def converted(tmp_path, monkeypatch):
+    """The run folder of a small random model whose checkpoint comes from memory."""
+    rng = np.random.default_rng(0)
+    variables = {f"m/{name}": (0.1 * rng.standard_normal(shape) + name.endswith(
+        ("scale", "ema_count"))).astype("float32")
+        for name, shape in released.released_shapes(SMALL).items()}
+    hparams = tmp_path / "hparams.json"
+    hparams.write_text(json.dumps({
+        "max_target_length": 64, "sparsity_cluster_attention_window": 16, "query_shape": [16],
+        "memory_flange": [16]}))
+    source = Checkpoint(tmp_path / "ckpt-9", variables, hparams, [hparams])
+    monkeypatch.setattr(released, "opened", lambda path, scratch: nullcontext(source))
+    monkeypatch.chdir(tmp_path)
+    released.main([str(source.path), "--vocab", str(VOCABULARY), "--out", "run"])
+    return Path("run")
+
+
+@pytest.fixture
+def books(tmp_path):
+    """PG-19 in its layout, but for train, which scoring does not need."""
+    text = "The whole of it,\r\n  line by line.\r\n\r\nNo more_than that: 12 times\n"
+    for name, n in (("test", 20), ("validation", 10)):
+        (tmp_path / "books" / name).mkdir(parents=True)
+        for book in (3, 20):
+            (tmp_path / "books" / name / f"{book}.txt").write_text(f"Book {book}\n" + n * text)
+    return tmp_path / "books"
+
+
+def test_packed_books(books):
+    codec = data.open_codec("tensor2tensor", VOCABULARY)
+    dataset = data.load("pg19", books, 1988, codec, 64)
+    subwords = read_vocabulary(VOCABULARY)
+    paths = [books / "test" / "3.txt", books / "test" / "20.txt"]
+    lines = [line for path in paths for line in path.read_bytes().decode().split("\n")]
+    rows = dataset.splits["test"].reshape(-1, 64)
+    sequences = list(subwords.sequences(lines, 64))
+    for row, ids in zip(rows, sequences, strict=True):
+        assert row.tolist() == ids + [0] * (64 - len(ids))
+    assert dataset.counted["test"] == sum(map(len, sequences)) < rows.size
+    assert dataset.units["test"] == 2 * (2 + 20 * 12)
+    assert data.score(dataset.counted["test"], dataset.counted["test"], dataset, "test") == (
+        pytest.approx(np.exp(dataset.counted["test"] / dataset.units["test"])))
+    with pytest.raises(UserError, match="no books ID.txt in train/ here"):
+        dataset.splits["train"]
+    assert "valid 2 of 50 books" in dataset.protocol and "train 0 of" in dataset.protocol
+
+
+def test_scored_sampled_trained(converted, books, capsys):
+    """Scoring needs no train split and counts no padding; training goes on and is resumed."""
+    score = ["--out", str(converted), "--data-dir", str(books), "--evaluate", "test"]
+    train.main([*score, "--evaluate-causally", "--eval-windows", "3"])
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    codec = data.saved_codec(json.loads((converted / "config.json").read_text()), converted)
+    dataset = data.load("pg19", books, 1988, codec, 64)
+    per_word = f"{dataset.counted['test'] / dataset.units['test']:.3f} per word"
+    for line, seen in zip(lines, ("LEAKS THE FUTURE", "nothing seen ahead"), strict=True):
+        assert "subwords of T_subwords.subwords" in line and per_word in line and seen in line
+    loaded = checkpoint.load_model(converted, np)
+    whole = evaluate(loaded.state, dataset, loaded.model, "test", 2)
+    logits = model.logits(loaded.state.params, loaded.state.centroids, loaded.model,
+                          (ids := dataset.splits["test"].reshape(-1, 64).astype(np.int64)))
+    z = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    nats = -np.take_along_axis(z, ids[..., None], -1)[..., 0][ids != 0]
+    assert whole.nats == pytest.approx(nats.mean(), rel=1e-5)
+    assert f"{nats.size} subwords" in whole.line
+
+    sample.main([str(converted), "--prompt", "The  whole of\n it", "--tokens", "5"])
+    assert capsys.readouterr().out.startswith("The  whole of it")
+    with pytest.raises(UserError, match="no books ID.txt in train/"):
+        train.main(["--out", str(converted), "--data-dir", str(books), "--resume"])
+    (books / "test").rename(books / "train")
+    resume = ["--out", str(converted), "--data-dir", str(books), "--resume", "--steps"]
+    train.main([*resume, "2"])
+    train.main([*resume, "3"])
+    config = json.loads((converted / "config.json").read_text())
+    assert config["codec_file"] == VOCABULARY.name
+    assert list(config["released"]["sha256"]) == [VOCABULARY.name, "hparams.json"]
+    assert checkpoint.load_model(converted, np, "last.npz").state.step == 3
+    assert {"train", "valid"} == {row["split"] for row in log.read_log(converted)}
+
+
+def test_text_grows_as_it_is_read():
+    """Shown piece by piece, also over escapes, joins and the end, it is the text of all ids."""
+    codec = data.open_codec("tensor2tensor", VOCABULARY)
+    text = "two words, café_\u4e2d \\x 9"
+    ids = read_vocabulary(VOCABULARY).encode_line(text)
+    for cut in range(len(ids)):
+        grown = Text(codec, prompt=ids[:cut])
+        shown = "".join(grown.add(np.array([i])) for i in ids[cut:])
+        assert codec.decode(ids[:cut]).decode() + shown == text
+        assert not grown.stopped
+    grown.add(np.array([1]))
+    assert grown.stopped and grown.add(np.array(ids)) == ""
 
 
 # -------------------------------------------------------------- with TensorFlow: the golden case
