@@ -4,9 +4,10 @@
     python benchmarks/released.py --data data/pg19 --out benchmarks/results/released.md
 
 The checkpoint is made here, with random weights in the shapes of `pg19 --preset released`, and its
-optimizer slots; the authors' own is not needed. --data is a folder with PG-19's books, a few are
-enough. Each row is the user's own command in a process of its own: seconds from start to end, and
-the largest resident set. Takes about 10 GB in --work, and ten minutes.
+optimizer slots; the authors' own is not needed. --data is a folder with PG-19's books; a few of
+test are enough. Each row is the user's own command in a process of its own: seconds from start to
+end, reading the run folder included, and the largest resident set. Then what the routing layer does
+for one token. Takes about 5 GB in --work, and six minutes on two free cores.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def fields_of(cls):
 
 
 def measure(*command):
-    """(seconds, peak GiB, stdout) of a Python process; SystemExit with its words if it fails."""
+    """(seconds, peak GiB) of a Python process; SystemExit with its words if it fails."""
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE,
                                text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
@@ -66,7 +67,7 @@ def measure(*command):
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(map(str, command))} failed:\n{words}")
-    return time.perf_counter() - start, usage.ru_maxrss / 2**20, words
+    return time.perf_counter() - start, usage.ru_maxrss / 2**20
 
 
 def main():
@@ -76,19 +77,24 @@ def main():
     parser.add_argument("--work", type=Path, help="where to work (default: a temporary folder)")
     parser.add_argument("--out", type=Path, help="write the table here as well")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.work) as folder:
-        table = rows(Path(folder), args.data.resolve())
+    data, out = args.data.resolve(), args.out and args.out.resolve()
+    work = args.work and args.work.resolve()
+    os.chdir(ROOT)  # a folder of data that cannot be written has its cache below this one
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        table = rows(Path(folder), data)
     text = (f"# The authors' PG-19 model at its real size, random weights\n\n"
             f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, Python "
             f"{platform.python_version()}, NumPy {np.__version__}, float32.\n\n"
             "| what | seconds | peak, GiB |\n|---|---|---|\n" + "\n".join(table) + "\n")
     print(text)
-    if args.out:
-        args.out.write_text(text)
+    if out:
+        out.write_text(text)
 
 
 def rows(folder, data):
     """The lines of the table."""
+    from rt_scratch.data.released_subwords import read_vocabulary
+
     if os.fork() == 0:  # so that TensorFlow and the weights are not in this process
         make_checkpoint(folder)
         os._exit(0)
@@ -100,9 +106,56 @@ def rows(folder, data):
         lines.append(f"| {what} | {seconds:.1f} | {peak:.1f} |")
         print(lines[-1], file=sys.stderr, flush=True)
 
-    add("convert the checkpoint", *measure("-m", "rt_scratch.released", folder, "--vocab",
-                                            folder / "vocab.subwords", "--out", run)[:2])
+    vocabulary = folder / "vocab.subwords"
+    add("convert the checkpoint", *measure(
+        "-m", "rt_scratch.released", folder, "--vocab", vocabulary, "--out", run))
+    books = encoded(data, vocabulary)
+    add("score one window of 8,192 of the test split", *measure(
+        "train.py", "--device", "cpu", "--out", run, "--data-dir", data, "--evaluate", "test",
+        "--eval-windows", "1"))
+    (folder / "prompt.txt").write_bytes(read_vocabulary(vocabulary).decode(books[:8000]))
+    sample = ["sample.py", run, "--device", "cpu", "--prompt-file", folder / "prompt.txt",
+              "--tokens"]
+    first, peak = measure(*sample, 1)
+    add("sample 1 token after a prompt of 8,000", first, peak)
+    seconds, peak = measure(*sample, 101)
+    add("sample 101 tokens after it", seconds, peak)
+    lines.append(f"\n{(seconds - first) / 100:.2f} s per token there, of which the two topk heads "
+                 f"of the last layer take {1000 * topk_step_seconds():.0f} ms to choose their "
+                 "members again and attend.")
     return lines
+
+
+def encoded(data, vocabulary):
+    """The first packed sequences of the test split, encoded once so that no row does it."""
+    from rt_scratch.data import load, open_codec
+
+    return load("pg19", data, 0, open_codec("tensor2tensor", vocabulary), 8192).splits["test"]
+
+
+def topk_step_seconds(position=8100, steps=20):
+    """Median seconds of `topk_step` for one token of the released routing layer."""
+    from rt_scratch.config import ModelConfig
+    from rt_scratch.heads import Context, topk_step, topk_store
+
+    config = ModelConfig(**fields_of(ModelConfig))
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return rng.standard_normal(shape, "float32")
+
+    heads, d = config.n_routing_heads, config.head_width
+    store = topk_store(config, heads, 1, config.seq_len, np, "float32")
+    for array in store:
+        array[...] = draw(*array.shape)
+    context = Context(config, config.n_layers - 1, draw(heads, config.n_clusters, d))
+    tables = {f"routing_rel_{x}": draw(2 * config.routing_max_distance + 1, d) for x in "kv"}
+    seconds = []
+    for i in range(steps):
+        start = time.perf_counter()
+        topk_step(draw(1, heads, d), None, draw(1, heads, d), tables, context, store, position + i)
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds)[steps // 2]
 
 
 if __name__ == "__main__":
