@@ -8,6 +8,7 @@ members of each cluster.
 from __future__ import annotations
 
 import math
+from collections import namedtuple
 from typing import Any, NamedTuple
 
 from rt_scratch.dispatch import accelerated, array_module
@@ -22,10 +23,7 @@ from rt_scratch.layers import segment_sum
 # and a skew moves row i so that column d lands under key i + d.
 
 
-class DistanceRowsCache(NamedTuple):
-    table: Any    # (2 m + 1, D)
-    first: int
-    last: int
+DistanceRowsCache = namedtuple("DistanceRowsCache", "table first last")
 
 
 def distance_rows(table, first: int, last: int):
@@ -84,16 +82,7 @@ def unskew(y, n_distances: int):
 
 # ---------------------------------------------------------------------------------- attention
 
-class AttendCache(NamedTuple):
-    q: Any        # (..., S, D)
-    k: Any        # (..., N, D)
-    v: Any        # (..., N, D)
-    rel_k: Any    # (P, D) or None
-    rel_v: Any
-    mask: Any     # broadcasts to (..., S, N)
-    scale: float
-    dropped: Any
-    lse: Any      # (..., S, 1) log-sum-exp of each row of logits, from which p is computed again
+AttendCache = namedtuple("AttendCache", "q k v rel_k rel_v mask scale dropped lse")
 
 
 @accelerated
@@ -103,7 +92,8 @@ def attend(q, k, v, rel_k, rel_v, mask, scale, dropped=None):
     q (..., S, D), k and v (..., N, D); rel_k, rel_v (P, D) rows by distance as in `skew`, or both
     None; mask, broadcast to (..., S, N), is True where query i may see key j. A query that may see
     nothing gets 0. `dropped` = (rate, key) drops entries of p.
-    Paper section 3, Shaw et al. 2018 equations 3 and 4.
+    Paper section 3, Shaw et al. 2018 equations 3 and 4. Cache: the inputs and lse (..., S, 1), the
+    log-sum-exp of each row, from which the backward computes p again.
     """
     xp = array_module(q)
     z = _logits(q, k, rel_k, mask, scale)  # (..., S, N)
@@ -184,16 +174,7 @@ class Reach(NamedTuple):
     window: Any       # largest distance + 1, None: no bound
 
 
-class LocalCache(NamedTuple):
-    q: Any            # (B, H, T, D); blocks and windows are cut again
-    k: Any
-    v: Any
-    rel_k: Any        # (2 m + 1, D) or None
-    rel_v: Any
-    reach: Reach
-    scale: float
-    dropped: Any
-    lse: Any          # (B, H, n, S, 1) log-sum-exp of each query
+LocalCache = namedtuple("LocalCache", "q k v rel_k rel_v reach scale dropped lse")
 
 
 @accelerated
@@ -205,6 +186,7 @@ def local_attention(q, k, v, rel_k, rel_v, block, lookback, scale, segments=None
     multiple of S = block. With `segments` (B, H, T) a query sees only keys of its own segment, and
     with `window` only those at a distance below it (routing attention in `causal` mode is this, on
     the sequence sorted by cluster). Released code: attention_nd in one dimension, masked.
+    Cache: the inputs, the Reach, and lse (B, H, n, S, 1); blocks and windows are cut again.
     """
     t = q.shape[2]
     reach = clipped_reach(t, block, lookback, segments, window)

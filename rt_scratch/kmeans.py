@@ -6,6 +6,7 @@ the forward pass what each centroid won, `update_centroids` moves them once per 
 
 from __future__ import annotations
 
+from collections import namedtuple
 from typing import Any, NamedTuple
 
 from rt_scratch.dispatch import accelerated, array_module
@@ -63,8 +64,7 @@ def update_centroids(state: Centroids, counts, sums, decay: float) -> Centroids:
     return Centroids(xp.where((counts > 0)[..., None], mu, state.mu), count, total)
 
 
-class CommitmentCache(NamedTuple):
-    apart: Any     # (B, H, T, D) x - mu[winner]
+CommitmentCache = namedtuple("CommitmentCache", "apart")
 
 
 def commitment(x, mu, winner):

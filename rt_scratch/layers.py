@@ -10,8 +10,9 @@ arrays are computed again rather than stored where that is cheap.
 from __future__ import annotations
 
 import math
+from collections import namedtuple
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rt_scratch.dispatch import accelerated, array_module
 from rt_scratch.dropout import dropout, dropout_backward
@@ -21,10 +22,7 @@ EPSILON = 1e-6  # of LayerNorm; the released code's value
 
 # ------------------------------------------------------------------------------------- linear
 
-class LinearCache(NamedTuple):
-    x: Any        # (..., I)
-    w: Any        # (I, O)
-    biased: bool
+LinearCache = namedtuple("LinearCache", "x w biased")
 
 
 @accelerated
@@ -48,24 +46,18 @@ def linear_backward(dy, cache):
 
 # ---------------------------------------------------------------------------------- LayerNorm
 
-class NormalizeCache(NamedTuple):
-    x: Any        # (..., C)
-    mean: Any     # (..., 1)
-    rstd: Any     # (..., 1), 1 / sqrt(variance + EPSILON)
+NormalizeCache = namedtuple("NormalizeCache", "x mean rstd")
 
 
-class LayerNormCache(NamedTuple):
-    x: Any        # (..., C)
-    gain: Any     # (C,)
-    mean: Any     # (..., 1)
-    rstd: Any     # (..., 1)
+LayerNormCache = namedtuple("LayerNormCache", "x gain mean rstd")
 
 
 @accelerated
 def normalize(x):
     """n = (x - mean) / sqrt(variance + 1e-6) over the last axis: LayerNorm without parameters.
 
-    Routing heads apply it to queries and keys, so that q . mu compares directions.
+    Routing heads apply it to queries and keys, so that q . mu compares directions. Cache: x and the
+    row statistics mean and rstd = 1 / sqrt(variance + 1e-6), each (..., 1).
     """
     xp = array_module(x)
     mean = x.mean(-1, keepdims=True)  # (..., 1)
@@ -108,9 +100,7 @@ GELU_SCALE = math.sqrt(2 / math.pi)
 GELU_CUBE = 0.044715
 
 
-class GateCache(NamedTuple):
-    a: Any        # (..., M) before the activation
-    b: Any        # (..., M) what it gates
+GateCache = namedtuple("GateCache", "a b")
 
 
 @accelerated
@@ -151,14 +141,7 @@ def swiglu_backward(dy, cache):
     return dy * b * s * (1 + a * (1 - s)), dy * (a * s)
 
 
-class GatedCache(NamedTuple):
-    x: Any        # (..., C)
-    w_gate: Any   # (C, M)
-    w_value: Any  # (C, M)
-    w_out: Any    # (M, C)
-    a: Any        # (..., M) = x w_gate; the hidden layer is computed again
-    b: Any        # (..., M) = x w_value
-    dropped: Any
+GatedCache = namedtuple("GatedCache", "x w_gate w_value w_out a b dropped")
 
 
 @accelerated
@@ -184,6 +167,7 @@ def swiglu_ffn_backward(dy, cache):
 
 
 def _gated(gate, x, w_gate, w_value, w_out, dropped):
+    """The cache holds x and its two products; the hidden layer is computed again."""
     a, _ = linear(x, w_gate)                                         # (..., M)
     b, _ = linear(x, w_value)
     h, _ = gate(a, b)
@@ -204,11 +188,7 @@ def _gated_backward(gate, gate_backward, dy, cache):
     return dx_a + dx_b, dw_gate, dw_value, dw_out
 
 
-class ReluCache(NamedTuple):
-    hidden: LinearCache
-    positive: Any  # (..., M) where the hidden layer is above 0
-    dropped: Any
-    out: LinearCache
+ReluCache = namedtuple("ReluCache", "hidden positive dropped out")
 
 
 def relu_ffn(x, w_in, b_in, w_out, b_out, dropped=None):
@@ -277,9 +257,7 @@ def shift_right(ids):
     return xp.concatenate([xp.zeros_like(ids[:, :1]), ids[:, :-1]], axis=1)
 
 
-class EmbeddingCache(NamedTuple):
-    ids: Any      # (...)
-    table: Any    # (V, E)
+EmbeddingCache = namedtuple("EmbeddingCache", "ids table")
 
 
 def embedding(ids, table):
@@ -308,13 +286,7 @@ def timing_signal(xp, n_positions: int, width: int, dtype, start: int = 0):
     return xp.concatenate(parts, axis=1).astype(dtype, copy=False)
 
 
-class ImageEmbeddingCache(NamedTuple):
-    index: Any    # (B, T) rows of table
-    row: Any      # (T,) rows of `rows`, seen as (3 P, C)
-    column: Any   # (T,) the same of `columns`
-    table: Any
-    rows: Any
-    columns: Any
+ImageEmbeddingCache = namedtuple("ImageEmbeddingCache", "index row column table rows columns")
 
 
 def image_embedding(ids, start, table, rows, columns):
@@ -354,13 +326,7 @@ def image_embedding_backward(dy, cache):
 CHUNK_ENTRIES = 1 << 22  # logits alive at a time: rows are taken so that rows x V stays below
 
 
-class CrossEntropyCache(NamedTuple):
-    x: Any        # (N, C)
-    w: Any        # (C, V)
-    b: Any        # (V,)
-    targets: Any  # (N,)
-    weights: Any  # (N,)
-    lse: Any      # (N,) log-sum-exp of the logits, which are computed again
+CrossEntropyCache = namedtuple("CrossEntropyCache", "x w b targets weights lse")
 
 
 @accelerated
@@ -369,7 +335,8 @@ def linear_cross_entropy(x, w, b, targets, weights):
 
     x (N, C), w (C, V), b (V,), targets (N,) integers, weights (N,) -> loss, a 0-d array in nats.
     Mean cross-entropy has weights 1 / N; a weight of 0 leaves a row out. The (N, V) logits exist
-    only a chunk of rows at a time.
+    only a chunk of rows at a time; the cache holds the inputs and lse (N,), the log-sum-exp of each
+    row, from which the backward computes the softmax again.
     """
     xp = array_module(x)
     loss = xp.zeros((), x.dtype)

@@ -10,18 +10,15 @@ tree of gradients; they alone write `+=` into it, and return the gradient of the
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections import namedtuple
+from typing import NamedTuple
 
 from rt_scratch.config import ModelConfig
 from rt_scratch.dispatch import array_module
 from rt_scratch.dropout import dropout, dropout_backward, dropout_mask
-from rt_scratch.heads import Context, Part, parts
+from rt_scratch.heads import Context, parts
 from rt_scratch.layers import (
     FEED_FORWARDS,
-    CrossEntropyCache,
-    EmbeddingCache,
-    LayerNormCache,
-    LinearCache,
     embedding,
     embedding_backward,
     image_embedding,
@@ -55,13 +52,7 @@ class Report(NamedTuple):
     routes: dict[int, Route]
 
 
-class ForwardCache(NamedTuple):
-    cfg: ModelConfig
-    embed: EmbedCache
-    dropped: Any           # of the first input
-    blocks: list           # BlockCache, or with `recompute` (input, arguments, Route)
-    recompute: bool
-    output: OutputCache
+ForwardCache = namedtuple("ForwardCache", "cfg embed dropped blocks recompute output")
 
 
 def forward(params, centroids, cfg: ModelConfig, ids, labels=None, noise=None, fixed=None,
@@ -70,7 +61,8 @@ def forward(params, centroids, cfg: ModelConfig, ids, labels=None, noise=None, f
 
     Position t depends on tokens before t only (topk heads aside). `labels` (B,) condition images
     on a class. `noise` turns dropout on. `fixed` maps layers to Routes to use instead of choosing.
-    With `recompute` a block's cache is its input alone, and the backward runs the block again.
+    With `recompute` the cache of a block is (input, arguments, Route), and the backward runs the
+    block again.
     Returns (hidden, commitment loss), cache, Report.
     """
     shifted = shift_right(ids)
@@ -109,10 +101,7 @@ def forward_backward(dh, dcommitment, cache: ForwardCache, grads):
     _embed_backward(dropout_backward(dx, cache.dropped), cache.embed, grads["embed"])
 
 
-class LossCache(NamedTuple):
-    forward: ForwardCache
-    output: CrossEntropyCache
-    shape: tuple           # of the hidden state
+LossCache = namedtuple("LossCache", "forward output shape")
 
 
 def loss(params, centroids, cfg: ModelConfig, ids, weights, labels=None, noise=None, fixed=None,
@@ -160,12 +149,7 @@ def mu_of(centroids, layer: int):
 
 # ---------------------------------------------------------------------------------- input, output
 
-class EmbedCache(NamedTuple):
-    cfg: ModelConfig
-    table: Any                          # EmbeddingCache or ImageEmbeddingCache
-    dense: LinearCache | None
-    classes: EmbeddingCache | None
-    dropped: Any
+EmbedCache = namedtuple("EmbedCache", "cfg table dense classes dropped")
 
 
 def embed(params, cfg: ModelConfig, shifted, start: int, labels=None, noise=None):
@@ -204,9 +188,7 @@ def _embed_backward(dx, cache: EmbedCache, g):
     g["table"] += embedding_backward(dropout_backward(de, cache.dropped), cache.table)
 
 
-class OutputCache(NamedTuple):
-    norm: LayerNormCache | None
-    dense: LinearCache | None
+OutputCache = namedtuple("OutputCache", "norm dense")
 
 
 def before_output(params, cfg: ModelConfig, x):
@@ -244,14 +226,8 @@ def _output(params, cfg):
 
 # ------------------------------------------------------------------------------------ one block
 
-class BlockCache(NamedTuple):
-    cfg: ModelConfig
-    norm_attention: LayerNormCache
-    attention: AttentionCache
-    dropped_attention: Any
-    norm_ffn: LayerNormCache
-    ffn: Any                 # of the feed-forward layer
-    dropped_ffn: Any
+BlockCache = namedtuple(
+    "BlockCache", "cfg norm_attention attention dropped_attention norm_ffn ffn dropped_ffn")
 
 
 def block(x, p, cfg: ModelConfig, layer: int, mu, noise=None, fixed=None, memory=None):
@@ -304,14 +280,7 @@ def _norm_backward(dy, cache, g):
     return dx
 
 
-class AttentionCache(NamedTuple):
-    cfg: ModelConfig
-    parts: list[Part]
-    q: LinearCache
-    k: LinearCache | None
-    v: LinearCache
-    heads: list            # the cache of each part
-    out: LinearCache
+AttentionCache = namedtuple("AttentionCache", "cfg parts q k v heads out")
 
 
 def attention(x, p, cfg: ModelConfig, layer: int, mu=None, noise=None, fixed=None, memory=None):

@@ -16,13 +16,11 @@ nothing depends on later tokens. RANDOM is CAUSAL with clusters drawn at random.
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from rt_scratch.attention import (
-    AttendCache,
-    DistanceRowsCache,
-    LocalCache,
     attend,
     attend_backward,
     distance_rows,
@@ -32,13 +30,12 @@ from rt_scratch.attention import (
 )
 from rt_scratch.dispatch import accelerated, array_module
 from rt_scratch.kmeans import (
-    CommitmentCache,
     cluster_statistics,
     commitment,
     commitment_backward,
     nearest,
 )
-from rt_scratch.layers import NormalizeCache, normalize, normalize_backward, segment_sum
+from rt_scratch.layers import normalize, normalize_backward, segment_sum
 
 MEAN_FLOOR = 1e-2  # added to the number of clusters a token is in, so that none gives 0 (released)
 
@@ -89,14 +86,8 @@ class Membership(NamedTuple):
     several: Any
 
 
-class RoutingCache(NamedTuple):
-    rule: Rule
-    n_tokens: int
-    query: NormalizeCache
-    key: NormalizeCache | None            # None: keys are queries
-    attention: Any                        # of the mode
-    commitment: CommitmentCache | None    # None: centroids do not follow the tokens
-    key_commitment: CommitmentCache | None
+RoutingCache = namedtuple(
+    "RoutingCache", "rule n_tokens query key attention commitment key_commitment")
 
 
 def routing_attention(q, k, v, rel_k, rel_v, mu, rule: Rule, fixed=None, dropped=None):
@@ -175,12 +166,7 @@ def top_members(scores, window: int):
     return xp.sort(best, axis=-1)
 
 
-class TopkCache(NamedTuple):
-    attend: AttendCache
-    mean: Any                             # ScatterMeanCache
-    rows_k: DistanceRowsCache | None
-    rows_v: DistanceRowsCache | None
-    route: Route
+TopkCache = namedtuple("TopkCache", "attend mean rows_k rows_v route")
 
 
 def topk_attention(q, k, v, rel_k, rel_v, route: Route, rule: Rule, dropped=None):
@@ -245,10 +231,7 @@ def by_cluster(winner):
     return xp.argsort(winner, axis=-1, kind="stable")
 
 
-class SortedCache(NamedTuple):
-    local: LocalCache
-    order: Any     # (B, H, T)
-    back: Any      # (B, H, T) its inverse
+SortedCache = namedtuple("SortedCache", "local order back")
 
 
 def sorted_attention(q, k, v, rel_k, rel_v, route: Route, rule: Rule, dropped=None):
@@ -310,9 +293,7 @@ def scatter_sum(rows, index, n_tokens: int):
     return flat.reshape(b, h, n_tokens, d)
 
 
-class ScatterMeanCache(NamedTuple):
-    index: Any     # (B, H, K, W)
-    times: Any     # (B, H, T, 1) in how many rows each token is
+ScatterMeanCache = namedtuple("ScatterMeanCache", "index times")
 
 
 @accelerated

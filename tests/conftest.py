@@ -10,7 +10,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy; small produc
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
-from rt_scratch import backend  # noqa: E402
+from rt_scratch import dispatch  # noqa: E402
 
 common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("dev", max_examples=50, **common)
@@ -22,8 +22,8 @@ settings.load_profile("dev")
 @pytest.fixture(autouse=True)
 def no_twins_left():
     """Tests start with the plain functions: a script run inside a test registers faster twins."""
-    before = {name: dict(table) for name, table in backend.twins.items()}
+    before = {name: dict(table) for name, table in dispatch.twins.items()}
     yield
-    for name, table in backend.twins.items():
+    for name, table in dispatch.twins.items():
         table.clear()
         table.update(before.get(name, {}))

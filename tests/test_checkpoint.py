@@ -7,8 +7,9 @@ import zipfile
 import numpy as np
 import pytest
 
-from rt_scratch import checkpoint
+from rt_scratch.config import ModelConfig
 from rt_scratch.errors import UserError
+from rt_scratch.run import checkpoint, folder
 
 ARRAYS = {"w": np.arange(6.0).reshape(2, 3), "n": np.array(3, np.int64),
           "f": np.zeros(0, np.float32)}
@@ -111,15 +112,16 @@ def test_a_failed_save_keeps_the_old_file(path, monkeypatch):
 
 def test_newest_run(tmp_path):
     with pytest.raises(UserError, match="no run"):
-        checkpoint.newest_run(tmp_path)
+        folder.newest_run(tmp_path)
     for name, age in (("a", 1), ("b", 3), ("c", 2)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "last.npz").touch()
         os.utime(tmp_path / name / "last.npz", (age, age))
-    assert checkpoint.newest_run(tmp_path).name == "b"
+    assert folder.newest_run(tmp_path).name == "b"
 
 
 def test_other_configurations_are_named():
-    with pytest.raises(UserError, match="width 8 there, 16 here"):
-        checkpoint.check_matches({"width": 8, "k": 1}, {"width": 16, "k": 1}, "x.npz")
-    checkpoint.check_matches({"width": 8}, {"width": 8}, "x.npz")
+    cfg = ModelConfig(width=8)
+    with pytest.raises(UserError, match="x.npz has another configuration: width 8 there, 16 here"):
+        checkpoint.check_matches(cfg, ModelConfig(width=16), "x.npz")
+    checkpoint.check_matches(cfg, ModelConfig(width=8), "x.npz")

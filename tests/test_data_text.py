@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from rt_scratch.data import DATASETS, load, open_codec, score
+from rt_scratch.data import DATASETS, load, open_codec, outline, score
 from rt_scratch.data import stdlib as stdlib_module
 from rt_scratch.errors import UserError
 
@@ -47,6 +47,8 @@ def test_stdlib_holds_out_whole_files(tmp_path):
                 if stdlib_module.split_of(p) == split]
         assert [line for line in part if line] == [
             b"x = " + p.split("mod")[1].removesuffix(".py").encode() for p in want]
+        text = data.codec.decode(data.splits[split])
+        assert text.count(b"\n\n") == len(want) - 1  # a newline between two files
 
 
 def test_stdlib_split_never_changes():
@@ -134,6 +136,17 @@ def test_table_names_real_modules():
     for name, row in DATASETS.items():
         assert callable(importlib.import_module(f"rt_scratch.data.{name}").load)
         assert row.about
+
+
+@pytest.mark.parametrize("name, vocab_size, kind, shape", [
+    ("stdlib", 256, "text", None), ("enwik8", 256, "text", None),
+    ("wikitext103", 267_735, "text", None), ("pg19", 98_304, "text", None),
+    ("cifar10", 256, "image", (32, 32, 3)), ("imagenet64", 256, "image", (64, 64, 3))])
+def test_outlines(name, vocab_size, kind, shape):
+    data = outline(name)
+    assert (data.vocab_size, data.kind, data.image_shape) == (vocab_size, kind, shape)
+    assert outline(name, 5000).vocab_size == 5000
+    assert data.splits == {}
 
 
 def test_scores(tmp_path):

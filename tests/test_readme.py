@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import sample
 import train
 from rt_scratch import data
+from rt_scratch.data import table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,7 +24,8 @@ COMMANDS = [part.strip() for language, text in BLOCKS if not language
 def test_python_interface():
     names = {}
     exec(PYTHON[0], names)
-    assert names["z"].shape == (1, 2, 256)
+    assert names["z"].shape == (4, 28, 256)
+    assert 5 < float(names["result"].nats) < 7 and names["grads"].any()
     assert np.isfinite(names["z"]).all()
 
 
@@ -30,14 +33,15 @@ def test_sixth_dataset(tmp_path, monkeypatch):
     names = {"__name__": "rt_scratch.data.mine"}
     exec(PYTHON[1], names)
     (tmp_path / "mine.bin").write_bytes(bytes(range(200)))
-    line = re.search(r'`"mine": (\(.*?\))`', README).group(1)
-    monkeypatch.setitem(data.DATASETS, "mine", eval(line))
-    monkeypatch.setattr(data, "_module", lambda name: type("mine", (), {
-        "load": staticmethod(names["load"])}))
+    line = re.search(r'`"mine": (Row\(.*?\))`', README).group(1)
+    monkeypatch.setitem(data.DATASETS, "mine", eval(line, vars(table)))
+    module = type(sys)("rt_scratch.data.mine")
+    module.load = names["load"]
+    monkeypatch.setitem(sys.modules, "rt_scratch.data.mine", module)
     loaded = data.load("mine", tmp_path)
     assert {name: len(split) for name, split in loaded.splits.items()} == {
         "train": 180, "valid": 10, "test": 10}
-    assert loaded.decode(loaded.splits["test"]) == bytes(range(190, 200))
+    assert loaded.codec.decode(loaded.splits["test"]) == bytes(range(190, 200))
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python ")])

@@ -6,23 +6,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_model import SMALL
 
-from rt_scratch import run
+import sample
 from rt_scratch.config import ModelConfig, TrainConfig
+from rt_scratch.data.codecs import CODECS, open_codec
 from rt_scratch.data.dataset import byte_dataset
 from rt_scratch.errors import UserError
+from rt_scratch.run.checkpoint import Progress, save_state
+from rt_scratch.run.folder import describe, open_folder
+from rt_scratch.step import new_state
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-import sample  # noqa: E402
 
 
-def make_run(folder, cfg):
-    config = run.describe("stdlib", None, byte_dataset("stdlib", {}, ""), cfg.validate(),
-                          TrainConfig())
-    run.open_folder(folder, config, None)
-    run.save(folder / "last.npz", run.new_state(cfg, TrainConfig(), np), config)
+def make_run(folder, cfg, codec=None):
+    dataset = byte_dataset("stdlib", {}, "")
+    if codec:
+        dataset = dataset._replace(codec=codec)
+    config = describe("stdlib", None, dataset, cfg.validate(), TrainConfig())
+    open_folder(folder, config, dataset.codec.file)
+    save_state(folder / "last.npz", new_state(cfg, TrainConfig(), np), Progress(), config)
     return str(folder)
 
 
@@ -55,6 +58,23 @@ def test_bytes_that_are_not_utf8_are_shown(text_run, capsys):
     """An untrained model writes every byte; none may crash the terminal."""
     assert "\N{REPLACEMENT CHARACTER}" in printed(capsys, text_run, "--tokens", "200",
                                                   "--temperature", "1")
+
+
+def test_the_codec_of_the_dataset(tmp_path, capsys, monkeypatch):
+    """A dataset's own alphabet, its file copied into the run, reads the prompt and shows ids."""
+    def alphabet(file):
+        letters = file.read_text()
+        return (lambda text: np.array([letters.index(c) for c in text.decode()]),
+                lambda ids: "".join(letters[i] for i in ids).encode())
+
+    monkeypatch.setitem(CODECS, "mine", alphabet)
+    (tmp_path / "alphabet.txt").write_text("xyz")
+    folder = make_run(tmp_path / "run", ModelConfig(
+        vocab_size=3, seq_len=32, n_layers=1, width=16, ffn_width=8, window=4, block=4),
+        open_codec("mine", tmp_path / "alphabet.txt"))
+    (tmp_path / "alphabet.txt").unlink()
+    out = printed(capsys, folder, "--prompt", "zyx", "--tokens", "30")
+    assert out.startswith("zyx") and set(out) == {"x", "y", "z", "\n"} and len(out) == 34
 
 
 def test_several_samples(text_run, capsys):
@@ -125,6 +145,6 @@ def test_from_the_command_line(text_run, tmp_path):
     command = [sys.executable, str(ROOT / "sample.py"), "--device", "cpu", "--tokens", "5"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.startswith("error: no run with a checkpoint")
-    make_run(tmp_path / "runs" / "a", SMALL)
+    make_run(tmp_path / "runs" / "a", ModelConfig(n_layers=1, width=16))
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0 and "tokens/s" in result.stderr

@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rt_scratch import checkpoint
+import train
+from rt_scratch import step
+from rt_scratch.device import select_device
 from rt_scratch.errors import UserError
+from rt_scratch.optim import OPTIMIZERS
+from rt_scratch.run import checkpoint
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-import train  # noqa: E402
 
 TINY = ("--device cpu --seq-len 16 --n-layers 2 --width 16 --ffn-width 8 --window 4 --block 4 "
         "--n-clusters 3 --local-max-distance 3 --routing-max-distance 3 --batch 2 --warmup 2 "
@@ -140,10 +142,11 @@ def test_evaluate(text, tmp_path, capsys):
     run(text, out)
     capsys.readouterr()
     flags = ["--out", str(out), "--device", "cpu"]
+    before = sorted(os.listdir(out))
     train.main(["--evaluate", "test", *flags])
     line = capsys.readouterr().out.strip().splitlines()[-1]
     assert line.startswith("test ") and "whole split" in line and "stride 16" in line
-    assert sorted(os.listdir(out)) == sorted(set(os.listdir(out)) - {"sample"})
+    assert sorted(os.listdir(out)) == before
     train.main(["--evaluate", "test", "--stride", "4", *flags])
     strided = capsys.readouterr().out.strip().splitlines()[-1]
     assert "stride 4" in strided
@@ -165,6 +168,21 @@ def test_score_without_looking_ahead(text, tmp_path, capsys, routing):
     scores = [float(line.split()[1]) for line in (forced, causal)]
     assert ("LEAKS" in forced) == (routing == "topk") and "by incremental decoding" in causal
     assert (abs(scores[0] - scores[1]) < 2e-4) == (routing == "causal")
+
+
+def test_the_rate_is_that_of_training(text, tmp_path, monkeypatch):
+    """Tokens per second leave the scoring out: a slow evaluation does not change them."""
+    real = train.evaluate
+
+    def slow(*args, **options):
+        time.sleep(1.0)
+        return real(*args, **options)
+
+    monkeypatch.setattr(train, "evaluate", slow)
+    run(text, tmp_path / "run", "--eval-every", "2")
+    log = [r for r in rows(tmp_path / "run") if r["split"] == "train"]
+    assert float(log[-1]["seconds"]) > 2
+    assert float(log[-1]["tokens_per_s"]) > 6 * 32 / (float(log[-1]["seconds"]) - 1.5)
 
 
 def test_dry_run_writes_nothing(text, tmp_path, capsys):
@@ -194,7 +212,6 @@ def test_bad_flags(text, tmp_path):
             (["--routing-layers", "a"], "layer_list"),
             (["--device", "cuda"], "no usable GPU")):
         if flags == ["--device", "cuda"]:
-            from rt_scratch.backend import select_device
             if select_device("auto")[0] is not np:
                 continue
         assert word in fails(text, *out, *flags)
@@ -230,24 +247,23 @@ def test_bad_resumes(text, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path, monkeypatch):
     """The update is not made; the last good checkpoint stays."""
     out = tmp_path / "run"
-    real = train.gradients
+    real = step.gradients
 
-    def broken(flat, grads, *rest, **options):
-        result = real(flat, grads, *rest, **options)
-        step = rest[5] if len(rest) > 5 else options["step"]
-        if step == 4:
+    def broken(state, grads, *rest):
+        result = real(state, grads, *rest)
+        if state.step == 4:
             grads[0] = np.nan
         return result
 
-    monkeypatch.setattr(train, "gradients", broken)
+    monkeypatch.setattr(step, "gradients", broken)
     with pytest.raises(UserError, match="gradient is not finite at step 5"):
         run(text, out, "--eval-every", "2")
     arrays, meta = checkpoint.load(out / "last.npz")
     assert meta["step"] == 4 and np.isfinite(arrays["params"]).all()
 
 
-@pytest.mark.parametrize("place, word", [(7, "validation loss"), (200 * 16, "parameters")])
-def test_parameters_that_are_not_finite_are_not_saved(text, tmp_path, monkeypatch, place, word):
+@pytest.mark.parametrize("entry, word", [(7, "validation loss"), (200 * 16, "parameters")])
+def test_parameters_that_are_not_finite_are_not_saved(text, tmp_path, monkeypatch, entry, word):
     """An update that blows up between two log lines: neither last.npz nor best.npz takes it.
 
     The embedding of byte 0 is part of every text, that of byte 200 is not in this one.
@@ -257,9 +273,9 @@ def test_parameters_that_are_not_finite_are_not_saved(text, tmp_path, monkeypatc
     saved = [(out / name).read_bytes() for name in ("last.npz", "best.npz")]
 
     def blow_up(flat, *rest, **options):
-        flat[place] = np.nan
+        flat[entry] = np.nan
 
-    monkeypatch.setitem(train.OPTIMIZERS, "adamw", (train.OPTIMIZERS["adamw"][0], blow_up))
+    monkeypatch.setitem(OPTIMIZERS, "adamw", OPTIMIZERS["adamw"]._replace(update=blow_up))
     with pytest.raises(UserError, match=rf"the {word} .* not finite .*last.npz, is kept"):
         train.main(["--resume", "--out", str(out), "--device", "cpu", "--stop-after", "4"])
     assert saved == [(out / name).read_bytes() for name in ("last.npz", "best.npz")]
@@ -282,7 +298,7 @@ def test_a_log_with_a_cut_line(text, tmp_path):
 
 
 def test_text_that_was_moved(text, tmp_path, capsys):
-    """The same bytes at another place are the same data; other bytes are said aloud."""
+    """The same bytes elsewhere are the same data; other bytes are said aloud."""
     out = tmp_path / "run"
     run(text, out, "--stop-after", "3")
     (tmp_path / "elsewhere").mkdir()

@@ -143,9 +143,7 @@ def _continue(url, source, part, quiet):
             _announce(url, part, have, total)
         bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=source.name,
                    disable=True if quiet else None)
-        with open(part, "r+b" if have else "wb") as f, bar:
-            f.seek(have)
-            f.truncate()
+        with open(part, "ab" if have else "wb") as f, bar:
             while chunk := reply.read(CHUNK):
                 f.write(chunk)
                 have += len(chunk)
