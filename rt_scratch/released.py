@@ -468,8 +468,8 @@ def _read_hparams(path):
     return values
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command; UserError for all that the user can mend."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The flags of the command."""
     parser = Parser(prog="python -m rt_scratch.released", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", type=Path,
@@ -480,7 +480,12 @@ def main(arguments: list[str] | None = None) -> None:
                         help="run folder to write (default: runs/released)")
     parser.add_argument("--download", action="store_true",
                         help="get the authors' checkpoint and vocabulary first")
-    args = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; UserError for everything the user can fix."""
+    args = parse(arguments)
     checkpoint, vocabulary = args.checkpoint, args.vocab
     if args.download:
         folder = checkpoint or DOWNLOADS

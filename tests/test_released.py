@@ -4,12 +4,15 @@ The tests that read a checkpoint need TensorFlow (pip install -e '.[released]'),
 in continuous integration; the others need none.
 """
 
+import functools
 import json
 import shutil
 import sys
+import threading
 import zipfile
 from contextlib import nullcontext
 from dataclasses import replace
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -381,6 +384,29 @@ def test_vocabulary_of_another_size(copied, tmp_path):
 def test_a_run_is_never_replaced(copied, vocabulary, tmp_path):
     with pytest.raises(UserError, match="is there already"):
         released.write_run(copied, vocabulary, tmp_path)
+
+
+def test_download(tmp_path, monkeypatch, capfd):
+    """Both files, the size of each before it comes; then as if they had been there."""
+    (tmp_path / "served").mkdir()
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path / "served")
+    converted = []
+    monkeypatch.setattr(released, "write_run", lambda *paths: converted.append(paths))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        for name, size in (("CHECKPOINT", 1_500_000), ("VOCABULARY", 200_000)):
+            source = getattr(released, name)
+            (tmp_path / "served" / source.name).write_bytes(bytes(size))
+            url = f"http://127.0.0.1:{server.server_port}/{source.name}"
+            monkeypatch.setattr(released, name, source._replace(urls=(url,)))
+        released.main(["--download", str(tmp_path / "here"), "--out", "out"])
+        server.shutdown()
+    here = tmp_path / "here"
+    assert converted == [(here / "checkpoint.zip", here / "vocab.pg19_length8k.32768.subwords",
+                          Path("out"))]
+    assert all(path.stat().st_size for path in converted[0][:2])
+    words = capfd.readouterr().err
+    assert "downloading 1.5 MB from" in words and "downloading 0.2 MB from" in words
 
 
 def test_what_is_missing(vocabulary, tmp_path, monkeypatch):
