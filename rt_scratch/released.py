@@ -454,7 +454,8 @@ def _fine_tuning(step):
     names = {f.name for f in dataclasses.fields(TrainConfig)}
     fields = {name: value for name, value in released.items() if name in names}
     lr = learning_rate(step, "rsqrt", released["lr"], released["warmup"], 0)
-    return TrainConfig(**fields | {"lr": lr, "schedule": "constant", "warmup": 100, "steps": 1000})
+    return TrainConfig(**fields | {"lr": lr, "schedule": "constant", "warmup": 100, "steps": 1000,
+                                 "recompute": True})
 
 
 def _read_hparams(path):
