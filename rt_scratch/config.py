@@ -18,14 +18,13 @@ from rt_scratch.kmeans import MAX_CLUSTERS
 from rt_scratch.layers import FEED_FORWARDS
 from rt_scratch.optim import OPTIMIZERS, SCHEDULES
 
-ROUTING = tuple(name for name, kind in KINDS.items() if kind.routes)
-NOT_ROUTING = tuple(name for name, kind in KINDS.items() if not kind.routes)
 PRECISIONS = ("auto", "float32", "float64", "tf32", "bf16", "fp16")
 
 
-def _field(default, text, choices=None, least=None, most=None):
+def _field(default, text, choices=(), least=None, most=None):
+    """`choices`: names, a table whose keys they are, or a function that gives them."""
     return field(default=default, metadata={
-        "help": text, "choices": choices and tuple(choices), "least": least, "most": most})
+        "help": text, "choices": choices, "least": least, "most": most})
 
 
 def _dropout(text):
@@ -56,7 +55,7 @@ class ModelConfig:
     # attention
     attention: str = _field("routing", "ablation: all heads of one kind that does not route, such "
                                        "as local or full causal attention",
-                            ("routing", *NOT_ROUTING))
+                            lambda: ("routing", *(k for k in KINDS if not KINDS[k].routes)))
     n_local_heads: int = _field(2, "heads with local attention, per layer", least=0)
     n_routing_heads: int = _field(2, "heads with routing attention, in routing layers", least=0)
     routing_layers: tuple[int, ...] = _field(
@@ -65,7 +64,8 @@ class ModelConfig:
     full_layers: tuple[int, ...] = _field(
         (), "layers in which all heads have full causal attention, among routing layers")
     routing: str = _field("causal", "causal: nothing leaks; topk: the paper, membership depends "
-                                    "on later tokens; random: control", ROUTING)
+                                    "on later tokens; random: control",
+                           lambda: (k for k in KINDS if KINDS[k].routes))
     share_qk: bool = _field(True, "routing heads use their queries as keys")
     n_clusters: int = _field(8, "K, centroids per routing head", least=1, most=MAX_CLUSTERS)
     window: int = _field(64, "W, tokens that attend to each other in a cluster", least=1)
@@ -203,12 +203,18 @@ def _check_fields(config):
             _fail(f"--{flag(f.name)} {value}: must be a finite number")
         if isinstance(value, int) and abs(value) >= 2 ** 31:
             _fail(f"--{flag(f.name)} {value}: must be below 2^31")
-        if rules["choices"] and value not in rules["choices"]:
-            _fail(f"--{flag(f.name)} {value}: choose from {', '.join(rules['choices'])}")
+        if (names := choices(f)) and value not in names:
+            _fail(f"--{flag(f.name)} {value}: choose from {', '.join(names)}")
         if rules["least"] is not None and value < rules["least"]:
             _fail(f"--{flag(f.name)} {value}: must be at least {rules['least']}")
         if rules["most"] is not None and value > rules["most"]:
             _fail(f"--{flag(f.name)} {value}: must be at most {rules['most']}")
+
+
+def choices(f: dataclasses.Field) -> tuple[str, ...]:
+    """The values that a field may take, by the rows its table has now; () for any value."""
+    names = f.metadata["choices"]
+    return tuple(names() if callable(names) else names)
 
 
 def flag(name: str) -> str:

@@ -4,13 +4,13 @@ import math
 
 import numpy as np
 import pytest
+from helpers.strategies import seeds
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import seeds
 
 from rt_scratch import optim
-from rt_scratch.model import Leaf
 from rt_scratch.optim import clip_by_global_norm, global_norm, learning_rate
+from rt_scratch.parameters import Leaf
 
 TABLE = [Leaf("a.w", (3, 4), 0, 12, ""), Leaf("a.bias", (5,), 12, 17, ""),
          Leaf("a.gain", (2,), 17, 19, "")]
@@ -32,18 +32,6 @@ def test_adamw(seed, decay):
         unbiased = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.99 ** (step + 1))
         want -= 0.01 * unbiased[0] / (np.sqrt(unbiased[1]) + 1e-8)
         np.testing.assert_allclose(flat, want, rtol=1e-12)
-
-
-def test_adamw_in_slices(monkeypatch):
-    """A buffer of several slices gives the same bits as one slice."""
-    table = [Leaf("w", (1000,), 0, 1000, "")]
-    runs = []
-    for size in (1 << 18, 7):
-        monkeypatch.setattr(optim, "SLICE", size)
-        flat, g = np.ones(1000), np.random.default_rng(1).normal(size=1000)
-        optim.adamw_update.reference(flat, g, optim.adamw_init(flat, table), table, 0.1, 0)
-        runs.append(flat)
-    np.testing.assert_array_equal(*runs)
 
 
 def test_adafactor_decay_skips_biases():

@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 
 import train
-from rt_scratch import run
-from rt_scratch.config import ModelConfig
+from rt_scratch.config import ModelConfig, TrainConfig
 from rt_scratch.errors import UserError
-from rt_scratch.model import parameter_table
-from rt_scratch.optim import OPTIMIZERS
 from rt_scratch.presets import PRESETS, preset
-from rt_scratch.step import gradients, move_centroids
+from rt_scratch.run.costs import n_parameters
+from rt_scratch.run.options import plan_run
+from rt_scratch.step import new_state, train_step
 
 ALL = [(dataset, name) for dataset, names in PRESETS.items() for name in names]
 
 
 def planned(dataset, name, tmp_path):
     flags = [dataset, "--preset", name, "--dry-run", "--data-dir", tmp_path / "nothing"]
-    return train.prepare(train.parse([str(flag) for flag in flags]))[2:]
+    plan = plan_run(train.parse([str(flag) for flag in flags]))
+    return plan.model, plan.train
 
 
 @pytest.mark.parametrize("dataset, name", ALL)
@@ -33,25 +33,20 @@ def test_one_step(dataset, name, tmp_path):
         image_size=8 if model.image_size else 0, window=max(model.window // shorter, 1),
         block=max(model.block // shorter, 1)).validate()
     ids = np.random.default_rng(0).integers(0, 256, (2, 192))
-    state = run.new_state(model, recipe, np)
-    grads = np.zeros_like(state.flat)
-    result = gradients(state.flat, grads, state.table, state.centroids, model, [(ids, None)],
-                       seed=0, step=0)
-    before = state.flat.copy()
-    OPTIMIZERS[recipe.optimizer][1](state.flat, grads, state.optimizer, state.table, recipe.lr, 0,
-                                    weight_decay=recipe.weight_decay)
-    moved = move_centroids(state.centroids, result.memberships, model)
-    assert np.isfinite(result.nats) and np.isfinite(state.flat).all()
+    start = new_state(model, recipe, np)
+    before, mu = start.flat.copy(), {i: c.mu.copy() for i, c in start.centroids.items()}
+    state, result = train_step(start, np.empty_like(before), [(ids, None)], model, recipe)
+    assert np.isfinite(result.nats) and np.isfinite(state.flat).all() and state.step == 1
     assert all((state.flat != before)[leaf.start : leaf.stop].any() for leaf in state.table)
-    assert len(moved) == sum(model.heads(i)[0] > 0 for i in range(model.n_layers)) > 0
+    assert set(mu) == {i for i in range(model.n_layers) if model.routing_heads(i)} != set()
+    assert all((state.centroids[i].mu != mu[i]).any() for i in mu)
 
 
 @pytest.mark.parametrize("dataset, millions", [
     ("enwik8", 165), ("wikitext103", 325), ("pg19", 583), ("imagenet64", 197), ("cifar10", 96)])
 def test_size_of_the_released_recipes(dataset, millions, tmp_path):
     model, _ = planned(dataset, "released", tmp_path)
-    table = parameter_table(model)
-    assert round(table[-1].stop / 1e6) == millions
+    assert round(n_parameters(model) / 1e6) == millions
 
 
 def test_where_the_paper_differs():
@@ -69,6 +64,6 @@ def test_where_the_paper_differs():
 
 def test_fields_exist():
     known = {f.name for f in dataclasses.fields(ModelConfig)}
-    known |= {f.name for f in dataclasses.fields(train.TrainConfig)}
+    known |= {f.name for f in dataclasses.fields(TrainConfig)}
     for dataset, name in ALL:
         assert set(PRESETS[dataset][name]) <= known

@@ -5,19 +5,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from models import setup
-from test_model import SMALL
+from helpers.models import SMALL, setup
 
 from rt_scratch import step, threads
+from rt_scratch.config import TrainConfig
 
 
 def run(m, parts, together=None):
-    """(gradient, Step) of the batch cut into parts of the given sizes, `together` of them at once.
-    """
+    """(gradient, Gradients) of the batch cut into parts of these sizes, `together` at once."""
     grads = np.full_like(m.flat, np.nan)
     cuts = np.split(m.ids, np.cumsum(parts)[:-1])
-    result = step.gradients(m.flat, grads, m.table, m.centroids, m.cfg, [(c, None) for c in cuts],
-                            seed=0, step=3, together=together or len(parts))
+    result = step.gradients(m.state(step=3), grads, [(c, None) for c in cuts], m.cfg,
+                            TrainConfig(parts=together or len(parts)))
     return grads, result
 
 

@@ -36,7 +36,8 @@ def flops_per_token(model: ModelConfig) -> float:
 def step_bytes(model: ModelConfig, train: TrainConfig) -> int:
     """Rough memory of a step: parameters, gradients, optimizer state, activations."""
     size = np.dtype(train.dtype).itemsize
-    copies = 2 + 2 * (train.optimizer == "adamw") + min(train.parts, train.batch) - 1
+    spare = min(train.parts, train.accumulate * min(train.parts, train.batch) - 1)
+    copies = 2 + 2 * (train.optimizer == "adamw") + spare  # one more gradient per part at work
     per_token = model.n_layers * (10 * model.width + 3 * model.ffn_width)
     live = train.batch * model.seq_len
     if train.recompute:

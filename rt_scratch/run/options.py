@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rt_scratch import data
-from rt_scratch.config import ModelConfig, TrainConfig, flag, from_json
+from rt_scratch.config import ModelConfig, TrainConfig, choices, flag, from_json
 from rt_scratch.errors import UserError
 from rt_scratch.presets import preset
 from rt_scratch.run.checkpoint import best_checkpoint, read_state
@@ -38,8 +38,8 @@ def add_fields(parser: argparse.ArgumentParser) -> None:
 def _settings(f):
     shown = f.default if f.default != () else "none" if f.name == "full_layers" else "all"
     settings = {"default": None, "help": f"{f.metadata['help']} (default: {shown})"}
-    if f.metadata["choices"]:
-        return settings | {"choices": f.metadata["choices"]}
+    if names := choices(f):
+        return settings | {"choices": names}
     if isinstance(f.default, bool):
         return settings | {"action": argparse.BooleanOptionalAction}
     if isinstance(f.default, tuple):
