@@ -6,8 +6,8 @@
 The checkpoint is made here, with random weights in the shapes of `pg19 --preset released`, and its
 optimizer slots; the authors' own is not needed. --data is a folder with PG-19's books; a few of
 test are enough. Each row is the user's own command in a process of its own: seconds from start to
-end, reading the run folder included, and the largest resident set. Then what the routing layer does
-for one token. Takes about 5 GB in --work, and six minutes on two free cores.
+end, reading the run folder included, those of its cores together (on a busy machine the better
+measure), and the largest resident set. Then what the routing layer does for one token. Takes about 5 GB in --work, and six minutes on two free cores.
 """
 
 import argparse
@@ -58,7 +58,8 @@ def fields_of(cls):
 
 
 def measure(*command):
-    """(seconds, peak GiB) of a Python process; SystemExit with its words if it fails."""
+    """(seconds, of its cores, peak GiB) of a Python process; SystemExit with its words if it fails.
+    """
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE,
                                text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
@@ -67,7 +68,8 @@ def measure(*command):
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(map(str, command))} failed:\n{words}")
-    return time.perf_counter() - start, usage.ru_maxrss / 2**20
+    seconds = time.perf_counter() - start
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
 
 
 def main():
@@ -85,7 +87,7 @@ def main():
     text = (f"# The authors' PG-19 model at its real size, random weights\n\n"
             f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, Python "
             f"{platform.python_version()}, NumPy {np.__version__}, float32.\n\n"
-            "| what | seconds | peak, GiB |\n|---|---|---|\n" + "\n".join(table) + "\n")
+            "| what | seconds | of all cores | peak, GiB |\n|---|---|---|---|\n" + "\n".join(table) + "\n")
     print(text)
     if out:
         out.write_text(text)
@@ -102,8 +104,8 @@ def rows(folder, data):
         raise SystemExit("the checkpoint could not be made")
     run, lines = folder / "run", []
 
-    def add(what, seconds, peak):
-        lines.append(f"| {what} | {seconds:.1f} | {peak:.1f} |")
+    def add(what, seconds, cores, peak):
+        lines.append(f"| {what} | {seconds:.1f} | {cores:.1f} | {peak:.1f} |")
         print(lines[-1], file=sys.stderr, flush=True)
 
     vocabulary = folder / "vocab.subwords"
@@ -116,13 +118,13 @@ def rows(folder, data):
     (folder / "prompt.txt").write_bytes(read_vocabulary(vocabulary).decode(books[:8000]))
     sample = ["sample.py", run, "--device", "cpu", "--prompt-file", folder / "prompt.txt",
               "--tokens"]
-    first, peak = measure(*sample, 1)
-    add("sample 1 token after a prompt of 8,000", first, peak)
-    seconds, peak = measure(*sample, 101)
-    add("sample 101 tokens after it", seconds, peak)
-    lines.append(f"\n{(seconds - first) / 100:.2f} s per token there, of which the two topk heads "
-                 f"of the last layer take {1000 * topk_step_seconds():.0f} ms to choose their "
-                 "members again and attend.")
+    first = measure(*sample, 1)
+    add("sample 1 token after a prompt of 8,000", *first)
+    more = measure(*sample, 101)
+    add("sample 101 tokens after it", *more)
+    lines.append(f"\nA token there takes {(more[0] - first[0]) / 100:.2f} s, of which the two topk "
+                 f"heads of the last layer take {1000 * topk_step_seconds():.0f} ms to choose "
+                 "their members again and attend.")
     return lines
 
 
