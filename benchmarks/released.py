@@ -5,9 +5,10 @@
 
 The checkpoint is made here, with random weights in the shapes of `pg19 --preset released`, and its
 optimizer slots; the authors' own is not needed. --data is a folder with PG-19's books; a few of
-test are enough. Each row is the user's own command in a process of its own: seconds from start to
-end, reading the run folder included, those of its cores together (on a busy machine the better
-measure), and the largest resident set. Then what the routing layer does for one token. Takes about 5 GB in --work, and six minutes on two free cores.
+test are enough. Each row is the user's own command in a process of its own, reading the run folder
+included: seconds from start to end, those of all cores together (on a busy machine the better
+measure), and the largest resident set. Then what the routing layer does for one token. Takes about
+5 GB in --work, and six minutes on two free cores.
 """
 
 import argparse
@@ -87,7 +88,8 @@ def main():
     text = (f"# The authors' PG-19 model at its real size, random weights\n\n"
             f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, Python "
             f"{platform.python_version()}, NumPy {np.__version__}, float32.\n\n"
-            "| what | seconds | of all cores | peak, GiB |\n|---|---|---|---|\n" + "\n".join(table) + "\n")
+            "| what | seconds | of all cores | peak, GiB |\n|---|---|---|---|\n"
+            + "\n".join(table) + "\n")
     print(text)
     if out:
         out.write_text(text)
