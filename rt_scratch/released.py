@@ -18,8 +18,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import re
-import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -253,6 +254,7 @@ def _is_slot(name, variables):
     return "Adafactor" in name or any("/".join(above[i:]) in variables for i in range(len(above)))
 
 
+_NUMBERS = {int: "one whole number", float: "one number", bool: "true or false"}
 _HPARAMS = {  # what the shapes do not tell: our field -> the released hyperparameter
     "share_qk": "share_qk", "timing_signal": "add_timing_signal",
     "window": "sparsity_cluster_attention_window", "centroid_decay": "decay", "commitment": "beta",
@@ -345,8 +347,8 @@ def _from_hparams(hparams, shaped):
         value = hparams[name]
         if isinstance(value, list) and len(value) == 1:  # blocks of text have one axis
             value = value[0]
-        if not isinstance(value, int | float):
-            raise UserError(f"hyperparameter {name} is {value!r}, where one number is needed")
+        if not isinstance(value, int | float) or not math.isfinite(value) or kind(value) != value:
+            raise UserError(f"hyperparameter {name} is {value!r}, where {_NUMBERS[kind]} is needed")
         return kind(value)
 
     _check_hparams(hparams, shaped)
@@ -426,14 +428,13 @@ def write_run(checkpoint: Path, vocabulary: Path, folder: Path) -> None:
     about = {"dataset": "pg19", "data_dir": None, "data": None, "model": to_json(config),
              "train": to_json(train), **open_codec(RELEASED, vocabulary).to_config(),
              "released": {"step": step, "sha256": digests}}
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    parent = folder.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".released-", dir=parent) as temporary:
+        part = Path(temporary) / "run"
         open_folder(part, about, vocabulary)
         save_state(part / "last.npz", state, Progress(), about)
         part.replace(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     for name, digest in digests.items():
         print(f"  sha256 {digest}  {name}")
     print(f"done: {folder}, {flat.size:,} parameters  (sample from it: python sample.py {folder})")

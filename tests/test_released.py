@@ -118,8 +118,11 @@ def test_a_model_without_moving_averages():
     ({"layer_postprocess_sequence": "dna"}, "LayerNorm none before and na after each sublayer"),
     ({"layer_preprocess_sequence": "n"}, "LayerNorm n before and an after"),
     ({"memory_flange": [24]}, "must be a multiple"),
-    ({"query_shape": [4, 4]}, r"query_shape is \[4, 4\], where one number is needed"),
-    ({"decay": "much"}, "decay is 'much'"),
+    ({"query_shape": [4, 4]}, r"query_shape is \[4, 4\], where one whole number is needed"),
+    ({"query_shape": [4.5]}, "query_shape is 4.5, where one whole number is needed"),
+    ({"decay": "much"}, "decay is 'much', where one number is needed"),
+    ({"beta": float("nan")}, "beta is nan"),
+    ({"share_qk": 2}, "share_qk is 2, where true or false is needed"),
     ({"sparsity_cluster_attention_window": 10 ** 9}, "--window 1000000000: larger than"),
 ])
 def test_hyperparameters_of_another_model(hparams, message):
