@@ -228,6 +228,11 @@ def test_packed_books(books):
     with pytest.raises(UserError, match="no books ID.txt in train/ here"):
         dataset.splits["train"]
     assert "valid 2 of 50 books" in dataset.protocol and "train 0 of" in dataset.protocol
+    with pytest.raises(UserError, match="has 1988 token values, not 98304"):
+        data.load("pg19", books, 98304, codec, 64)
+    for name in ("enwik8", str(VOCABULARY)):
+        with pytest.raises(UserError, match="cannot be prepared in the subwords of"):
+            data.load(name, None, 1988, codec, 64)
 
 
 def test_scored_sampled_trained(converted, books, capsys):

@@ -48,6 +48,8 @@ def load(name: str, data_dir: str | Path | None = None, vocab_size: int = 0,
     own; seq_len: T of that run, into whose sequences the text is packed.
     """
     if codec is not None:
+        if name not in DATASETS or not hasattr(_module(name), "load_packed"):
+            raise UserError(f"{name}: cannot be prepared in the subwords of {codec.file}")
         data = _module(name).load_packed(_folder(name, data_dir), codec, seq_len)
     elif name in DATASETS:
         row = DATASETS[name]
