@@ -27,6 +27,15 @@ def test_size():
     assert SUBWORDS.subwords[:5] == GOLDEN["first"]
 
 
+def test_the_longest_subword_is_taken():
+    """A run that is a subword is that subword, however long."""
+    whole = [(i, SUBWORDS.decode([i]).decode()) for i, subword in enumerate(SUBWORDS.subwords)
+             if i > 1 and subword.endswith("_")]
+    tried = [(i, text) for i, text in whole if text and len({c.isalnum() for c in text}) == 1]
+    assert len(tried) > 500 and max(len(text) for _, text in tried) > 60
+    assert [SUBWORDS.encode_line(text) for _, text in tried] == [[i] for i, _ in tried]
+
+
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_one_line_round_trip(text):
     assert SUBWORDS.decode(SUBWORDS.encode_line(text)).decode() == text
