@@ -13,7 +13,8 @@ Weights are (in, out), so code reads `x @ w`. A gradient is `d` and the name. Tw
 is every plain function: one gradient per differentiable argument, in their order, no state but what
 is passed. The parts of the model take a tree of parameters instead; their backward adds the
 gradients of those to an identical tree and returns the gradient of the input. Caches are
-NamedTuples. Reading order, an evening:
+NamedTuples. Docstrings cite the equations of docs/derivations.md; docs/walkthrough.md runs through
+all this with eight tokens. Reading order, an evening:
 
     layers      linear, LayerNorm, feed-forward, embeddings, output layer with its loss
     attention   softmax attention in blocks, relative positions by a skew, local attention

@@ -133,7 +133,10 @@ def full_forward(q, k, v, p, context):
 
 
 def local_backward(do, dcommitment, cache):
-    """Of local and of full heads, which differ in the cached reach alone."""
+    """Of local and of full heads, which differ in the cached reach alone.
+
+    docs/derivations.md (40).
+    """
     dq, dk, dv, *drel = local_attention_backward(do, cache)
     return dq, dk, dv, _table_gradients("local", *drel)
 
@@ -213,7 +216,7 @@ def _routing_forward(q, k, v, p, context, rule):
 
 
 def routing_backward(do, dcommitment, cache):
-    """Of all routing heads; their cached rule knows the mode."""
+    """Of all routing heads; their cached rule knows the mode. docs/derivations.md (49)."""
     dq, dk, dv, *drel = routing_attention_backward(do, dcommitment, cache)
     return dq, dk, dv, _table_gradients("routing", *drel)
 

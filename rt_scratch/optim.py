@@ -21,7 +21,10 @@ def global_norm(grads):
 
 
 def clip_by_global_norm(grads, limit: float):
-    """g <- g min(1, limit / norm), in place; returns the norm from before (Pascanu et al. 2013)."""
+    """g <- g min(1, limit / norm), in place; returns the norm from before (Pascanu et al. 2013).
+
+    docs/derivations.md (57).
+    """
     xp = array_module(grads)
     norm = global_norm(grads)
     grads *= xp.minimum(1, limit / xp.maximum(norm, xp.finfo(grads.dtype).tiny))
@@ -31,7 +34,10 @@ def clip_by_global_norm(grads, limit: float):
 # ------------------------------------------------------------------------------- learning rates
 
 def rsqrt(step: int, lr: float, warmup: int, total: int) -> float:
-    """lr sqrt(w) / sqrt(max(step, w)): flat for w steps, no linear warm-up (released code)."""
+    """lr sqrt(w) / sqrt(max(step, w)): flat for w steps, no linear warm-up (released code).
+
+    docs/derivations.md (66).
+    """
     return lr * math.sqrt(max(warmup, 1)) / math.sqrt(max(step, warmup, 1))
 
 
@@ -94,6 +100,7 @@ def adamw_update(flat, grads, state, table, lr, step, *, beta1=0.9, beta2=0.99, 
     w <- w - lr weight_decay w                  (leaves of rank 2 and more)
     m <- m + (1 - beta1) (g - m),   v <- v + (1 - beta2) (g^2 - v)
     w <- w - lr m' / (sqrt(v') + eps),   m' = m / (1 - beta1^(step + 1)),  v' likewise.
+    docs/derivations.md (58), (59).
     """
     if weight_decay:
         for leaf in table:
@@ -144,6 +151,7 @@ def adafactor_update(flat, grads, state, table, lr, step, *, weight_decay=0.0) -
 
     No first moment. Factored over the last two axes, leading axes batched; rms over a whole leaf.
     `weight_decay` is the released L2 loss: it adds weight_decay w to g, but for biases.
+    docs/derivations.md (60) to (62).
     """
     xp = array_module(flat)
     decay = 1 - (step + 1) ** -DECAY_POWER
