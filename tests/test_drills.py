@@ -188,9 +188,9 @@ def test_an_optimizer_and_a_schedule():
         parts = [(m.ids, None)]
         expected = step.gradients(state, grads, parts, SMALL, recipe)
         momentum = 0.9 * momentum + grads
-        flat -= 0.1 * (1 - i / 4) * (momentum + 0.5 * flat)
+        flat -= 0.1 * (1 - i / 4) ** 2 * (momentum + 0.5 * flat)
         state, result = step.train_step(state, grads, parts, SMALL, recipe)
-        assert result.lr == 0.1 * (1 - i / 4) and result.nats == expected.nats
+        assert result.lr == 0.1 * (1 - i / 4) ** 2 and result.nats == expected.nats
         np.testing.assert_allclose(state.flat, flat, rtol=1e-12)
 
 
