@@ -36,7 +36,7 @@ from rt_scratch.optim import (
 )
 from rt_scratch.threads import busy, parallel, tiles
 
-PIECE = 1 << 17      # entries of an array that element-wise work takes at a time
+PIECE = 1 << 18      # entries of an array that element-wise work takes at a time
 ROWS = 1024        # rows per matrix product that a thread takes
 COLUMNS = 256      # columns of a weight gradient that a thread takes
 ATTENTION = 1 << 17   # attention weights that a thread takes at a time
