@@ -28,6 +28,13 @@ from rt_scratch.layers import (
     NormalizeCache,
     segment_sum,
 )
+from rt_scratch.optim import (
+    MOMENTUM,
+    NEWTON_SCHULZ,
+    adamw_of_the_rest,
+    orthogonalized,
+    update_scale,
+)
 from rt_scratch.threads import busy, parallel, tiles
 
 PIECE = 1 << 17      # entries of an array that element-wise work takes at a time
@@ -691,6 +698,51 @@ def adamw_update(flat, grads, state, table, lr, step, *, beta1=0.9, beta2=0.99, 
     parallel(piece, tiles(flat.size, PIECE))
 
 
+def muon_update(flat, grads, state, table, lr, step, *, weight_decay=0.0):
+    """Matrices of one shape, or of its transpose, in one stack: few calls, and each is products.
+
+    x @ x^T of one array is a symmetric product in NumPy, half the work; a is symmetric as well.
+    """
+    adamw_of_the_rest(flat, grads, state, table, lr, step, weight_decay)
+    alike = {}
+    for leaf in filter(orthogonalized, table):
+        alike.setdefault(tuple(sorted(leaf.shape)), []).append(leaf)
+
+    def piece(group):
+        shape, leaves = group
+        x = np.empty((len(leaves), *shape), flat.dtype)
+        for one, leaf in zip(x, leaves, strict=True):
+            g, m = grads[leaf.start : leaf.stop], state["m"][leaf.start : leaf.stop]
+            m *= MOMENTUM
+            m += g
+            change = (MOMENTUM * m).reshape(leaf.shape)
+            change += g.reshape(leaf.shape)
+            one[...] = _wide(change)
+            one *= 1 / max(math.sqrt(np.vdot(one, one)), np.finfo(x.dtype).tiny)
+        for _ in range(5):
+            a = x @ x.swapaxes(-1, -2)
+            b = a @ a.swapaxes(-1, -2)
+            b *= NEWTON_SCHULZ[2]
+            a *= NEWTON_SCHULZ[1]
+            b += a
+            y = b @ x
+            x *= NEWTON_SCHULZ[0]
+            x += y
+        for one, leaf in zip(x, leaves, strict=True):
+            w = _wide(flat[leaf.start : leaf.stop].reshape(leaf.shape))
+            one *= lr * update_scale(leaf)
+            w *= 1 - lr * weight_decay
+            w -= one
+
+    parallel(piece, [(shape, leaves[r]) for shape, leaves in alike.items()
+                     for r in tiles(len(leaves), PIECE // math.prod(shape))])
+
+
+def _wide(matrix):
+    """A view with at least as many columns as rows."""
+    return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+
+
 def worthwhile(*args) -> bool:
     """False for arrays so small that a single token's step is quicker without any of this."""
     return first_array(args).size >= PIECE // 8
@@ -703,5 +755,5 @@ TWINS = {f"{module}.{f.__name__}": f for module, functions in {
     "dropout": (dropout,),
     "attention": (attend, attend_backward, local_attention, local_attention_backward),
     "routing": (top_members, by_cluster, inverse, gather, scatter_sum),
-    "optim": (adamw_update,),
+    "optim": (adamw_update, muon_update),
 }.items() for f in functions}
