@@ -180,7 +180,7 @@ BUGS = [
     ("run/costs", "(\"embed.table\", \"embed.classes\")", "(\"embed.table\",)"),
     ("run/costs", "    if model.tie_embedding:\n", "    if model.embed_width:\n"),
     ("run/costs", "sum(n * KINDS[kind].keys(model)", "sum(KINDS[kind].keys(model)"),
-    ("run/costs", "2 * (train.optimizer == \"adamw\")", "2"),
+    ("run/costs", "OPTIMIZERS[train.optimizer].copies", "2"),
     ("run/costs", "train.accumulate * min(train.parts, train.batch) - 1)",
      "min(train.parts, train.batch) - 1)"),
     ("run/costs", "live = train.batch * model.seq_len",
