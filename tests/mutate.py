@@ -237,7 +237,7 @@ def noticed(copy, module, old, new):
     tests = [f"tests/{name}" for name in TESTS[module].split()]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider",
-         "--hypothesis-profile=ci", *tests],
+         "--hypothesis-profile=mutants", *tests],
         cwd=copy, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(copy)})
     path.write_text(text)
     failed = result.returncode == 1  # 1: tests failed; anything else is a broken plant
