@@ -90,6 +90,7 @@ def recipe(**changes):
 @pytest.mark.parametrize("cfg, train, entries", [
     (LOCAL, recipe(batch=2), 5 * N + 49 * 16),
     (LOCAL, recipe(batch=2, optimizer="adafactor"), 3 * N + 49 * 16),
+    (LOCAL, recipe(batch=2, optimizer="muon"), 4 * N + 49 * 16),  # second moments of few
     (LOCAL, recipe(batch=2, parts=1), 4 * N + 49 * 16),
     (LOCAL, recipe(batch=8, parts=4), 7 * N + 49 * 64),
     (LOCAL, recipe(batch=1, parts=2), 4 * N + 49 * 8),      # no more parts than windows
