@@ -198,9 +198,9 @@ def test_all_rows_through_the_scripts(tmp_path, capsys):
     """New names are choices of train.py's flags; a run with them resumes exactly and samples."""
     text = tmp_path / "text.txt"
     text.write_bytes(bytes(range(97, 117)) * 100)
-    flags = ("--attention dilated --ffn squared --optimizer momentum --schedule quadratic --lr 0.03 "
-             "--device cpu --seq-len 16 --n-layers 1 --width 8 --ffn-width 8 --block 4 --batch 2 "
-             "--eval-windows 2 --steps 4 --eval-every 2").split()
+    flags = ("--attention dilated --ffn squared --optimizer momentum --schedule quadratic "
+             "--lr 0.03 --device cpu --seq-len 16 --n-layers 1 --width 8 --ffn-width 8 --block 4 "
+             "--batch 2 --eval-windows 2 --steps 4 --eval-every 2").split()
     train.main([str(text), *flags, "--out", str(tmp_path / "a")])
     train.main([str(text), *flags, "--out", str(tmp_path / "b"), "--stop-after", "2"])
     train.main(["--resume", "--device", "cpu", "--out", str(tmp_path / "b")])

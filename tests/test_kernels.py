@@ -5,6 +5,8 @@ the matter of test_cpu_kernels.py and test_cuda_kernels.py; this says that none 
 """
 
 import importlib
+import itertools
+import math
 import sys
 from pathlib import Path
 
@@ -50,8 +52,11 @@ def members(rng):
 
 def buffer(init):
     def arguments(rng):
-        table = [Leaf("a.w", (5, 8), 0, 40, ""), Leaf("a.b", (9,), 40, 49, "")]
-        flat, grads = draw(rng, (49,), (49,))
+        shapes = {"table": (2, 3), "layers.0.w": (5, 8), "layers.0.b": (9,), "layers.1.w": (4, 2)}
+        stops = list(itertools.accumulate(math.prod(shape) for shape in shapes.values()))
+        table = [Leaf(name, shape, stop - math.prod(shape), stop, "")
+                 for (name, shape), stop in zip(shapes.items(), stops, strict=True)]
+        flat, grads = draw(rng, (stops[-1],), (stops[-1],))
         return flat, grads, init(flat, table), table, 0.1, 3
     return arguments
 
@@ -93,6 +98,7 @@ CASES = FORWARD | {f"{name}_backward": cached(plain(name), FORWARD[name]) for na
     "routing.scatter_sum": lambda rng: (*draw(rng, (B, H, K, W, D)), members(rng), T),
     "routing.scatter_mean": lambda rng: (*draw(rng, (B, H, K, W, D)), members(rng), T),
     "optim.adamw_update": buffer(optim.adamw_init),
+    "optim.muon_update": buffer(optim.muon_init),
     "optim.adafactor_update": buffer(optim.adafactor_init),
 }
 
