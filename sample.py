@@ -48,7 +48,7 @@ def write_text(args, loaded, codec, settings):
     if "full" in model.kinds():
         room = max(0, model.seq_len - args.tokens)  # full attention has seen no longer text
         prompt = prompt[:, -room:] if room else prompt[:, :0]
-    texts = [Text(codec.decode, args.stop) for _ in range(args.num)]
+    texts = [Text(codec, args.stop, prompt[0]) for _ in range(args.num)]
     drawn, started = 0, time.monotonic()
     print(shown, end="", flush=True)
     for tokens in generate(state.params, state.centroids, model, args.tokens,

@@ -34,7 +34,8 @@ def main(argv=None):
     model, train = plan.model, plan.train
     _, dtype = select_precision(train.precision, xp)  # of the network; None: of the parameters
     try:
-        state, progress = new_state(model, train, xp), checkpoint.Progress()
+        state = new_state(model, train, xp, drawn=not plan.saved)
+        progress = checkpoint.Progress()
     except (MemoryError, ValueError) as error:  # ValueError: more than any array can have
         raise UserError(f"the parameters do not fit in memory ({error}); choose a smaller model, "
                         "say --width or --vocab-size") from error

@@ -59,7 +59,10 @@ def cosine(step: int, lr: float, warmup: int, total: int) -> float:
 
 
 def linear(step: int, lr: float, warmup: int, total: int) -> float:
-    """Linear warm-up over w steps, then lr (1 - x): to zero at the last step."""
+    """Linear warm-up over w steps, then lr (1 - x): to zero at the last step.
+
+    docs/derivations.md (2).
+    """
     return constant(step, lr, warmup, total) * (1 - _progress(step, warmup, total))
 
 
@@ -157,6 +160,7 @@ def muon_update(flat, grads, state, table, lr, step, *, weight_decay=0.0) -> Non
     The iteration keeps the singular vectors and moves every singular value near 1, roughly: from
     0.7 to 1.2. The factor of x gives the update the root mean square usual for AdamW, 0.2, so that
     one learning rate serves both (Liu et al. 2025). All other leaves: AdamW, see `orthogonalized`.
+    docs/derivations.md (63) to (65).
     """
     adamw_of_the_rest(flat, grads, state, table, lr, step, weight_decay)
     for leaf in filter(orthogonalized, table):
@@ -170,7 +174,10 @@ def muon_update(flat, grads, state, table, lr, step, *, weight_decay=0.0) -> Non
 
 
 def newton_schulz(x):
-    """An (almost) orthogonal matrix with the singular vectors of x (..., R, C)."""
+    """An (almost) orthogonal matrix with the singular vectors of x (..., R, C).
+
+    docs/derivations.md (64).
+    """
     xp = array_module(x)
     if x.shape[-2] > x.shape[-1]:  # a = x x^T as small as can be
         return newton_schulz(x.swapaxes(-1, -2)).swapaxes(-1, -2)

@@ -20,7 +20,8 @@ from rt_scratch.parameters import parameter_table
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Pieces so small that the arrays here are cut into many."""
-    for name, value in (("PIECE", 64), ("ROWS", 3), ("COLUMNS", 2), ("LOGITS", 40)):
+    for name, value in (("PIECE", 64), ("ATTENTION", 64), ("ROWS", 3), ("COLUMNS", 2),
+                        ("LOGITS", 40)):
         monkeypatch.setattr(cpu, name, value)
 
 

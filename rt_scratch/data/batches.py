@@ -50,13 +50,15 @@ def training_batch(dataset: Dataset, n_tokens: int, batch: int, seed: int, step:
     """What a step trains on: (ids (B, T), labels (B,) or None where the dataset has none)."""
     split = dataset.splits["train"]
     if dataset.kind == "text":
-        return random_windows(split, n_tokens, batch, seed, step), None
+        hop = n_tokens if dataset.aligned else 1
+        return random_windows(split, n_tokens, batch, seed, step, hop), None
     ids, index = shuffled_images(split, batch, seed, step)
     return ids, dataset.labels["train"][index] if dataset.labels else None
 
 
-def eval_windows(split: np.ndarray, n_tokens: int, batch: int, stride: int = 0,
-                 limit: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def eval_windows(
+    split: np.ndarray, n_tokens: int, batch: int, stride: int = 0, limit: int = 0, pad_id: int = -1,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Batches of tokens (B, T) int32, weights (B, T) float32: 1 where the token is scored, else 0,
     and the number of each row's window in the split (B,).
 
@@ -65,8 +67,8 @@ def eval_windows(split: np.ndarray, n_tokens: int, batch: int, stride: int = 0,
     has at least T - stride tokens of context. Either way each token is scored once. A last window
     that the text does not fill is a batch of its own, at its own length: padding would compete
     with its tokens for the clusters of mode `topk`. Images (N, T): one per row, `stride` unused.
-    All other batches have B rows; spare rows have weight 0. `limit`: only so many windows, evenly
-    spread over the split (0: all).
+    All other batches have B rows; spare rows have weight 0, as tokens `pad_id` have (-1: none).
+    `limit`: only so many windows, evenly spread over the split (0: all).
     """
     if split.ndim == 2 and split.shape[1] != n_tokens:
         raise UserError(f"images have {split.shape[1]} values, --seq-len is {n_tokens}")
@@ -92,7 +94,7 @@ def eval_windows(split: np.ndarray, n_tokens: int, batch: int, stride: int = 0,
                 part = split[window * stride : window * stride + n_tokens]
                 scored_from = n_tokens - stride if window else 0
             tokens[row, : len(part)] = part
-            weights[row, scored_from : len(part)] = 1
+            weights[row, scored_from : len(part)] = np.asarray(part[scored_from:]) != pad_id
         yield tokens, weights, index
 
 

@@ -148,8 +148,8 @@ def load_model(folder: Path, xp, name: str | None = None) -> Loaded:
     config = saved[1]["config"]
     model = from_json(ModelConfig, config["model"])
     train = from_json(TrainConfig, config["train"])
-    return Loaded(*restore(path, saved, new_state(model, train, xp), model, xp), config, model,
-                  train)
+    blank = new_state(model, train, xp, drawn=False)
+    return Loaded(*restore(path, saved, blank, model, xp), config, model, train)
 
 
 def best_checkpoint(folder: Path) -> Path:

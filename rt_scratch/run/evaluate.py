@@ -8,7 +8,7 @@ import numpy as np
 
 from rt_scratch import decode
 from rt_scratch.config import ModelConfig
-from rt_scratch.data import Dataset, score
+from rt_scratch.data import Dataset, score, tokens_per_word
 from rt_scratch.data.batches import count_windows, eval_windows
 from rt_scratch.dispatch import array_module, to_host
 from rt_scratch.errors import UserError
@@ -31,7 +31,7 @@ def evaluate(state: State, dataset: Dataset, model: ModelConfig, split: str, bat
     total = _count(dataset, model, split, stride)
     nats, n = 0.0, 0.0
     for ids, weights, index in eval_windows(dataset.splits[split], model.seq_len, batch, stride,
-                                            limit):
+                                            limit, model.pad_id):
         labels = xp.asarray(dataset.labels[split][index]) if model.n_classes else None
         weight = xp.asarray(weights.astype(state.flat.dtype))
         (part, _), _, _ = loss(params, state.centroids, model, xp.asarray(ids), weight, labels,
@@ -42,8 +42,8 @@ def evaluate(state: State, dataset: Dataset, model: ModelConfig, split: str, bat
     leak = "; TOPK ROUTING LEAKS THE FUTURE into this score" if "topk" in model.kinds() else ""
     value = score(nats, n, dataset, split)
     return Score(nats / n, value, (
-        f"{split} {value:.4f} {dataset.unit}  ({seen}, {n:.0f} tokens, context {model.seq_len}, "
-        f"stride {stride or model.seq_len}, {mode(model)}{leak})"))
+        f"{split} {value:.4f} {dataset.unit}  ({seen}, {_scored(dataset, split, n)}, context "
+        f"{model.seq_len}, stride {stride or model.seq_len}, {mode(model)}{leak})"))
 
 
 def evaluate_causally(state: State, dataset: Dataset, model: ModelConfig, split: str,
@@ -58,7 +58,7 @@ def evaluate_causally(state: State, dataset: Dataset, model: ModelConfig, split:
     limit = min(limit or total, total)
     nats, n = 0.0, 0.0
     for ids, weights, index in eval_windows(dataset.splits[split], model.seq_len, CAUSAL_WINDOWS,
-                                            0, limit):
+                                            0, limit, model.pad_id):
         labels = xp.asarray(dataset.labels[split][index]) if model.n_classes else None
         ids = xp.asarray(ids)
         logits, memory = decode.prefill(
@@ -74,8 +74,14 @@ def evaluate_causally(state: State, dataset: Dataset, model: ModelConfig, split:
     value = score(nats, n, dataset, split)
     return Score(nats / n, value, (
         f"{split} {value:.4f} {dataset.unit}  by incremental decoding, nothing seen ahead  "
-        f"({limit} of {total} windows, evenly spread, {n:.0f} tokens, context {model.seq_len}, "
-        f"{mode(model)})"))
+        f"({limit} of {total} windows, evenly spread, {_scored(dataset, split, n)}, context "
+        f"{model.seq_len}, {mode(model)})"))
+
+
+def _scored(dataset, split, n):
+    """How many tokens were scored, of what kind, and how many make a word."""
+    per_word = f", {tokens_per_word(dataset, split):.3f} per word" if dataset.units else ""
+    return f"{n:.0f} {dataset.tokens}{per_word}"
 
 
 def _count(dataset, model, split, stride=0):

@@ -35,5 +35,5 @@ def open_folder(folder: Path, config: dict, codec_file: Path | None) -> None:
     """Make the run folder with config.json and, where tokens are not bytes, their codec."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    if codec_file is not None:
+    if codec_file is not None and codec_file.resolve() != (folder / codec_file.name).resolve():
         shutil.copyfile(codec_file, folder / codec_file.name)

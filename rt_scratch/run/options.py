@@ -60,7 +60,7 @@ def plan_run(args) -> Plan:
     plan.model.validate()
     plan.train.validate()
     if plan.dataset.splits:
-        _check_fits(plan.model, plan.dataset)
+        _check_fits(plan.model, plan.dataset, trained=not args.evaluate)
     return plan
 
 
@@ -107,13 +107,15 @@ def _saved(args, given):
     model, train = (
         dataclasses.replace(from_json(cls, before[key]), **_only(cls, given))
         for cls, key in ((ModelConfig, "model"), (TrainConfig, "train")))
-    dataset = data.load(name, location, model.vocab_size)
-    if dataset.protocol != before["data"]:
+    dataset = data.load(name, location, model.vocab_size, data.given_codec(before, folder),
+                        model.seq_len)
+    if before["data"] not in (None, dataset.protocol):  # None: converted, trained elsewhere
         changed = f"trained on other data: {before['data']}"
         if args.resume:
             raise UserError(f"the run was {changed}; now there is: {dataset.protocol}")
         print(f"note: what is scored now may be in part what was trained on; {changed}")
     config = _config(name, location, dataset, model, train)
+    config |= {key: before[key] for key in ("released",) if key in before}
     return Plan(folder, dataset, model, train, config, path, saved)
 
 
@@ -123,11 +125,11 @@ def _config(name, location, dataset, model, train):
     return describe(name, location and str(Path(location).resolve()), dataset, model, train)
 
 
-def _check_fits(model, dataset):
+def _check_fits(model, dataset, trained):
     if model.n_classes and model.n_classes != dataset.n_classes:
         raise UserError(f"--n-classes {model.n_classes}: {dataset.name} has {dataset.n_classes} "
                         "classes")
-    if model.kind == "text" and len(dataset.splits["train"]) < model.seq_len:
+    if trained and model.kind == "text" and len(dataset.splits["train"]) < model.seq_len:
         raise UserError(f"the training text has {len(dataset.splits['train'])} tokens, fewer than "
                         f"--seq-len {model.seq_len}: give a longer text or a smaller --seq-len")
 

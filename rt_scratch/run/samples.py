@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from rt_scratch.config import ModelConfig
-from rt_scratch.data import Dataset
+from rt_scratch.data import Codec, Dataset
 from rt_scratch.decode import generate
 from rt_scratch.dispatch import array_module
 from rt_scratch.errors import UserError
@@ -17,19 +17,32 @@ from rt_scratch.step import State
 
 
 class Text:
-    """One sample as it grows, up to and including the stop text.
+    """One sample as it grows, up to and including the stop text or the id that ends a text.
 
-    Bytes that are not UTF-8, also those cut at the end, show as a replacement sign.
+    Bytes that are not UTF-8, also those cut at the end, show as a replacement sign. prompt: the ids
+    that it goes on from.
     """
 
-    def __init__(self, decode, stop: str = ""):
-        self._decode, self._stop = decode, stop
+    def __init__(self, codec: Codec, stop: str = "", prompt=()):
+        self._codec, self._stop = codec, stop
+        self._ids = list(prompt) if codec.joins else []
+        self._shown = len(codec.decode(self._ids))
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self.text, self.stopped = "", False
 
     def add(self, tokens) -> str:
         """What the tokens add to the text."""
-        return self._grow(self._utf8.decode(self._decode(tokens)))
+        new = self._grow(self._utf8.decode(self._new(tokens)))
+        self.stopped |= self._codec.end in tokens
+        return new
+
+    def _new(self, tokens):
+        if not self._codec.joins:
+            return self._codec.decode(tokens)
+        self._ids += np.asarray(tokens).tolist()
+        new = self._codec.decode(self._ids)[self._shown :]
+        self._shown += len(new)
+        return new
 
     def end(self) -> str:
         """What is left of a character that was cut."""
@@ -77,9 +90,11 @@ def show_sample(state: State, dataset: Dataset, model: ModelConfig, seed: int, f
         path = folder / f"sample-{state.step}.png"
         save_images(draw(state, model, np.zeros((n_images, 0), np.int64), rng=rng), path)
         return f"sample: {path}"
-    text = Text(dataset.codec.decode)
+    text = Text(dataset.codec)
     for token in generate(state.params, state.centroids, model, n_tokens, rng=rng,
                           temperature=0.8):
         text.add(token)
+        if text.stopped:
+            break
     text.end()
     return f"--- sample\n{text.text}\n---"
