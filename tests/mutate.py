@@ -210,7 +210,10 @@ BUGS = [
     ("kernels/cpu", "z[own, here[own]] -= 1\n", "z[own, here[own]] -= 0.99\n"),
     ("kernels/cpu", "drel[0] += _outer(by_distance, q)[:-1]",
      "drel[0] += _outer(by_distance, q)[1:]"),
-    ("kernels/cpu", "rows += grads[:, i * self.block", "rows -= grads[:, i * self.block"),
+    ("kernels/cpu", "rows += grads[:, i * s", "rows -= grads[:, i * s"),
+    ("kernels/cpu", "z[i - r.start, :, : before * cut.block] = HIDDEN", "pass"),
+    ("kernels/cpu", "np.copyto(z, HIDDEN, where=apart)", "pass"),
+    ("kernels/cpu", "wide[:, cut.near] += wide[:, cut.seen", "wide[:, cut.near] -= wide[:, cut.seen"),
     ("kernels/cpu", "left[count[left] > done]", "left[count[left] > done + 1]"),
 ]
 
