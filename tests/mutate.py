@@ -213,7 +213,7 @@ BUGS = [
     ("kernels/cpu", "rows += grads[:, i * s", "rows -= grads[:, i * s"),
     ("kernels/cpu", "z[i - r.start, :, : before * cut.block] = HIDDEN", "pass"),
     ("kernels/cpu", "np.copyto(z, HIDDEN, where=apart)", "pass"),
-    ("kernels/cpu", "wide[:, cut.near] += wide[:, cut.seen", "wide[:, cut.near] -= wide[:, cut.seen"),
+    ("kernels/cpu", "wide[:, cut.near] += wide", "wide[:, cut.near] -= wide"),
     ("kernels/cpu", "left[count[left] > done]", "left[count[left] > done + 1]"),
 ]
 
