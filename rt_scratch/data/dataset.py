@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -23,23 +24,43 @@ class Dataset(NamedTuple):
     labels: dict[str, np.ndarray] | None = None  # class of each image, 0 .. n_classes - 1
     n_classes: int = 0
     pad_id: int = -1                  # -1: every token counts, as in all datasets here
-    units: dict[str, int] | None = None  # words of the original text, where unit is 'ppl/word'
+    units: dict[str, int] | None = None  # words of the original text, where unit is 'ppl/word';
+    words: Callable[[str, int, int], int] | None = None  # words(split, i, j): in tokens i .. j - 1
     image_shape: tuple[int, int, int] | None = None  # (height, width, 3)
     codec: Codec = open_codec("bytes")  # text to tokens and back
 
 
-def score(nats_sum: float, n_tokens: int, dataset: Dataset, split: str) -> float:
+def words_scored(dataset: Dataset, split: str, weights: np.ndarray, index: np.ndarray,
+                 stride: int) -> int:
+    """Words of the original text in the tokens that a batch of `eval_windows` scores, for `score`.
+
+    weights (B, T), index (B,): as they came; stride: tokens from one window to the next. 0 where
+    the unit is not 'ppl/word'.
+    """
+    if dataset.unit != "ppl/word":
+        return 0
+    n_words = 0
+    for window, scored in zip(index.tolist(), (np.flatnonzero(w) for w in weights), strict=True):
+        if len(scored):
+            start = window * stride
+            n_words += dataset.words(split, start + int(scored[0]), start + int(scored[-1]) + 1)
+    return n_words
+
+
+def score(nats_sum: float, n_tokens: int, dataset: Dataset, split: str,
+          n_words: int = 0) -> float:
     """The score of `n_tokens` tokens of a split that cost `nats_sum` nats, in `dataset.unit`.
 
     bits/byte and bits/dim: nats / tokens / ln 2.  ppl/token: exp(nats / tokens).
-    ppl/word: exp(nats / words), words of the original text between white space; for a part of the
-    split, the words are taken in proportion to the tokens.
+    ppl/word: exp(nats / words), words of the original text between white space: `n_words` of the
+    tokens that were scored (see `words_scored`); 0: in proportion to the tokens of the split.
     """
     per_token = float(nats_sum) / n_tokens
     if dataset.unit.startswith("bits/"):
         return per_token / math.log(2)
     if dataset.unit == "ppl/word":
-        per_token *= len(dataset.splits[split]) / dataset.units[split]
+        per_token *= (n_tokens / n_words if n_words > 0
+                      else len(dataset.splits[split]) / dataset.units[split])
     try:
         return math.exp(per_token)
     except OverflowError:
