@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 
 import train
-from rt_scratch import run
-from rt_scratch.config import ModelConfig
+from rt_scratch.config import ModelConfig, TrainConfig
 from rt_scratch.errors import UserError
-from rt_scratch.model import parameter_table
-from rt_scratch.optim import OPTIMIZERS
 from rt_scratch.presets import PRESETS, preset
-from rt_scratch.step import gradients, move_centroids
+from rt_scratch.run.costs import n_parameters
+from rt_scratch.run.options import plan_run
+from rt_scratch.step import new_state, train_step
 
 ALL = [(dataset, name) for dataset, names in PRESETS.items() for name in names]
 
 
 def planned(dataset, name, tmp_path):
     flags = [dataset, "--preset", name, "--dry-run", "--data-dir", tmp_path / "nothing"]
-    return train.prepare(train.parse([str(flag) for flag in flags]))[2:]
+    plan = plan_run(train.parse([str(flag) for flag in flags]))
+    return plan.model, plan.train
 
 
 @pytest.mark.parametrize("dataset, name", ALL)
@@ -33,25 +33,21 @@ def test_one_step(dataset, name, tmp_path):
         image_size=8 if model.image_size else 0, window=max(model.window // shorter, 1),
         block=max(model.block // shorter, 1)).validate()
     ids = np.random.default_rng(0).integers(0, 256, (2, 192))
-    state = run.new_state(model, recipe, np)
-    grads = np.zeros_like(state.flat)
-    result = gradients(state.flat, grads, state.table, state.centroids, model, [(ids, None)],
-                       seed=0, step=0)
-    before = state.flat.copy()
-    OPTIMIZERS[recipe.optimizer][1](state.flat, grads, state.optimizer, state.table, recipe.lr, 0,
-                                    weight_decay=recipe.weight_decay)
-    moved = move_centroids(state.centroids, result.memberships, model)
-    assert np.isfinite(result.nats) and np.isfinite(state.flat).all()
+    start = new_state(model, recipe, np)
+    before, mu = start.flat.copy(), {i: c.mu.copy() for i, c in start.centroids.items()}
+    state, result = train_step(start, np.empty_like(before), [(ids, None)], model, recipe)
+    assert np.isfinite(result.nats) and np.isfinite(state.flat).all() and state.step == 1
     assert all((state.flat != before)[leaf.start : leaf.stop].any() for leaf in state.table)
-    assert len(moved) == sum(model.heads(i)[0] > 0 for i in range(model.n_layers)) > 0
+    assert set(mu) == {i for i in range(model.n_layers) if model.routing_heads(i)}
+    assert bool(mu) == (name != "released-local")
+    assert all((state.centroids[i].mu != mu[i]).any() for i in mu)
 
 
 @pytest.mark.parametrize("dataset, millions", [
     ("enwik8", 165), ("wikitext103", 325), ("pg19", 583), ("imagenet64", 197), ("cifar10", 96)])
 def test_size_of_the_released_recipes(dataset, millions, tmp_path):
     model, _ = planned(dataset, "released", tmp_path)
-    table = parameter_table(model)
-    assert round(table[-1].stop / 1e6) == millions
+    assert round(n_parameters(model) / 1e6) == millions
 
 
 def test_where_the_paper_differs():
@@ -62,13 +58,36 @@ def test_where_the_paper_differs():
     assert changed("enwik8") == {"n_clusters": 32, "window": 256}
     assert changed("wikitext103") == {"n_layers": 10, "n_clusters": 16, "window": 256}
     assert changed("pg19") == {"routing_layers": (-2, -1)}
-    with pytest.raises(UserError, match="pg19 has released, small, paper"):
+    with pytest.raises(UserError, match="pg19 has released, small, released-local, paper"):
         preset("pg19", "large")
     assert preset("some.txt", "small") == {}
 
 
+DROPOUTS = ("embed_dropout", "attention_dropout", "ffn_dropout", "residual_dropout",
+            "target_dropout")
+
+
+@pytest.mark.parametrize("dataset, name, length, layers, heads, clusters, dropouts", [
+    ("enwik8", "released", 8192, 12, (4, 4), 16, (0, 0, 0, 0.1, 0)),
+    ("enwik8", "released-12k", 12288, 12, (4, 4), 48, (0, 0, 0, 0.1, 0)),
+    ("enwik8", "released-local", 8192, 22, (8, 0), None, (0, 0.4, 0.4, 0.1, 0)),
+    ("wikitext103", "released", 4096, 14, (8, 8), 8, (0.4, 0.4, 0.4, 0.1, 0.25)),
+    ("wikitext103", "released-1k", 1024, 20, (8, 8), 2, (0.4, 0.4, 0.4, 0.1, 0.2)),
+    ("wikitext103", "released-local", 4096, 14, (16, 0), None, (0.4, 0.4, 0.4, 0.1, 0.25)),
+    ("pg19", "released", 8192, 22, (6, 2), 16, (0, 0, 0, 0.1, 0)),
+    ("pg19", "released-local", 8192, 24, (8, 0), None, (0, 0, 0, 0.1, 0))])
+def test_released_text_recipes(dataset, name, length, layers, heads, clusters, dropouts, tmp_path):
+    model, recipe = planned(dataset, name, tmp_path)
+    fields = {f.name: getattr(c, f.name) for c in (model, recipe) for f in dataclasses.fields(c)}
+    assert (model.seq_len, model.n_layers) == (length, layers)
+    assert (model.n_local_heads, model.n_routing_heads) == heads
+    assert clusters in (None, model.n_clusters)
+    assert tuple(fields[f] for f in DROPOUTS) == dropouts
+    assert fields["weight_decay"] == (2e-5 if dataset == "wikitext103" else 0)
+
+
 def test_fields_exist():
     known = {f.name for f in dataclasses.fields(ModelConfig)}
-    known |= {f.name for f in dataclasses.fields(train.TrainConfig)}
+    known |= {f.name for f in dataclasses.fields(TrainConfig)}
     for dataset, name in ALL:
         assert set(PRESETS[dataset][name]) <= known

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -226,7 +227,9 @@ def _remove_left_over(root):
     The lock on unfinished work goes with the process that holds it. Where there are no locks
     (Windows, some network disks), unfinished work is live while something is written there.
     """
-    for old in [*root.glob("*.tmp-*"), *root.glob("*/cache.json.tmp-*")]:
+    at = glob.escape(str(root))  # glob, not Path.glob: it passes over what vanishes meanwhile
+    for found in [*glob.glob(f"{at}/*.tmp-*"), *glob.glob(f"{at}/*/cache.json.tmp-*")]:
+        old = Path(found)
         with contextlib.suppress(OSError):  # another process may just remove or finish it
             lock = _lock(old, wait=False)
             if lock is not None or _silent_for(old) > ABANDONED:
