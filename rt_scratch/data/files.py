@@ -97,12 +97,14 @@ def _members(archive):
             return
         with _tar(archive) as t:
             yield from ((m, m.name) for m in ordinary(t))
-            while t.fileobj.read(CHUNK):  # to the end, where gzip's checksum is
-                pass
 
 
 def ordinary(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Members that are plain files: no links, no devices, no sparse maps."""
+    """Members that are plain files: no links, no devices, no sparse maps.
+
+    Reads to the very end, where gzip's checksum is. What follows the members must be zeros: tarfile
+    takes a damaged header for the end.
+    """
     at = -1
     for member in tar:
         if member.offset <= at:  # a negative size would lead back for ever
@@ -110,6 +112,9 @@ def ordinary(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         at = member.offset
         if member.isreg() and not member.issparse():
             yield member
+    for rest in chunks(tar.fileobj):
+        if rest.strip(b"\0"):
+            raise tarfile.ReadError("a damaged header")
 
 
 @contextmanager

@@ -86,6 +86,8 @@ def count_words(codec: Codec, tokens: np.ndarray, start: int, stop: int) -> int:
         books = np.split(tokens[first:stop], np.flatnonzero(tokens[first:stop] == BOUNDARY))
         return sum(len(codec.decode(book).decode("utf-8", "replace").split()) for book in books)
 
+    if start >= stop:
+        return 0
     first = start
     while first and tokens[first] != BOUNDARY and not codec.decode(tokens[first : first + 1])[
             :1].isspace():

@@ -58,9 +58,9 @@ def load(folder: Path) -> Dataset:
             break
         nearest = max(nearest, found, key=len)
     else:
-        absent = " and ".join(name for name in FILES.values() if name not in nearest)
-        raise missing(folder, absent if nearest else f"{absent} or {SOURCE.name}", SOURCE.origin(),
-                      RAWS, dataset="wikitext103")
+        absent = ", ".join(name for name in FILES.values() if name not in nearest)
+        raise missing(folder, absent if nearest else f"{absent} (or {SOURCE.name} with them)",
+                      SOURCE.origin(), RAWS, dataset="wikitext103")
     recipe = {"line": EOS.decode(), "unknown": UNK.decode(), "order": "frequency, bytes"}
     data = cached(folder, "wikitext103", "wikitext103", recipe,
                   {f.path for f in found.values()}, lambda new: _encode(found, new))
