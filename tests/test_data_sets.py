@@ -536,11 +536,11 @@ def test_words_of_windows(tmp_path):
 
     odd = "non\u00a0breaking  em\u2003space \u3000 wide\u0085next\x1cfile".encode()
     make_pg19(tmp_path, test={5: BOOK.encode() * 2, 6: odd, 7: b"  ", 8: b"end", 9: AWKWARD,
-                              10: b"x" * 5000, 11: b"begin again"})
+                              10: b"x" * 200, 11: b"begin again"})
     data = load("pg19", tmp_path, vocab_size=300)
 
-    @given(st.lists(st.integers(0, len(data.splits["test"]))), st.sampled_from([0, 8192]))
-    def holds(cuts, far):
+    @given(st.lists(st.integers(0, len(data.splits["test"])), max_size=9))
+    def holds(cuts):
         cuts = [0, *sorted(cuts), len(data.splits["test"])]
         assert sum(data.words("test", i, j) for i, j in zip(cuts, cuts[1:], strict=False)) == (
             data.units["test"])
@@ -1013,7 +1013,8 @@ def test_pictures_that_would_unpack_to_gigabytes(tmp_path):
     start, rest, zeros = good[:33], good[33:], b"x\0\0" + zlib.compress(bytes(10 ** 8))
     huge = chunk(b"IHDR", struct.pack(">IIBBBBB", 10 ** 5, 10 ** 5, 8, 2, 0, 0, 0))
     for bad in (good[:8] + huge + rest, start + chunk(b"iCCP", zeros) + rest,
-                start + chunk(b"zTXt", zeros) + rest, good + bytes(2 * 10 ** 6), good[:-20], good.replace(b"IEND", b"IENX")):
+                start + chunk(b"zTXt", zeros) + rest, good + bytes(2 * 10 ** 6), good[:-20],
+                good.replace(b"IEND", b"IENX")):
         tar_of(tmp_path / "train_64x64.tar", {"a.png": bad, "b.png": bad}, "w")
         try:
             data = load("imagenet64", tmp_path)
