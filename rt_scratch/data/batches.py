@@ -68,7 +68,8 @@ def eval_windows(
     that the text does not fill is a batch of its own, at its own length: padding would compete
     with its tokens for the clusters of mode `topk`. Images (N, T): one per row, `stride` unused.
     All other batches have B rows; spare rows have weight 0, as tokens `pad_id` have (-1: none).
-    `limit`: only so many windows, evenly spread over the split (0: all).
+    `limit`: only so many windows, evenly spread over the split (0: all); the first window with
+    stride < T is then left out, because its tokens have less context than the others.
     """
     if split.ndim == 2 and split.shape[1] != n_tokens:
         raise UserError(f"images have {split.shape[1]} values, --seq-len is {n_tokens}")
@@ -77,8 +78,8 @@ def eval_windows(
         raise UserError(f"--stride {stride}: must be from 1 to --seq-len {n_tokens}")
     total = count_windows(split, n_tokens, stride)
     n_windows = min(limit or total, total)
-    chosen = range(total) if n_windows == total else [
-        i * total // n_windows for i in range(n_windows)]
+    first = int(split.ndim == 1 and stride < n_tokens and n_windows < total)
+    chosen = [first + i * (total - first) // n_windows for i in range(n_windows)]
     full = [w for w in chosen if split.ndim == 2 or w * stride + n_tokens <= len(split)]
     groups = [(full[i : i + batch], batch, n_tokens) for i in range(0, len(full), batch)]
     groups += [([w], 1, len(split) - w * stride) for w in chosen[len(full) :]]
