@@ -32,27 +32,30 @@ def random_windows(split: np.ndarray, n_tokens: int, batch: int, seed: int, step
     return np.stack([split[s : s + n_tokens] for s in starts]).astype(np.int32)
 
 
-def shuffled_images(split: np.ndarray, batch: int, seed: int, step: int):
+def shuffled_images(split: np.ndarray, batch: int, seed: int, drawn: int):
     """B images of an (N, T) split, each seen once per epoch:  (B, T) int32, (B,) their indices.
 
-    Image number step B + i of the run is entry (step B + i) mod N of the permutation of its epoch,
-    so epochs follow each other without a gap, even inside a batch.
+    After `drawn` images, the next is entry drawn mod N of the permutation of its epoch, so epochs
+    follow each other without a gap, even inside a batch, and whatever the batches before were.
     """
     n = len(split)
     if n == 0:
         raise UserError("the split has no images")
-    position = step * batch + np.arange(batch)
+    position = drawn + np.arange(batch)
     index = np.array([_permutation(n, seed, p // n)[p % n] for p in position.tolist()])
     return split[index].astype(np.int32), index
 
 
-def training_batch(dataset: Dataset, n_tokens: int, batch: int, seed: int, step: int):
-    """What a step trains on: (ids (B, T), labels (B,) or None where the dataset has none)."""
+def training_batch(dataset: Dataset, n_tokens: int, batch: int, seed: int, step: int, drawn: int):
+    """What a step trains on: (ids (B, T), labels (B,) or None where the dataset has none).
+
+    `drawn` windows or images were trained on before.
+    """
     split = dataset.splits["train"]
     if dataset.kind == "text":
         hop = n_tokens if dataset.aligned else 1
         return random_windows(split, n_tokens, batch, seed, step, hop), None
-    ids, index = shuffled_images(split, batch, seed, step)
+    ids, index = shuffled_images(split, batch, seed, drawn)
     return ids, dataset.labels["train"][index] if dataset.labels else None
 
 

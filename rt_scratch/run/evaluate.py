@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -85,6 +86,15 @@ def _scored(dataset, split, n):
     """How many tokens were scored, of what kind, and how many make a word."""
     per_word = f", {tokens_per_word(dataset, split):.3f} per word" if dataset.units else ""
     return f"{n:.0f} {dataset.tokens}{per_word}"
+
+
+def doubt(nats: float, model: ModelConfig) -> str:
+    """A line on a loss per token that guessing would beat, with its newline; "" for others."""
+    uniform = math.log(model.vocab_size)
+    if nats <= uniform:
+        return ""
+    return (f"note: {nats:.4g} nats per token are worse than guessing uniformly ({uniform:.4g}): "
+            "the model diverged, or has hardly begun to learn\n")
 
 
 def _count(dataset, model, split, stride=0):
