@@ -223,7 +223,7 @@ def test_packed_books(books):
     for row, ids in zip(rows, sequences, strict=True):
         assert row.tolist() == ids + [0] * (64 - len(ids))
     assert dataset.counted["test"] == sum(map(len, sequences)) < rows.size
-    trained = training_batch(dataset._replace(splits={"train": rows.ravel()}), 64, 50, 0, 0)[0]
+    trained = training_batch(dataset._replace(splits={"train": rows.ravel()}), 64, 50, 0, 0, 0)[0]
     assert {tuple(row) for row in trained.tolist()} <= {tuple(row) for row in rows.tolist()}
     assert dataset.units["test"] == 2 * (2 + 20 * 12)
     assert data.score(dataset.counted["test"], dataset.counted["test"], dataset, "test") == (

@@ -92,6 +92,21 @@ def get(url: str) -> bytes:
         raise UserError(f"{url}: {e}") from e
 
 
+def with_size(source: Source) -> Source:
+    """A source of undocumented size with the size that the server names; UserError if it does not.
+    """
+    def once():
+        with urllib.request.urlopen(_request(source.urls[0]), timeout=TIMEOUT) as reply:
+            return reply.length
+    try:
+        size = _persistently(once)
+    except _Failed as e:
+        raise UserError(f"{source.urls[0]}: {e}") from e
+    if not size:
+        raise UserError(f"{source.urls[0]}: the server does not say how large {source.name} is")
+    return source._replace(size=size)
+
+
 def check_space(folder: Path, size: int) -> None:
     """UserError unless `size` bytes more fit on the disk of `folder`."""
     free = shutil.disk_usage(folder).free
@@ -202,6 +217,8 @@ def _wrong(path, source):
     size = path.stat().st_size
     if size != source.size:
         return f"{size:,} bytes, not {source.size:,}"
+    if source.digest is None:  # none is documented
+        return None
     algorithm, _, wanted = source.digest.partition(":")
     digest = digest_of(path, algorithm)
     if digest != wanted:
