@@ -34,8 +34,8 @@ class Source(NamedTuple):
 
     name: str                # what it is called on disk
     urls: tuple[str, ...]    # addresses in the order to try them
-    size: int                # bytes
-    digest: str              # 'sha256:...' or 'md5:...'
+    size: int | None         # bytes; None: not documented, see `with_size`
+    digest: str | None       # "sha256:..." or "md5:...", where documented
 
     def origin(self) -> str:
         """What it is and where it comes from, in words."""
