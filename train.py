@@ -10,7 +10,6 @@
 try:
     import argparse
     import math
-    import warnings
     from pathlib import Path
     from shlex import quote
 
@@ -49,9 +48,7 @@ def main(argv=None):
         score_split(args, state, plan)
         return
     try:
-        with (RunFolder(plan.folder, plan.config, plan.dataset.codec.file) as run,
-              warnings.catch_warnings()):
-            warnings.simplefilter("ignore", RuntimeWarning)  # the loss tells of divergence
+        with RunFolder(plan.folder, plan.config, plan.dataset.codec.file) as run:
             fit(plan, run, state, progress, args.stop_after or train.steps, xp, dtype)
     except MemoryError as error:
         raise UserError(
