@@ -121,8 +121,9 @@ def score(plan, run, state, progress, row, clock, bar, stop):
     for name in ("best.npz", "last.npz") if better else ("last.npz",):
         checkpoint.save_into(run, name, state, progress, clock.total())
     sample = ""
-    with harmless("the sample"), clock.aside(), stop.at_once():
-        sample = show_sample(state, dataset, model, train.seed, folder)
+    if not stop.asked:
+        with harmless("the sample"), clock.aside(), stop.at_once():
+            sample = show_sample(state, dataset, model, train.seed, folder)
     stop.asked |= not bar.say(f"step {state.step}  {valid.line}\n{log.cluster_line(row)}{sample}")
     return progress
 

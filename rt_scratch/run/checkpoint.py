@@ -148,7 +148,6 @@ class Saved(NamedTuple):
 class Loaded(NamedTuple):
     """A checkpoint of a run, ready for use."""
 
-    path: Path
     state: State
     progress: Progress
     config: dict
@@ -278,7 +277,7 @@ def restore(saved: Saved, xp, for_training: bool = False) -> tuple[State, Progre
 def load_model(folder: Path, xp, name: str | None = None) -> Loaded:
     """The checkpoint of a run folder to sample from or to score: `name`, else the best."""
     saved = read_state(folder / name if name else best_checkpoint(folder))
-    return Loaded(saved.path, *restore(saved, xp), saved.config, saved.model, saved.train)
+    return Loaded(*restore(saved, xp), saved.config, saved.model, saved.train)
 
 
 def best_checkpoint(folder: Path) -> Path:
