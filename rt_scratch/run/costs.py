@@ -11,6 +11,7 @@ import numpy as np
 from rt_scratch.config import ModelConfig, TrainConfig
 from rt_scratch.errors import UserError
 from rt_scratch.heads import KINDS, parts
+from rt_scratch.optim import OPTIMIZERS
 from rt_scratch.parameters import parameter_table
 from rt_scratch.run.evaluate import mode
 
@@ -60,7 +61,7 @@ def step_bytes(model: ModelConfig, train: TrainConfig) -> int:
     """Rough memory of a step: parameters, gradients, optimizer state, activations."""
     size = np.dtype(train.dtype).itemsize
     spare = min(train.parts, train.accumulate * min(train.parts, train.batch) - 1)
-    copies = 2 + 2 * (train.optimizer == "adamw") + spare  # one more gradient per part at work
+    copies = 2 + OPTIMIZERS[train.optimizer].copies + spare  # one more gradient per part at work
     per_token = model.n_layers * (10 * model.width + 3 * model.ffn_width)
     live = train.batch * model.seq_len
     if train.recompute:

@@ -9,8 +9,9 @@ import numpy as np
 
 from rt_scratch import decode
 from rt_scratch.config import ModelConfig
-from rt_scratch.data import Dataset, score
+from rt_scratch.data import Dataset, score, tokens_per_word
 from rt_scratch.data.batches import count_windows, eval_windows
+from rt_scratch.data.dataset import words_scored
 from rt_scratch.dispatch import array_module, to_host
 from rt_scratch.errors import UserError
 from rt_scratch.model import loss
@@ -30,21 +31,22 @@ def evaluate(state: State, dataset: Dataset, model: ModelConfig, split: str, bat
     """The score of a split in single passes over its windows (data/batches.py: eval_windows)."""
     xp, params = array_module(state.flat), state.params
     total = _count(dataset, model, split, stride)
-    nats, n = 0.0, 0.0
+    nats, n, n_words = 0.0, 0.0, 0
     for ids, weights, index in eval_windows(dataset.splits[split], model.seq_len, batch, stride,
-                                            limit):
+                                            limit, model.pad_id):
         labels = xp.asarray(dataset.labels[split][index]) if model.n_classes else None
         weight = xp.asarray(weights.astype(state.flat.dtype))
         (part, _), _, _ = loss(params, state.centroids, model, xp.asarray(ids), weight, labels,
                                recompute=True)
         nats += float(part)
         n += float(weights.sum())
+        n_words += words_scored(dataset, split, weights, index, stride or model.seq_len)
     seen = f"{limit} of {total} windows, evenly spread" if 0 < limit < total else "whole split"
     leak = "; TOPK ROUTING LEAKS THE FUTURE into this score" if "topk" in model.kinds() else ""
-    value = score(nats, n, dataset, split)
+    value = score(nats, n, dataset, split, n_words)
     return Score(nats / n, value, (
-        f"{split} {value:.4f} {dataset.unit}  ({seen}, {n:.0f} tokens, context {model.seq_len}, "
-        f"stride {stride or model.seq_len}, {mode(model)}{leak})"))
+        f"{split} {value:.4f} {dataset.unit}  ({seen}, {_scored(dataset, split, n)}, context "
+        f"{model.seq_len}, stride {stride or model.seq_len}, {mode(model)}{leak})"))
 
 
 def evaluate_causally(state: State, dataset: Dataset, model: ModelConfig, split: str,
@@ -57,9 +59,9 @@ def evaluate_causally(state: State, dataset: Dataset, model: ModelConfig, split:
     xp, params = array_module(state.flat), state.params
     total = _count(dataset, model, split)
     limit = min(limit or total, total)
-    nats, n = 0.0, 0.0
+    nats, n, n_words = 0.0, 0.0, 0
     for ids, weights, index in eval_windows(dataset.splits[split], model.seq_len, CAUSAL_WINDOWS,
-                                            0, limit):
+                                            0, limit, model.pad_id):
         labels = xp.asarray(dataset.labels[split][index]) if model.n_classes else None
         ids = xp.asarray(ids)
         logits, memory = decode.prefill(
@@ -72,11 +74,18 @@ def evaluate_causally(state: State, dataset: Dataset, model: ModelConfig, split:
             if t + 1 < ids.shape[1]:
                 logits = decode.step(params, state.centroids, model, memory, ids[:, t])
         n += float(weights.sum())
-    value = score(nats, n, dataset, split)
+        n_words += words_scored(dataset, split, weights, index, model.seq_len)
+    value = score(nats, n, dataset, split, n_words)
     return Score(nats / n, value, (
         f"{split} {value:.4f} {dataset.unit}  by incremental decoding, nothing seen ahead  "
-        f"({limit} of {total} windows, evenly spread, {n:.0f} tokens, context {model.seq_len}, "
-        f"{mode(model)})"))
+        f"({limit} of {total} windows, evenly spread, {_scored(dataset, split, n)}, context "
+        f"{model.seq_len}, {mode(model)})"))
+
+
+def _scored(dataset, split, n):
+    """How many tokens were scored, of what kind, and how many make a word."""
+    per_word = f", {tokens_per_word(dataset, split):.3f} per word" if dataset.units else ""
+    return f"{n:.0f} {dataset.tokens}{per_word}"
 
 
 def doubt(nats: float, model: ModelConfig) -> str:
