@@ -141,7 +141,7 @@ def _fetch_from(url, source, path, quiet):
 
 def _continue(url, source, part, quiet):
     """Fetch what is missing of `part`; ConnectionError when the server stopped too early."""
-    have = part.stat().st_size if part.exists() else 0
+    have = before = part.stat().st_size if part.exists() else 0
     if have >= source.size:
         return
     with urllib.request.urlopen(
@@ -149,7 +149,7 @@ def _continue(url, source, part, quiet):
             timeout=TIMEOUT) as reply:
         if reply.status != 206 or f"bytes {have}-" not in reply.headers.get("Content-Range", ""):
             have = 0  # the whole file comes again
-        length = reply.headers.get("Content-Length")
+        length, whole = reply.headers.get("Content-Length"), have == 0
         if length not in (None, str(source.size - have)):
             raise _Failed(f"another file: {length!r:.30} bytes to come, not "
                           f"{source.size - have:,}")
@@ -163,7 +163,8 @@ def _continue(url, source, part, quiet):
                 have += len(piece)
                 bar.update(len(piece))
     if have < source.size:
-        if reply.headers.get("Transfer-Encoding") == "chunked":  # such a reply tells its end
+        same = length is None and whole and have == before  # as short as the last time
+        if same or reply.headers.get("Transfer-Encoding") == "chunked":  # which tells its end
             part.unlink()
             raise _Failed(f"another file: {have:,} bytes, not {source.size:,}")
         raise ConnectionError(f"the server stopped after {have:,} of {source.size:,} bytes")
