@@ -3,20 +3,20 @@
     python benchmarks/attention_map.py RUN OUT.png [--layer I] [--tokens N]
 
 Row: a query; column: a key. In the routing head a query sees members of its own cluster, one colour
-per cluster, wherever in the text they stand. Drawn from the memberships that the model itself
+per cluster, wherever in the text they are. Drawn from the memberships that the model itself
 chooses on the first tokens of the dataset's validation split.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
-from rt_scratch import data, model, run
-from rt_scratch.errors import UserError
-from rt_scratch.model import views
+from rt_scratch import UserError, data
+from rt_scratch.console import script
+from rt_scratch.model import forward
+from rt_scratch.run.checkpoint import load_model
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -31,10 +31,13 @@ def main():
     parser.add_argument("--tokens", type=int, default=192)
     parser.add_argument("--data-dir")
     args = parser.parse_args()
-    state, config, cfg = run.load_model(args.run, np)
-    dataset = data.load(config["dataset"], args.data_dir, cfg.vocab_size)
+    run = load_model(args.run, np)
+    cfg, location = run.model, args.data_dir or run.config["data_dir"]
+    dataset = data.load(run.config["dataset"], location, cfg.vocab_size)
     ids = np.asarray(dataset.splits["valid"][: args.tokens])[None]
-    report = model.forward(views(state.flat, state.table), state.centroids, cfg, ids)[2]
+    report = forward(run.state.params, run.state.centroids, cfg, ids)[2]
+    if cfg.routing != "causal" or args.layer not in report.routes:
+        raise UserError(f"--layer {args.layer}: has no causal routing heads; name a layer that has")
     winner = report.routes[args.layer].winner[0, 0]  # (T,) of the first routing head
 
     i, j = np.mgrid[: args.tokens, : args.tokens]
@@ -51,15 +54,11 @@ def main():
         picture = np.ones((args.tokens, args.tokens, 3))
         picture[seen] = colours(np.broadcast_to(cluster[:, None], seen.shape)[seen])[:, :3]
         axis.imshow(picture, interpolation="nearest")
-        axis.set(title=title, xlabel="key (place in the text)")
-    axes[0].set(ylabel="query (place in the text)")
+        axis.set(title=title, xlabel="key (position in the text)")
+    axes[0].set(ylabel="query (position in the text)")
     figure.savefig(args.out, dpi=130)
     print(args.out)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    script(main)

@@ -9,6 +9,7 @@ window that trains; generation.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -16,17 +17,12 @@ import time
 from pathlib import Path
 
 import numpy as np
-from race import matrix_flops, table
-from sizes import model as size_model
+from common import RECIPE, decoding, size_model, table, training
 
-from rt_scratch import decode
-from rt_scratch.backend import select_device, select_precision
-from rt_scratch.config import ModelConfig
-from rt_scratch.errors import UserError
-from rt_scratch.model import init_centroids, init_parameters, views
-from rt_scratch.optim import adamw_init, adamw_update, clip_by_global_norm
+from rt_scratch import ModelConfig, UserError, select_device
+from rt_scratch.device import select_precision
 from rt_scratch.presets import preset
-from rt_scratch.step import gradients, move_centroids
+from rt_scratch.run.costs import flops_per_token, n_parameters
 
 
 class Bench:
@@ -79,23 +75,10 @@ def sizes(dry):
 
 
 def trainer(bench, cfg, batch, precision, recompute=False):
-    """(a function that takes one training step, number of parameters)."""
-    xp = bench.xp
-    _, dtype = select_precision(precision, xp)
-    flat, table_ = init_parameters(cfg, xp, "float32", 0)
-    centroids, grads = init_centroids(cfg, xp, "float32", 0), xp.empty_like(flat)
-    state = adamw_init(flat, table_)
-    ids = xp.asarray(np.random.default_rng(0).integers(0, cfg.vocab_size, (batch, cfg.seq_len)))
-
-    def one(i):
-        nonlocal centroids
-        result = gradients(flat, grads, table_, centroids, cfg, [(ids, None)], 0, i, recompute,
-                           dtype, 2.0**10 if precision == "fp16" else 1.0)
-        clip_by_global_norm(grads, 1.0)
-        adamw_update(flat, grads, state, table_, 1e-4, i)
-        centroids = move_centroids(centroids, result.memberships, cfg)
-
-    return one, flat.size
+    """A function that takes one training step."""
+    precision, dtype = select_precision(precision, bench.xp)
+    recipe = dataclasses.replace(RECIPE, clip=1.0, precision=precision, recompute=recompute)
+    return training(cfg, batch, recipe, bench.xp, dtype)
 
 
 def matrix_rate(bench, precision):
@@ -123,19 +106,19 @@ def steps(bench):
             one = None  # its arrays must not count for the next
             bench.free()
             try:
-                one, n = trainer(bench, cfg, batch, p)
+                one = trainer(bench, cfg, batch, p)
                 seconds = bench.seconds(one)
             except Exception as error:  # the other precisions are worth having
                 rows.append(["ours", p, "", repr(error)[:200], "", "", ""])
                 continue
             tokens = batch * cfg.seq_len
-            share = matrix_flops(cfg) * tokens / seconds / rates[p]
-            rows.append(["ours", p, f"{n:,}", f"{seconds * 1e3:.1f}", f"{tokens / seconds:,.0f}",
-                         f"{share:.0%}", f"{bench.peak():.0f}"])
+            share = flops_per_token(cfg) * tokens / seconds / rates[p]
+            rows.append(["ours", p, f"{n_parameters(cfg):,}", f"{seconds * 1e3:.1f}",
+                         f"{tokens / seconds:,.0f}", f"{share:.0%}", f"{bench.peak():.0f}"])
         one = None
         bench.free()
         try:
-            rows += rivals(bench, cfg, batch)
+            rows += rival_rows(bench, cfg, batch)
         except Exception as error:
             rows.append(["rivals", "", "", repr(error)[:200], "", "", ""])
         bench.write(f"Training steps, {name}",
@@ -143,63 +126,37 @@ def steps(bench):
                      "of the matrix rate", "peak MiB"], rows)
 
 
-def rivals(bench, cfg, batch):
+def rival_rows(bench, cfg, batch):
     """Rows of the port and of the torch twin; none where torch is missing."""
     try:
+        import rivals
         import torch
-        import torch_twin
-        from routing_transformer import RoutingTransformerLM
-        from routing_transformer.autoregressive_wrapper import AutoregressiveWrapper
     except ImportError:
         return []
-    device = "cpu" if bench.xp is np else "cuda"
-    if device == "cuda" and not torch.cuda.is_available():
+    on_gpu = bench.xp is not np
+    if on_gpu and not torch.cuda.is_available():
         return []
-    torch.set_default_device(device)
-    rows = []
+    torch.set_default_device("cuda" if on_gpu else "cpu")
+    rows, tokens = [], batch * cfg.seq_len
 
-    def run(contender, precision, make_loss, parameters):
-        optimizer = torch.optim.AdamW(parameters, 1e-4)
-
-        def one(_):
-            with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-                loss = make_loss()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
+    def run(contender, precision, start, **options):
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         try:
+            one, n = start(cfg, batch, autocast=precision == "bf16", **options)
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
             seconds = bench.seconds(one)
-            peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else 0
-            n = sum(p.numel() for p in parameters)
-            tokens = batch * cfg.seq_len
+            peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else 0
             rows.append([contender, precision, f"{n:,}", f"{seconds * 1e3:.1f}",
                          f"{tokens / seconds:,.0f}", "", f"{peak:.0f}"])
         except RuntimeError as error:
             rows.append([contender, precision, "", str(error).splitlines()[0], "", "", ""])
 
-    net = AutoregressiveWrapper(RoutingTransformerLM(
-        num_tokens=cfg.vocab_size, dim=cfg.width, depth=cfg.n_layers, max_seq_len=cfg.seq_len,
-        heads=cfg.n_heads, dim_head=cfg.head_width, window_size=cfg.window, causal=True,
-        n_local_attn_heads=cfg.n_local_heads, ff_glu=True, shared_qk=True)).to(device)
-    ids = torch.randint(0, cfg.vocab_size, (batch, cfg.seq_len + 1))
     for precision in ("float32", "bf16") if bench.dry else ("float32", "tf32", "bf16"):
-        run("port", precision, lambda net=net: net(ids, return_loss=True), list(net.parameters()))
-    del net
-    flat, table_ = init_parameters(cfg, np, "float32", 0)
-    params = torch_twin.tree(views(flat, table_))
-    params = torch.utils._pytree.tree_map(
-        lambda x: x.detach().to(device).requires_grad_(), params)
-    mu = {i: torch.tensor(c.mu) for i, c in init_centroids(cfg, np, "float32", 0).items()}
-    twin = torch_twin.loss
-    for contender in ("twin eager",) if bench.dry else ("twin eager", "twin compiled"):
-        if contender == "twin compiled":
-            twin = torch.compile(twin)
-        run(contender, "bf16", lambda twin=twin: twin(params, mu, cfg, ids[:, 1:]),
-            list(torch_twin.leaves(params)))
+        run("port", precision, rivals.port_training)
+    run("twin eager", "bf16", rivals.twin_training)
+    if not bench.dry:
+        run("twin compiled", "bf16", rivals.twin_training, compiled=True)
     torch.set_default_device("cpu")
     return rows
 
@@ -211,7 +168,7 @@ def kernels(bench):
     from rt_scratch.kernels import cuda
 
     name, cfg, batch = sizes(False)[0]
-    one, _ = trainer(bench, cfg, batch, "bf16")
+    one = trainer(bench, cfg, batch, "bf16")
     one(0)
     one(1)
     events, launch = [], cuda.launch
@@ -252,7 +209,7 @@ def longest(bench):
         one = None  # its arrays must be free for the next
         bench.free()
         try:
-            one, _ = trainer(bench, cfg, 1, "auto", recompute=True)
+            one = trainer(bench, cfg, 1, "auto", recompute=True)
             seconds = bench.seconds(one, n=1, warm_up=1)
         except MemoryError:
             rows.append([t, "out of memory", "", ""])
@@ -267,15 +224,8 @@ def generation(bench):
     rows = []
     for name, cfg, _ in sizes(bench.dry):
         bench.free()
-        flat, table_ = init_parameters(cfg, bench.xp, "float32", 0)
-        params = views(flat, table_)
-        centroids = init_centroids(cfg, bench.xp, "float32", 0)
         context = min(4000, cfg.seq_len // 2)
-        prompt = bench.xp.asarray(np.random.default_rng(0).integers(0, 256, (1, context)))
-        _, cache = decode.prefill(params, centroids, cfg, prompt, context + 64)
-        args = params, centroids, cfg, cache
-        seconds = bench.seconds(lambda i, args=args, prompt=prompt: decode.step(
-            *args, prompt[:, i]), n=20)
+        seconds = bench.seconds(decoding(cfg, context, bench.xp), n=20)
         rows.append([name, cfg.routing, context, f"{seconds * 1e3:.2f}", f"{1 / seconds:.0f}"])
     bench.write("Generation, batch 1", ["size", "routing", "context", "ms/token", "tokens/s"],
                 rows)

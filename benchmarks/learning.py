@@ -14,6 +14,7 @@ would have to predict them. Where the two differ, the future leaked into the sco
 
 import argparse
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -23,15 +24,16 @@ import time
 from pathlib import Path
 
 import numpy as np
-from race import machine, port, start_ours, start_torch, table
-from sizes import SIZES
-from sizes import model as size_model
+from common import RECIPE, ROOT, SIZES, size_model, table
+from race import machine_and_rivals, start_ours, start_torch
 
+from rt_scratch import UserError, cut, data, decode, logits, new_state, train_step
 from rt_scratch.console import script
-from rt_scratch.errors import UserError
+from rt_scratch.data.batches import eval_windows, random_windows
 
 NAMES = {"ours": "ours, causal", "topk": "ours, topk", "port": "port"}
 WINDOWS = 32          # of validation text per score
+CLIP = 1.0            # largest norm of the gradient
 POSITIONS = 40        # in each of the first 8 of them, scored by their prefix
 
 
@@ -39,58 +41,44 @@ POSITIONS = 40        # in each of the first 8 of them, scored by their prefix
 
 class Ours:
     def __init__(self, size, routing):
-        from rt_scratch.model import init_centroids, init_parameters, views
-        from rt_scratch.optim import adamw_init
-
         start_ours()
         self.cfg, self.batch = size_model(size, routing=routing)
-        self.flat, self.table = init_parameters(self.cfg, np, "float32", 0)
-        self.centroids = init_centroids(self.cfg, np, "float32", 0)
-        self.params, self.grads = views(self.flat, self.table), np.empty_like(self.flat)
-        self.optimizer, self.steps = adamw_init(self.flat, self.table), 0
+        self.state = new_state(self.cfg, RECIPE, np)
+        self.grads = np.empty_like(self.state.flat)
 
     def train(self, ids, lr):
-        from rt_scratch.optim import adamw_update, clip_by_global_norm
-        from rt_scratch.step import gradients, move_centroids
-
-        parts = [(part, None) for part in np.array_split(ids, min(len(ids), 2))]
-        result = gradients(self.flat, self.grads, self.table, self.centroids, self.cfg, parts, 0,
-                           self.steps, together=2)
-        clip_by_global_norm(self.grads, 1.0)
-        adamw_update(self.flat, self.grads, self.optimizer, self.table, lr, self.steps)
-        self.centroids = move_centroids(self.centroids, result.memberships, self.cfg)
-        self.steps += 1
+        train = dataclasses.replace(RECIPE, lr=lr, clip=CLIP)
+        self.state, _ = train_step(
+            self.state, self.grads, cut(ids, None, train, np), self.cfg, train)
 
     def logits(self, ids):
         """(B, T - 1, V): of token t + 1 given tokens up to t, in one pass over the window."""
-        from rt_scratch.model import logits
-
-        return logits(self.params, self.centroids, self.cfg, ids)[:, 1:]
+        return logits(self.state.params, self.state.centroids, self.cfg, ids)[:, 1:]
 
     def next_logits(self, prefix):
         """(B, V): of the token after the prefix."""
-        from rt_scratch import decode
-
-        return decode.prefill(self.params, self.centroids, self.cfg, prefix, self.cfg.seq_len)[0]
+        return decode.prefill(self.state.params, self.state.centroids, self.cfg, prefix,
+                              self.cfg.seq_len)[0]
 
 
 class Port:
     def __init__(self, size):
+        start_torch()
+        import rivals
         import torch
 
-        start_torch()
-        self.torch, (self.net, self.cfg, self.batch) = torch, port(size)
-        self.optimizer, self.steps = torch.optim.AdamW(self.net.parameters(), 1e-3), 0
+        self.torch, (self.cfg, self.batch) = torch, size_model(size)
+        self.net = rivals.port(self.cfg)
+        self.optimizer = torch.optim.AdamW(self.net.parameters())
 
     def train(self, ids, lr):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.net.train()
         self.net(self.torch.from_numpy(ids), return_loss=True).backward()
-        self.torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.torch.nn.utils.clip_grad_norm_(self.net.parameters(), CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.steps += 1
 
     def logits(self, ids):
         return self.forward(ids)[:, :-1]
@@ -112,15 +100,13 @@ def bits(logits, targets):
     return (np.log(np.exp(z).sum(-1)) - hit) / math.log(2)
 
 
-def contender(name, size, data, minutes, lr):
+def contender(name, size, text, minutes, lr):
     """Serve the parent: a line "train S" trains S seconds more, "prefix" scores by prefixes."""
-    from rt_scratch.data.batches import eval_windows, random_windows
-
     me = Port(size) if name == "port" else Ours(size, "causal" if name == "ours" else "topk")
-    splits, t = load(data).splits, me.cfg.seq_len
+    splits, t = data.load(text or "stdlib").splits, me.cfg.seq_len
     windows = np.concatenate([ids[w.all(1)] for ids, w, _ in eval_windows(
         splits["valid"], t, 8, 0, WINDOWS) if ids.shape[1] == t]).astype(np.int64)
-    seconds = 0.0
+    seconds, steps = 0.0, 0
 
     def score():
         groups = np.array_split(windows, -(-len(windows) // 4))
@@ -134,11 +120,11 @@ def contender(name, size, data, minutes, lr):
             while seconds < until:
                 start = time.perf_counter()
                 done = seconds / (60 * minutes)
-                rate = lr * min((me.steps + 1) / 50, 0.55 + 0.45 * math.cos(math.pi * done))
-                ids = random_windows(splits["train"], t, me.batch, 0, me.steps)
+                rate = lr * min((steps + 1) / 50, 0.55 + 0.45 * math.cos(math.pi * done))
+                ids = random_windows(splits["train"], t, me.batch, 0, steps)
                 me.train(ids.astype(np.int64), rate)
-                seconds += time.perf_counter() - start
-            answer = {"seconds": seconds, "steps": me.steps, "bits": score()}
+                seconds, steps = seconds + time.perf_counter() - start, steps + 1
+            answer = {"seconds": seconds, "steps": steps, "bits": score()}
         else:
             ids = windows[:8]
             at = np.linspace(t // 4, t - 1, POSITIONS).astype(int)
@@ -148,12 +134,6 @@ def contender(name, size, data, minutes, lr):
                       "alone": float(alone.mean()),
                       "error": float((alone - whole).std() / math.sqrt(whole.size))}
         print(json.dumps(answer), flush=True)
-
-
-def load(path):
-    from rt_scratch import data
-
-    return data.load(path or "stdlib")
 
 
 # ------------------------------------------------------------------------ in the calling process
@@ -170,12 +150,11 @@ def ask(process, line):
 
 def race(names, arguments, minutes, turns):
     """{name: [{seconds, steps, bits}]}, {name: scores by prefix}."""
-    here = Path(__file__).resolve()
     # Threads that spin while they wait make torch ten times slower on a machine that is shared.
-    environment = os.environ | {"PYTHONPATH": str(here.parent.parent), "OMP_NUM_THREADS": "2",
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2",
                                 "OMP_WAIT_POLICY": "PASSIVE"}
     runs = {name: subprocess.Popen(
-        [sys.executable, here, "--contend", json.dumps([name, *arguments])], text=True,
+        [sys.executable, __file__, "--contend", json.dumps([name, *arguments])], text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) for name in names}
     curves = {name: [ask(run, None)] for name, run in runs.items()}
     for turn in range(turns):
@@ -240,17 +219,14 @@ def main():
         return
     if args.out is None:
         parser.error("--out FOLDER is needed")
-    try:
-        import routing_transformer  # noqa: F401
-    except ImportError:
-        sys.exit("error: torch and routing-transformer are needed: pip install -e '.[bench]'")
-    text, length = load(args.data), size_model(args.size)[0].seq_len
+    head = machine_and_rivals()
+    text, length = data.load(args.data or "stdlib"), size_model(args.size)[0].seq_len
     if (n_windows := min(WINDOWS, len(text.splits["valid"]) // length)) < 1:
         raise UserError(f"--data {args.data}: its validation split, 5 % of it, is shorter than a "
                         f"window of {length} bytes; give a longer text")
-    head = (f"{machine()}\n{args.size} parameters, {args.minutes:g} minutes of training each in "
-            f"{args.turns} turns, learning rate {args.lr:g}. {text.protocol}; scores on "
-            f"{n_windows} windows of {length} bytes of its validation split.\n")
+    head += (f"\n{args.size} parameters, {args.minutes:g} minutes of training each in "
+             f"{args.turns} turns, learning rate {args.lr:g}. {text.protocol}; scores on "
+             f"{n_windows} windows of {length} bytes of its validation split.\n")
     curves, prefixes = race(args.names, [args.size, args.data, args.minutes, args.lr],
                             args.minutes, args.turns)
     args.out.mkdir(parents=True, exist_ok=True)

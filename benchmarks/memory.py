@@ -10,78 +10,58 @@ that would not fit the memory that is free without --recompute is only run with 
 
 import argparse
 import json
-import os
-import platform
-import resource
-import subprocess
+import math
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
+from common import ROOT, in_own_process, machine, peak_bytes, table, training
 
-ROOT = Path(__file__).resolve().parent.parent
+from rt_scratch import select_device
+from rt_scratch.run.costs import n_parameters, step_bytes
+from rt_scratch.run.options import plan_run
+
 PRESETS = ("cifar10/released", "enwik8/released", "wikitext103/released", "imagenet64/released",
            "pg19/released")
 COLUMNS = ("preset", "parameters", "T", "V", "recompute", "seconds", "estimate, GiB", "peak, GiB")
 
 
 def plan(name, recompute):
-    """(ModelConfig, TrainConfig, parameter table) of DATASET/PRESET at batch 1."""
+    """(ModelConfig, TrainConfig) of DATASET/PRESET at batch 1."""
+    sys.path.insert(0, str(ROOT))
     import train
-    from rt_scratch.model import parameter_table
 
     dataset, preset = name.split("/")
-    flags = [dataset, "--preset", preset, "--batch", "1", "--dry-run", "--data-dir",
-             str(ROOT / "no data"), "--recompute" if recompute else "--no-recompute"]
-    model, recipe = train.prepare(train.parse(flags))[2:]
-    return model, recipe, parameter_table(model)
+    planned = plan_run(train.parse([
+        dataset, "--preset", preset, "--batch", "1", "--dry-run", "--data-dir",
+        str(ROOT / "no data"), "--recompute" if recompute else "--no-recompute"]))
+    return planned.model, planned.train
 
 
 def one_step(name, recompute):
     """In the measuring process: the seconds of a step and the peak of the process."""
-    import train
-    from rt_scratch import run
-    from rt_scratch.backend import select_device
-    from rt_scratch.optim import OPTIMIZERS
-    from rt_scratch.step import gradients, move_centroids
-
-    model, recipe, _ = plan(name, recompute)
-    xp, _ = select_device("cpu")
-    train.set_threads(xp, recipe)
-    state = run.new_state(model, recipe, np)
-    grads = np.empty_like(state.flat)
-    ids = np.random.default_rng(0).integers(0, model.vocab_size, (1, model.seq_len))
+    select_device("cpu")
+    cfg, recipe = plan(name, recompute)
+    step = training(cfg, 1, recipe)
     start = time.perf_counter()
-    result = gradients(state.flat, grads, state.table, state.centroids, model, [(ids, None)], 0, 0,
-                       recipe.recompute)
-    OPTIMIZERS[recipe.optimizer][1](state.flat, grads, state.optimizer, state.table, recipe.lr, 0,
-                                    weight_decay=recipe.weight_decay)
-    move_centroids(state.centroids, result.memberships, model)
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": seconds, "peak": peak, "nats": float(result.nats)}
+    nats = float(step(0).nats)
+    return {"seconds": time.perf_counter() - start, "peak": peak_bytes(), "nats": nats}
 
 
 def measure(name, recompute):
     """A row of the table, from a process of its own."""
-    import train
-
-    model, recipe, table = plan(name, recompute)
-    estimate = train.memory(model, recipe, table[-1].stop)
-    row = [name, f"{table[-1].stop:,}", f"{model.seq_len:,}", f"{model.vocab_size:,}",
+    cfg, recipe = plan(name, recompute)
+    estimate = step_bytes(cfg, recipe)
+    row = [name, f"{n_parameters(cfg):,}", f"{cfg.seq_len:,}", f"{cfg.vocab_size:,}",
            "yes" if recompute else "no"]
     if estimate > available():
         return row + ["not run", f"{estimate / 2**30:.1f}", "does not fit here"]
-    done = subprocess.run([sys.executable, __file__, "--measure", json.dumps([name, recompute])],
-                          capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
-        return row + ["failed", f"{estimate / 2**30:.1f}", last]
-    result = json.loads(done.stdout.splitlines()[-1])
-    if not np.isfinite(result["nats"]):
-        return row + ["failed", f"{estimate / 2**30:.1f}", "the loss is not finite"]
+    try:
+        result = in_own_process(__file__, [name, recompute])
+        if not math.isfinite(result["nats"]):
+            raise RuntimeError("the loss is not finite")
+    except RuntimeError as error:
+        return row + ["failed", f"{estimate / 2**30:.1f}", error]
     return row + [f"{result['seconds']:.0f}", f"{estimate / 2**30:.1f}",
                   f"{result['peak'] / 2**30:.1f}"]
 
@@ -106,22 +86,19 @@ def main():
     if args.measure:
         print(json.dumps(one_step(*json.loads(args.measure))))
         return
-    head = (f"# One step of each released preset\n\n{time.strftime('%Y-%m-%d')}, "
-            f"{os.cpu_count()} cores, {available() / 2**30:.0f} GiB free, Python "
-            f"{platform.python_version()}, NumPy {np.__version__}. Batch 1, float32, "
-            "forward + backward + optimizer + k-means; peak resident memory of the process. The "
-            "estimate is what `train.py --dry-run` prints.\n")
-    lines = [head, "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    head = (f"# One step of each released preset\n\n{machine()}; {available() / 2**30:.0f} GiB "
+            "free. Batch 1, float32, forward + backward + optimizer + k-means; peak resident "
+            "memory of the process. The estimate is what `train.py --dry-run` prints.\n\n")
+    rows = []
     for name in args.presets:
         for recompute in {"on": [True], "off": [False], "both": [False, True]}[args.recompute]:
-            lines.append("| " + " | ".join(measure(name, recompute)) + " |")
-            print(lines[-1], file=sys.stderr, flush=True)
+            rows.append(measure(name, recompute))
+            print(*rows[-1], sep="  ", file=sys.stderr, flush=True)
             if args.out:
                 args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+                args.out.write_text(head + table(COLUMNS, rows))
+    print(head + table(COLUMNS, rows))
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main()

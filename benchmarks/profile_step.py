@@ -11,21 +11,30 @@ to move, whatever the function does in between.
 
 import argparse
 import functools
-import sys
 import threading
 import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
+import common
 import numpy as np
-from sizes import SIZES
-from sizes import model as size_model
 
-from rt_scratch import attention, layers, model, optim, routing, step, threads
-from rt_scratch.backend import select_device
-from rt_scratch.model import init_centroids, init_parameters
+from rt_scratch import (
+    attention,
+    dropout,
+    heads,
+    kmeans,
+    layers,
+    model,
+    optim,
+    routing,
+    select_device,
+    step,
+    threads,
+)
 
-MODULES = (layers, attention, routing, model, step, optim)
+MODULES = (layers, attention, dropout, kmeans, routing, heads, model, optim, step)
 here, records, lock = threading.local(), defaultdict(lambda: np.zeros(3)), threading.Lock()
 
 
@@ -43,7 +52,7 @@ def clocked(function):
             stack[-1] += spent
         seen = {}
         collect((args, result), seen)
-        weight = 1 / threads_at_work() if threads.busy() else 1
+        weight = 1 / threads.n_threads() if threads.busy() else 1
         with lock:
             records[function.__name__] += (weight * (spent - inner), sum(seen.values()), 1)
         return result
@@ -62,10 +71,6 @@ def uncounted(function):
     return call
 
 
-def threads_at_work():
-    return threads._pool()._max_workers
-
-
 def collect(tree, seen):
     """Sizes of the arrays in a tree of tuples, lists and dictionaries, each once."""
     if isinstance(tree, np.ndarray):
@@ -78,73 +83,72 @@ def collect(tree, seen):
 
 
 def wrap_everything():
-    """Replace the functions by clocked ones wherever a module names them."""
-    names = {f for m in MODULES for f in vars(m).values()
-             if callable(f) and getattr(f, "__module__", None) in {m.__name__ for m in MODULES}
-             and not isinstance(f, type)}
-    replaced = {f: clocked(f) for f in names}
+    """Replace the functions by clocked ones wherever a module, or a row of its tables, names them.
+
+    Before anything else: `heads.parts` remembers rows.
+    """
+    owners = {m.__name__ for m in MODULES}
+    clocks = {f: clocked(f) for m in MODULES for f in vars(m).values()
+              if callable(f) and not isinstance(f, type) and f.__module__ in owners}
+
+    def replaced(value):
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(replaced, value))
+        return clocks.get(value, value) if callable(value) else value
+
     for m in MODULES:
-        for name, f in list(vars(m).items()):
-            if not isinstance(f, type) and callable(f) and f in replaced:
-                setattr(m, name, replaced[f])
+        for name, value in list(vars(m).items()):
+            if isinstance(value, dict) and name.isupper():
+                value.update({key: replaced(row) for key, row in value.items()})
+            else:
+                setattr(m, name, replaced(value))
+    common.train_step = step.train_step
     step.parallel = uncounted(step.parallel)
 
 
 def profile(size, n_steps, changes):
     """(Seconds per step, {function: (seconds, bytes, calls) per step})."""
-    cfg, batch = size_model(size, **changes)
-    flat, table = init_parameters(cfg, np, "float32", 0)
-    centroids, grads = init_centroids(cfg, np, "float32", 0), np.empty_like(flat)
-    state = optim.adamw_init(flat, table)
-    ids = np.random.default_rng(0).integers(0, 256, (batch, cfg.seq_len))
-    parts = [(part, None) for part in np.array_split(ids, min(batch, threads_at_work()))]
-    for i in range(2 + n_steps):
-        if i == 2:
-            records.clear()
-            start = time.perf_counter()
-        result = step.gradients(flat, grads, table, centroids, cfg, parts, 0, i,
-                                together=len(parts))
-        optim.adamw_update(flat, grads, state, table, 1e-3, i)
-        centroids = step.move_centroids(centroids, result.memberships, cfg)
+    cfg, batch = common.size_model(size, **changes)
+    one = common.training(cfg, batch, replace(common.RECIPE, parts=threads.n_threads()))
+    for _ in range(2):
+        one(0)
+    records.clear()
+    start = time.perf_counter()
+    for i in range(n_steps):
+        one(i)
     seconds = (time.perf_counter() - start) / n_steps
     return seconds, {name: r / n_steps for name, r in records.items()}
 
 
 def report(size, seconds, functions, least=0.005):
-    lines = [f"## {size}: {seconds * 1e3:.0f} ms per step\n",
-             "| function | calls | ms | share | MiB | GB/s |", "|---|---|---|---|---|---|"]
-    small = 0.0
+    rows, small = [], 0.0
     for name, (own, size_in_bytes, calls) in sorted(functions.items(), key=lambda f: -f[1][0]):
         if own < least * seconds:
             small += own
             continue
-        lines.append(f"| {name} | {calls:.0f} | {own * 1e3:.1f} | {own / seconds:.1%} | "
-                     f"{size_in_bytes / 2**20:.0f} | {size_in_bytes / own / 1e9:.1f} |")
-    lines.append(f"| all others | | {small * 1e3:.1f} | {small / seconds:.1%} | | |")
+        rows.append([name, f"{calls:.0f}", f"{own * 1e3:.1f}", f"{own / seconds:.1%}",
+                     f"{size_in_bytes / 2**20:.0f}", f"{size_in_bytes / own / 1e9:.1f}"])
     waiting = seconds - sum(r[0] for r in functions.values())
-    lines.append(f"| waiting for the slower thread | | {waiting * 1e3:.1f} | "
-                 f"{waiting / seconds:.1%} | | |\n")
-    return "\n".join(lines)
+    for name, rest in (("all others", small), ("waiting for the slower thread", waiting)):
+        rows.append([name, "", f"{rest * 1e3:.1f}", f"{rest / seconds:.1%}", "", ""])
+    return f"## {size}: {seconds * 1e3:.0f} ms per step\n\n" + common.table(
+        ["function", "calls", "ms", "share", "MiB", "GB/s"], rows)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", choices=common.SIZES, default=list(common.SIZES))
     parser.add_argument("--routing", choices=("topk", "causal"), default="topk",
                         help="topk without relative positions, as in the race, or causal with them")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--out", type=Path, help="write the table here as well")
     args = parser.parse_args()
-    changes = dict(routing="topk", local_max_distance=0, routing_max_distance=0,
-                   timing_signal=True) if args.routing == "topk" else {}
-    select_device("cpu")
-    threads.set_blas_threads(1)
-    threads.keep_freed_memory()
+    changes = common.PORT_WORK if args.routing == "topk" else {}
     wrap_everything()
-    text = "\n".join([f"# Profile of a training step on {threads_at_work()} threads, routing "
-                      f"{args.routing}\n\n{time.strftime('%Y-%m-%d')}, Python "
-                      f"{sys.version.split()[0]}, NumPy {np.__version__}. Own time of each "
-                      "function; see benchmarks/profile_step.py.\n"]
+    select_device("cpu")
+    text = "\n".join([f"# Profile of a training step on {threads.n_threads()} threads, routing "
+                      f"{args.routing}\n\n{common.machine()}. Own time of each function; see "
+                      "benchmarks/profile_step.py.\n"]
                      + [report(size, *profile(size, args.steps, changes)) for size in args.sizes])
     print(text)
     if args.out:

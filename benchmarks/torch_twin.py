@@ -4,7 +4,7 @@
 
 Written from the paper and the definitions of `rt_scratch.model`, not from its code: relative
 positions are gathered, blocks are cut with `unfold`, clusters are sorted and scattered by torch.
-Text, local and routing heads with shared or separate keys, modes `causal` and `topk`.
+Text, gated feed-forward layers, heads local, full, causal and topk, shared or separate keys.
 """
 
 import dataclasses
@@ -12,10 +12,10 @@ import sys
 
 import numpy as np
 import torch
-from sizes import model as size_model
-from torch.nn.functional import cross_entropy, gelu, layer_norm, pad
+from common import size_model
+from torch.nn.functional import cross_entropy, gelu, layer_norm, pad, silu
 
-from rt_scratch import model as ours
+from rt_scratch import init_centroids, init_parameters, model, views
 
 
 def tree(values):
@@ -56,15 +56,16 @@ def forward(params, mu, cfg, ids):
     for i in range(cfg.n_layers):
         p = params["layers"][i]
         before = norm(x, p["norm_attention"]) if cfg.norm == "pre" else x
-        y, own = attention(before, p["attention"], mu.get(i), cfg, cfg.heads(i)[0])
+        y, own = attention(before, p["attention"], mu.get(i), cfg, cfg.layer_heads(i))
         commitment = commitment + own
         x = x + y
         if cfg.norm == "post":
             x = norm(x, p["norm_attention"])
         f = p["ffn"]
         before = norm(x, p["norm_ffn"]) if cfg.norm == "pre" else x
-        x = x + (gelu(before @ f["w_gate"], approximate="tanh") * (before @ f["w_value"])) \
-            @ f["w_out"]
+        gate = before @ f["w_gate"]
+        gate = gelu(gate, approximate="tanh") if cfg.ffn == "geglu" else silu(gate)
+        x = x + (gate * (before @ f["w_value"])) @ f["w_out"]
         if cfg.norm == "post":
             x = norm(x, p["norm_ffn"])
     if cfg.norm == "pre":
@@ -79,7 +80,7 @@ def norm(x, p):
     return layer_norm(x, x.shape[-1:], p["gain"], p["bias"], 1e-6)
 
 
-def attention(x, p, mu, cfg, routed):
+def attention(x, p, mu, cfg, kinds):
     b, t, _ = x.shape
 
     def heads(y):
@@ -87,15 +88,19 @@ def attention(x, p, mu, cfg, routed):
 
     q, v = heads(x @ p["w_q"]) * cfg.head_width ** -0.5, heads(x @ p["w_v"])
     k = heads(x @ p["w_k"]) if "w_k" in p else None
-    n_own = 0 if cfg.share_qk else routed
-    out, commitment = [], 0.0
-    if routed:
-        o, commitment = routing(q[:, :routed], None if cfg.share_qk else k[:, :routed],
-                                v[:, :routed], mu, p, cfg)
+    out, commitment, first, first_key = [], 0.0, 0, 0
+    for kind, n in kinds:
+        routes = kind in ("causal", "topk")
+        own, key = slice(first, first + n), slice(first_key, first_key + n)
+        first, first_key = own.stop, key.start if routes and cfg.share_qk else key.stop
+        if routes:
+            o, commitment = routing(q[:, own], None if cfg.share_qk else k[:, key], v[:, own], mu,
+                                    p, cfg)
+        else:
+            s, lookback = (t, 0) if kind == "full" else (cfg.block, cfg.lookback)
+            o = local(q[:, own], k[:, key], v[:, own], p.get("local_rel_k"), p.get("local_rel_v"),
+                      s, lookback, 1.0)
         out.append(o)
-    if routed < cfg.n_heads:
-        out.append(local(q[:, routed:], k[:, n_own:], v[:, routed:], p.get("local_rel_k"),
-                         p.get("local_rel_v"), cfg.block, cfg.lookback, 1.0))
     return torch.cat(out, 1).transpose(1, 2).reshape(b, t, -1) @ p["w_o"], commitment
 
 
@@ -126,8 +131,8 @@ def local(q, k, v, rel_k, rel_v, s, lookback, scale, segment=None, window=None):
 
     i, j = torch.arange(s)[:, None], torch.arange((lookback + 1) * s)[None]
     distance = j - lookback * s - i
-    place = (torch.arange(n) * s)[:, None, None] + distance + i
-    hidden = (distance > 0) | (place < 0)
+    position = (torch.arange(n) * s)[:, None, None] + distance + i
+    hidden = (distance > 0) | (position < 0)
     if window is not None:
         hidden = hidden | (distance <= -window)
     if segment is not None:
@@ -185,26 +190,23 @@ def routing(q, k, v, mu, p, cfg):
 
 def compare(cfg, seed=0, batch=2):
     """Largest relative differences (loss, logits, gradient) between this and ours, in float64."""
-    flat, table = ours.init_parameters(cfg, np, "float64", seed)
+    flat, table = init_parameters(cfg, np, "float64", seed)
     flat += 0.05 * np.random.default_rng(seed).normal(size=flat.shape)
-    centroids = ours.init_centroids(cfg, np, "float64", seed)
+    centroids = init_centroids(cfg, np, "float64", seed)
     ids = np.random.default_rng(seed).integers(0, cfg.vocab_size, (batch, cfg.seq_len))
-    views, grads = ours.views(flat, table), np.zeros_like(flat)
-    (nats, commitment), cache, _ = ours.loss(
-        views, centroids, cfg, ids, np.full(ids.shape, 1 / ids.size))
-    ours.loss_backward(1.0, cfg.commitment, cache, ours.views(grads, table))
+    ours, own_gradient = views(flat, table), np.zeros_like(flat)
+    (nats, commitment), cache, _ = model.loss(
+        ours, centroids, cfg, ids, np.full(ids.shape, 1 / ids.size))
+    model.loss_backward(1.0, cfg.commitment, cache, views(own_gradient, table))
+    own_logits = model.logits(ours, centroids, cfg, ids)
 
-    params = tree(views)
+    params, gradient = tree(ours), np.zeros_like(flat)
     mu = {i: torch.tensor(c.mu) for i, c in centroids.items()}
     theirs = loss(params, mu, cfg, torch.tensor(ids))
     theirs.backward()
-    by_leaf = ours.views(np.zeros_like(flat), table)
-    for own, leaf in zip(leaves(by_leaf), leaves(params), strict=True):
-        own[...] = leaf.grad.numpy()
-    gradient = np.concatenate([np.ravel(x) for x in leaves(by_leaf)])
-    own_gradient = np.concatenate([np.ravel(x) for x in leaves(ours.views(grads, table))])
+    for into, leaf in zip(leaves(views(gradient, table)), leaves(params), strict=True):
+        into[...] = leaf.grad.numpy()
     logits = forward(params, mu, cfg, torch.tensor(ids))[0].detach().numpy()
-    own_logits = ours.logits(views, centroids, cfg, ids)
 
     def apart(a, b):
         return float(np.abs(a - b).max() / np.abs(b).max())
@@ -221,7 +223,7 @@ def cases():
     change = dataclasses.replace
     return {
         "causal": small,
-        # In `topk` equal tokens at other places have equal scores; the timing signal breaks ties.
+        # In `topk` equal tokens at other positions score equally; the timing signal breaks ties.
         "topk": change(small, routing="topk", timing_signal=True),
         "causal, separate keys, post-norm": change(small, share_qk=False, norm="post"),
         "topk, separate keys, two lookback blocks": change(
@@ -230,6 +232,7 @@ def cases():
             small, local_max_distance=0, routing_max_distance=0, timing_signal=True,
             embed_width=12, tie_embedding=True),
         "routing in the last layer only": change(small, routing="topk", routing_layers=(-1,)),
+        "full attention in the first layer, SwiGLU": change(small, full_layers=(0,), ffn="swiglu"),
     }
 
 

@@ -13,7 +13,8 @@ Weights are (in, out), so code reads `x @ w`. A gradient is `d` and the name. Tw
 is every plain function: one gradient per differentiable argument, in their order, no state but what
 is passed. The parts of the model take a tree of parameters instead; their backward adds the
 gradients of those to an identical tree and returns the gradient of the input. Caches are
-NamedTuples. Reading order, an evening:
+NamedTuples. Docstrings cite the equations of docs/derivations.md; docs/walkthrough.md runs through
+all this with eight tokens. Reading order, an evening:
 
     layers      linear, LayerNorm, feed-forward, embeddings, output layer with its loss
     attention   softmax attention in blocks, relative positions by a skew, local attention
@@ -25,8 +26,9 @@ NamedTuples. Reading order, an evening:
 
 then train.py. Around them: config (what a model and a run are), parameters, optim, decode (one
 token at a time through the same blocks), dropout, dispatch (NumPy or CuPy, plain or twin), device,
-released (the authors' variables), presets, run/ (a run folder), data/ (one file per dataset),
-kernels/ (faster twins of plain functions; the plain ones are the specification).
+released (the authors' checkpoint, read by tf_checkpoint, becomes a run folder), presets, run/ (a
+run folder), data/ (one file per dataset), kernels/ (faster twins of plain functions; the plain ones
+are the specification).
 """
 
 from rt_scratch.config import ModelConfig, TrainConfig

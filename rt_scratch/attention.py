@@ -29,14 +29,14 @@ DistanceRowsCache = namedtuple("DistanceRowsCache", "table first last")
 def distance_rows(table, first: int, last: int):
     """Rows of the table for the distances first .. last:  table[clip(d, -m, m) + m].
 
-    table (2 m + 1, D) -> (last - first + 1, D).
+    table (2 m + 1, D) -> (last - first + 1, D). docs/derivations.md (32).
     """
     index = distance_index(table, first, last)
     return table[index], DistanceRowsCache(table, first, last)
 
 
 def distance_rows_backward(drows, cache):
-    """Adds up the rows that share an entry of the table."""
+    """Adds up the rows that share an entry of the table. docs/derivations.md (32)."""
     table, first, last = cache
     return segment_sum(drows, distance_index(table, first, last), table.shape[0])
 
@@ -55,7 +55,7 @@ def skew(x, n_keys: int):
     key j is at distance j - i - (N - S) and column p stands for distance p + 1 - N. There P = N is
     enough: entries beyond it are meaningless, but belong to keys after the query, which are masked.
     A spare column makes the rows of the flat array one longer, so that cutting it into rows of the
-    old length moves each row by one: no index arrays.
+    old length moves each row by one: no index arrays. docs/derivations.md (33), (34).
     """
     xp = array_module(x)
     *lead, s, p = x.shape
@@ -70,7 +70,7 @@ def unskew(y, n_distances: int):
     """The inverse and transpose of `skew`: x[i, j - i + S - 1] = y[i, j], else 0.
 
     y (..., S, N) by key -> (..., S, P) by distance. With P = N the entries of y at keys after the
-    query must be 0.
+    query must be 0. docs/derivations.md (35).
     """
     xp = array_module(y)
     *lead, s, n = y.shape
@@ -94,6 +94,7 @@ def attend(q, k, v, rel_k, rel_v, mask, scale, dropped=None):
     nothing gets 0. `dropped` = (rate, key) drops entries of p.
     Paper section 3, Shaw et al. 2018 equations 3 and 4. Cache: the inputs and lse (..., S, 1), the
     log-sum-exp of each row, from which the backward computes p again.
+    docs/derivations.md (26), (27), (36).
     """
     xp = array_module(q)
     z = _logits(q, k, rel_k, mask, scale)  # (..., S, N)
@@ -116,6 +117,7 @@ def attend_backward(do, cache):
     """With dp_ij = do_i . (v_j + rel_v[j - i]):  dz_ij = p_ij (dp_ij - sum_j p_ij dp_ij).
 
     Returns dq, dk, dv, drel_k, drel_v (the last two None without relative positions).
+    docs/derivations.md (28) to (31), (37), (38).
     """
     q, k, v, rel_k, rel_v, mask, scale, dropped, lse = cache
     xp = array_module(q)
@@ -187,6 +189,7 @@ def local_attention(q, k, v, rel_k, rel_v, block, lookback, scale, segments=None
     with `window` only those at a distance below it (routing attention in `causal` mode is this, on
     the sequence sorted by cluster). Released code: attention_nd in one dimension, masked.
     Cache: the inputs, the Reach, and lse (B, H, n, S, 1); blocks and windows are cut again.
+    docs/derivations.md (39).
     """
     t = q.shape[2]
     reach = clipped_reach(t, block, lookback, segments, window)
@@ -197,7 +200,7 @@ def local_attention(q, k, v, rel_k, rel_v, block, lookback, scale, segments=None
 
 @accelerated
 def local_attention_backward(do, cache):
-    """Gradients of q, k, v, rel_k, rel_v."""
+    """Gradients of q, k, v, rel_k, rel_v. docs/derivations.md (40)."""
     q, k, v, rel_k, rel_v, reach, scale, dropped, lse = cache
     t = q.shape[2]
     inputs, caches = local_inputs(q, k, v, rel_k, rel_v, reach)

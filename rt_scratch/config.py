@@ -18,14 +18,13 @@ from rt_scratch.kmeans import MAX_CLUSTERS
 from rt_scratch.layers import FEED_FORWARDS
 from rt_scratch.optim import OPTIMIZERS, SCHEDULES
 
-ROUTING = tuple(name for name, kind in KINDS.items() if kind.routes)
-NOT_ROUTING = tuple(name for name, kind in KINDS.items() if not kind.routes)
 PRECISIONS = ("auto", "float32", "float64", "tf32", "bf16", "fp16")
 
 
-def _field(default, text, choices=None, least=None, most=None):
+def _field(default, text, choices=(), least=None, most=None):
+    """`choices`: names, a table whose keys they are, or a function that gives them."""
     return field(default=default, metadata={
-        "help": text, "choices": choices and tuple(choices), "least": least, "most": most})
+        "help": text, "choices": choices, "least": least, "most": most})
 
 
 def _dropout(text):
@@ -44,7 +43,7 @@ class ModelConfig:
     n_classes: int = _field(0, "classes to condition on; 0: unconditional", least=0)
     pad_id: int = _field(-1, "targets with this id are not scored; -1: every token counts")
     # size
-    n_layers: int = _field(4, "L, number of blocks", least=1)
+    n_layers: int = _field(4, "L, number of blocks", least=1, most=1024)  # streams of dropout
     width: int = _field(128, "C, width of the residual stream", least=1)
     embed_width: int = _field(0, "E, width of the token table; 0: same as width (text)", least=0)
     ffn: str = _field("geglu", "feed-forward layer", FEED_FORWARDS)
@@ -56,7 +55,7 @@ class ModelConfig:
     # attention
     attention: str = _field("routing", "ablation: all heads of one kind that does not route, such "
                                        "as local or full causal attention",
-                            ("routing", *NOT_ROUTING))
+                            lambda: ("routing", *(k for k in KINDS if not KINDS[k].routes)))
     n_local_heads: int = _field(2, "heads with local attention, per layer", least=0)
     n_routing_heads: int = _field(2, "heads with routing attention, in routing layers", least=0)
     routing_layers: tuple[int, ...] = _field(
@@ -65,7 +64,8 @@ class ModelConfig:
     full_layers: tuple[int, ...] = _field(
         (), "layers in which all heads have full causal attention, among routing layers")
     routing: str = _field("causal", "causal: nothing leaks; topk: the paper, membership depends "
-                                    "on later tokens; random: control", ROUTING)
+                                    "on later tokens; random: control",
+                           lambda: (k for k in KINDS if KINDS[k].routes))
     share_qk: bool = _field(True, "routing heads use their queries as keys")
     n_clusters: int = _field(8, "K, centroids per routing head", least=1, most=MAX_CLUSTERS)
     window: int = _field(64, "W, tokens that attend to each other in a cluster", least=1)
@@ -82,6 +82,9 @@ class ModelConfig:
     commitment: float = _field(1e-4, "beta, weight of the commitment loss", least=0)
     seed_random: int = _field(0, "seed of the memberships of random heads", least=0)
     init_gain: float = _field(1.0, "gain of the uniform initialiser (released: 0.2)", least=0)
+    init_out_scale: float = _field(
+        1.0, "factor of the last matrix of each sublayer at the start (released: 1); 0: every "
+             "block begins as the identity", least=0)
     # dropout
     embed_dropout: float = _dropout("dropout on token embeddings")
     attention_dropout: float = _dropout("dropout on attention weights")
@@ -167,9 +170,10 @@ class TrainConfig:
     steps: int = _field(2400, "optimizer steps", least=1)
     optimizer: str = _field("adamw", "optimizer", OPTIMIZERS)
     lr: float = _field(3e-3, "peak learning rate")
-    schedule: str = _field("cosine", "cosine: linear warm-up, then to 10 %%; constant: linear "
-                                     "warm-up; rsqrt: the released one, flat for warmup steps, "
-                                     "then lr sqrt(warmup / step)", SCHEDULES)
+    schedule: str = _field("cosine", "linear: linear warm-up, then to 0; cosine: the same, then to "
+                                     "10 %%; constant: the same, then flat; rsqrt: the released "
+                                     "one, flat for warmup steps, then lr sqrt(warmup / step)",
+                           SCHEDULES)
     warmup: int = _field(50, "warm-up steps (see schedule)", least=0)
     weight_decay: float = _field(0.0, "decoupled decay (adamw), L2 loss (adafactor)", least=0)
     clip: float = _field(1.0, "largest global norm of the gradient; 0: no clipping", least=0)
@@ -203,12 +207,18 @@ def _check_fields(config):
             _fail(f"--{flag(f.name)} {value}: must be a finite number")
         if isinstance(value, int) and abs(value) >= 2 ** 31:
             _fail(f"--{flag(f.name)} {value}: must be below 2^31")
-        if rules["choices"] and value not in rules["choices"]:
-            _fail(f"--{flag(f.name)} {value}: choose from {', '.join(rules['choices'])}")
+        if (names := choices(f)) and value not in names:
+            _fail(f"--{flag(f.name)} {value}: choose from {', '.join(names)}")
         if rules["least"] is not None and value < rules["least"]:
             _fail(f"--{flag(f.name)} {value}: must be at least {rules['least']}")
         if rules["most"] is not None and value > rules["most"]:
             _fail(f"--{flag(f.name)} {value}: must be at most {rules['most']}")
+
+
+def choices(f: dataclasses.Field) -> tuple[str, ...]:
+    """The values that a field may take, by the rows its table has now; () for any value."""
+    names = f.metadata["choices"]
+    return tuple(names() if callable(names) else names)
 
 
 def flag(name: str) -> str:
@@ -227,9 +237,21 @@ def to_json(config) -> dict:
 
 
 def from_json(cls, values: dict):
-    """The inverse of `to_json`; UserError on fields this version does not know."""
-    known = {f.name for f in dataclasses.fields(cls)}
-    if unknown := set(values) - known:
-        _fail(f"the configuration has unknown fields {sorted(unknown)}: it was written by "
-              "another version of rt_scratch")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    """The inverse of `to_json`, validated; UserError on fields this version does not know."""
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    if not isinstance(values, dict) or set(values) - set(known):
+        unknown = sorted(set(values) - set(known)) if isinstance(values, dict) else values
+        _fail(f"the configuration has unknown fields {unknown}: it was written by another version "
+              "of rt_scratch")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    for name, value in values.items():
+        if not _same_type(value, known[name].default):
+            _fail(f"the configuration has {name} {value!r}, which is no "
+                  f"{type(known[name].default).__name__}")
+    return cls(**values).validate()
+
+
+def _same_type(value, default):
+    if isinstance(default, tuple):
+        return isinstance(value, tuple) and all(type(i) is int for i in value)
+    return type(value) is type(default) or type(value) is int and type(default) is float

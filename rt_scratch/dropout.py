@@ -12,7 +12,7 @@ def dropout(x, dropped):
     """y = x keep / (1 - rate), keep drawn by `dropout_mask`.
 
     `dropped` is (rate, key), or None for no dropout. The cache is `dropped` itself: the backward
-    draws the same mask again.
+    draws the same mask again. docs/derivations.md (8).
     """
     if dropped is None or not dropped[0]:
         return x, None
@@ -20,7 +20,7 @@ def dropout(x, dropped):
 
 
 def dropout_backward(dy, cache):
-    """dx = dy keep / (1 - rate)."""
+    """dx = dy keep / (1 - rate). docs/derivations.md (8)."""
     return dropout(dy, cache)[0]
 
 

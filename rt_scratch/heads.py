@@ -133,7 +133,10 @@ def full_forward(q, k, v, p, context):
 
 
 def local_backward(do, dcommitment, cache):
-    """Of local and of full heads, which differ in the cached reach alone."""
+    """Of local and of full heads, which differ in the cached reach alone.
+
+    docs/derivations.md (40).
+    """
     dq, dk, dv, *drel = local_attention_backward(do, cache)
     return dq, dk, dv, _table_gradients("local", *drel)
 
@@ -147,7 +150,7 @@ class Ring(NamedTuple):
 
 def local_store(cfg, heads, batch, capacity, xp, dtype):
     """A ring of the (lookback + 1) S positions that a block may see."""
-    shape = batch, heads, (cfg.lookback + 1) * cfg.block, cfg.head_width
+    shape = batch, heads, min((cfg.lookback + 1) * cfg.block, capacity), cfg.head_width
     return Ring(xp.zeros(shape, dtype), xp.zeros(shape, dtype))
 
 
@@ -213,7 +216,7 @@ def _routing_forward(q, k, v, p, context, rule):
 
 
 def routing_backward(do, dcommitment, cache):
-    """Of all routing heads; their cached rule knows the mode."""
+    """Of all routing heads; their cached rule knows the mode. docs/derivations.md (49)."""
     dq, dk, dv, *drel = routing_attention_backward(do, dcommitment, cache)
     return dq, dk, dv, _table_gradients("routing", *drel)
 
@@ -231,28 +234,28 @@ class Members(NamedTuple):
     One spare slot per ring takes the writes of members that are too old to matter.
     """
 
-    k: Any         # (B, H, K, W + 1, D)
+    k: Any         # (B, H, K, W + 1, D), no more than the text can fill
     v: Any
     count: Any     # (B, H, K) tokens that each cluster has seen
 
 
 def cluster_store(cfg, heads, batch, capacity, xp, dtype):
     """Of causal and random heads."""
-    shape = batch, heads, cfg.n_clusters, cfg.window + 1, cfg.head_width
+    shape = batch, heads, cfg.n_clusters, min(cfg.window, capacity) + 1, cfg.head_width
     return Members(xp.zeros(shape, dtype), xp.zeros(shape, dtype), xp.zeros(shape[:3], xp.int64))
 
 
 def cluster_fill(q, k, v, context, store, routed):
     """Of causal and random heads: every cluster's latest members of the prompt."""
-    cfg, winner = context.cfg, routed.route.winner
+    cfg, winner, w = context.cfg, routed.route.winner, store.k.shape[3] - 1
     xp = array_module(q)
     kn, _ = normalize(q if k is None else k)
     hot = winner[..., None] == xp.arange(cfg.n_clusters)             # (B, H, T, K)
     so_far = xp.cumsum(hot, axis=2)
     rank = xp.take_along_axis(so_far, winner[..., None], axis=3)[..., 0] - 1
     total = so_far[:, :, -1]                                         # (B, H, K)
-    newest = rank >= xp.take_along_axis(total, winner, axis=2) - cfg.window
-    slot = xp.where(newest, rank % cfg.window, cfg.window)
+    newest = rank >= xp.take_along_axis(total, winner, axis=2) - w
+    slot = xp.where(newest, rank % w, w)
     b, h = winner.shape[:2]
     at = (xp.arange(b)[:, None, None], xp.arange(h)[None, :, None], winner, slot)
     store.k[at], store.v[at] = kn, v
@@ -279,7 +282,7 @@ def _cluster_step(qn, k, v, p, context, store, winner):
     cfg, xp = context.cfg, array_module(qn)
     b, h = qn.shape[:2]
     at = (xp.arange(b)[:, None], xp.arange(h)[None, :], winner)
-    rank, w = store.count[at], cfg.window                            # (B, H)
+    rank, w = store.count[at], store.k.shape[3] - 1                  # (B, H)
     store.k[(*at, rank % w)] = qn if k is None else normalize(k)[0]
     store.v[(*at, rank % w)] = v
     store.count[at] = rank + 1
@@ -363,11 +366,11 @@ KINDS = {
         lambda cfg: cfg.seq_len),
     "causal": Kind(
         "routing", CAUSAL, causal_forward, routing_backward, cluster_store, cluster_fill,
-        causal_step, lambda cfg: 2 * cfg.window),
+        causal_step, lambda cfg: 3 * -(-cfg.window // 2)),
     "topk": Kind(
         "routing", TOPK, topk_forward, routing_backward, topk_store, topk_fill, topk_step,
         lambda cfg: cfg.n_clusters * cfg.window ** 2 / cfg.seq_len),
     "random": Kind(
         "routing", RANDOM, random_forward, routing_backward, cluster_store, cluster_fill,
-        random_step, lambda cfg: 2 * cfg.window),
+        random_step, lambda cfg: 3 * -(-cfg.window // 2)),
 }

@@ -28,7 +28,7 @@ def nearest(x, mu, equal_length: bool = False):
 
     x (B, H, T, D), mu (H, K, D) -> integers (B, H, T). With `equal_length` the centroids are scaled
     to length 1 first (`causal` heads): a long centroid would otherwise win more tokens than its
-    direction deserves.
+    direction deserves. docs/derivations.md (47).
     """
     xp = array_module(x)
     if equal_length:
@@ -53,7 +53,7 @@ def update_centroids(state: Centroids, counts, sums, decay: float) -> Centroids:
 
     Paper section 4.1 and the released code, with two repairs: the released averages start at 0
     counts but non-zero sums, so its first means are hundreds of times too long (ours start at
-    count 1), and a centroid that won no token stays where it is.
+    count 1), and a centroid that won no token stays where it is. docs/derivations.md (50) to (52).
     """
     xp = array_module(state.mu)
     count = state.count + (1 - decay) * (counts - state.count)
@@ -71,7 +71,7 @@ def commitment(x, mu, winner):
     """loss = mean over all entries of (x - mu[winner])^2: keeps tokens near their centroid.
 
     x (B, H, T, D), mu (H, K, D), winner (B, H, T). No gradient reaches mu. Computed in the dtype of
-    mu, float32 even where x has half the bits; so is its gradient.
+    mu, float32 even where x has half the bits; so is its gradient. docs/derivations.md (48).
     """
     xp = array_module(x)
     own = mu[xp.arange(x.shape[1])[:, None], winner]  # (B, H, T, D)
@@ -80,5 +80,5 @@ def commitment(x, mu, winner):
 
 
 def commitment_backward(dloss, cache):
-    """dx = 2 dloss (x - mu[winner]) / size."""
+    """dx = 2 dloss (x - mu[winner]) / size. docs/derivations.md (48)."""
     return cache.apart * (2 * dloss / cache.apart.size)

@@ -27,7 +27,7 @@ LinearCache = namedtuple("LinearCache", "x w biased")
 
 @accelerated
 def linear(x, w, b=None):
-    """y = x w + b.  x (..., I), w (I, O), b (O,) or None -> (..., O)."""
+    """y = x w + b.  x (..., I), w (I, O), b (O,) or None -> (..., O). docs/derivations.md (2)."""
     y = (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
     if b is not None:
         y += b
@@ -36,7 +36,10 @@ def linear(x, w, b=None):
 
 @accelerated
 def linear_backward(dy, cache):
-    """dx = dy w^T,  dw = x^T dy,  db = sum of dy over rows, None where there was no bias."""
+    """dx = dy w^T,  dw = x^T dy,  db = sum of dy over rows, None where there was no bias.
+
+    docs/derivations.md (3).
+    """
     x, w, biased = cache
     rows = dy.reshape(-1, dy.shape[-1])  # (N, O)
     dx = (rows @ w.T).reshape(x.shape)
@@ -58,6 +61,7 @@ def normalize(x):
 
     Routing heads apply it to queries and keys, so that q . mu compares directions. Cache: x and the
     row statistics mean and rstd = 1 / sqrt(variance + 1e-6), each (..., 1).
+    docs/derivations.md (9).
     """
     xp = array_module(x)
     mean = x.mean(-1, keepdims=True)  # (..., 1)
@@ -68,7 +72,7 @@ def normalize(x):
 
 @accelerated
 def normalize_backward(dn, cache):
-    """dx = rstd (dn - mean(dn) - n mean(dn n))."""
+    """dx = rstd (dn - mean(dn) - n mean(dn n)). docs/derivations.md (12), (13)."""
     x, mean, rstd = cache
     n = (x - mean) * rstd
     return rstd * (dn - dn.mean(-1, keepdims=True) - n * (dn * n).mean(-1, keepdims=True))
@@ -78,7 +82,7 @@ def normalize_backward(dn, cache):
 def layer_norm(x, gain, bias):
     """y = n gain + bias with n = normalize(x).  x (..., C), gain and bias (C,).
 
-    Ba, Kiros, Hinton 2016.
+    Ba, Kiros, Hinton 2016. docs/derivations.md (9), (10).
     """
     n, (_, mean, rstd) = normalize.reference(x)
     return n * gain + bias, LayerNormCache(x, gain, mean, rstd)
@@ -86,7 +90,10 @@ def layer_norm(x, gain, bias):
 
 @accelerated
 def layer_norm_backward(dy, cache):
-    """dgain = sum dy n,  dbias = sum dy,  dx = normalize_backward(dy gain)."""
+    """dgain = sum dy n,  dbias = sum dy,  dx = normalize_backward(dy gain).
+
+    docs/derivations.md (11), (13).
+    """
     x, gain, mean, rstd = cache
     rows = tuple(range(dy.ndim - 1))  # every axis but the last
     n = (x - mean) * rstd
@@ -107,7 +114,7 @@ GateCache = namedtuple("GateCache", "a b")
 def geglu(a, b):
     """y = gelu(a) b,  gelu(a) = a (1 + tanh u) / 2,  u = sqrt(2/pi) (a + 0.044715 a^3).
 
-    Shazeer 2020, with the tanh form of GELU as in the released code.
+    Shazeer 2020, with the tanh form of GELU as in the released code. docs/derivations.md (15).
     """
     xp = array_module(a)
     t = xp.tanh(GELU_SCALE * a * (1 + GELU_CUBE * a * a))
@@ -116,7 +123,10 @@ def geglu(a, b):
 
 @accelerated
 def geglu_backward(dy, cache):
-    """da = dy b gelu'(a),  db = dy gelu(a),  gelu' = (1 + t)/2 + a (1 - t^2) u' / 2."""
+    """da = dy b gelu'(a),  db = dy gelu(a),  gelu' = (1 + t)/2 + a (1 - t^2) u' / 2.
+
+    docs/derivations.md (16), (17).
+    """
     a, b = cache
     xp = array_module(a)
     t = xp.tanh(GELU_SCALE * a * (1 + GELU_CUBE * a * a))
@@ -128,14 +138,17 @@ def geglu_backward(dy, cache):
 def swiglu(a, b):
     """y = silu(a) b,  silu(a) = a s,  s = 1 / (1 + exp(-a)) = (1 + tanh(a / 2)) / 2.
 
-    Shazeer 2020. The tanh form does not overflow.
+    Shazeer 2020. The tanh form does not overflow. docs/derivations.md (19).
     """
     s = 0.5 * (1 + array_module(a).tanh(0.5 * a))
     return a * s * b, GateCache(a, b)
 
 
 def swiglu_backward(dy, cache):
-    """da = dy b silu'(a),  db = dy silu(a),  silu' = s (1 + a (1 - s))."""
+    """da = dy b silu'(a),  db = dy silu(a),  silu' = s (1 + a (1 - s)).
+
+    docs/derivations.md (17), (19).
+    """
     a, b = cache
     s = 0.5 * (1 + array_module(a).tanh(0.5 * a))
     return dy * b * s * (1 + a * (1 - s)), dy * (a * s)
@@ -146,23 +159,29 @@ GatedCache = namedtuple("GatedCache", "x w_gate w_value w_out a b dropped")
 
 @accelerated
 def geglu_ffn(x, w_gate, w_value, w_out, dropped=None):
-    """y = dropout(gelu(x w_gate) * (x w_value)) w_out: no biases.  x (..., C), (C, M), (M, C)."""
+    """y = dropout(gelu(x w_gate) * (x w_value)) w_out: no biases.  x (..., C), (C, M), (M, C).
+
+    docs/derivations.md (14).
+    """
     return _gated(geglu, x, w_gate, w_value, w_out, dropped)
 
 
 @accelerated
 def geglu_ffn_backward(dy, cache):
-    """Gradients of x, w_gate, w_value, w_out."""
+    """Gradients of x, w_gate, w_value, w_out. docs/derivations.md (18)."""
     return _gated_backward(geglu, geglu_backward, dy, cache)
 
 
 def swiglu_ffn(x, w_gate, w_value, w_out, dropped=None):
-    """y = dropout(silu(x w_gate) * (x w_value)) w_out: no biases.  x (..., C), (C, M), (M, C)."""
+    """y = dropout(silu(x w_gate) * (x w_value)) w_out: no biases.  x (..., C), (C, M), (M, C).
+
+    docs/derivations.md (14), (19).
+    """
     return _gated(swiglu, x, w_gate, w_value, w_out, dropped)
 
 
 def swiglu_ffn_backward(dy, cache):
-    """Gradients of x, w_gate, w_value, w_out."""
+    """Gradients of x, w_gate, w_value, w_out. docs/derivations.md (18)."""
     return _gated_backward(swiglu, swiglu_backward, dy, cache)
 
 
@@ -192,7 +211,10 @@ ReluCache = namedtuple("ReluCache", "hidden positive dropped out")
 
 
 def relu_ffn(x, w_in, b_in, w_out, b_out, dropped=None):
-    """y = dropout(max(x w_in + b_in, 0)) w_out + b_out.  x (..., C), w_in (C, M), w_out (M, C)."""
+    """y = dropout(max(x w_in + b_in, 0)) w_out + b_out.  x (..., C), w_in (C, M), w_out (M, C).
+
+    docs/derivations.md (20).
+    """
     h, hidden = linear(x, w_in, b_in)
     h = array_module(x).maximum(h, 0)
     d, dropped = dropout(h, dropped)
@@ -201,7 +223,7 @@ def relu_ffn(x, w_in, b_in, w_out, b_out, dropped=None):
 
 
 def relu_ffn_backward(dy, cache):
-    """Gradients of x, w_in, b_in, w_out, b_out."""
+    """Gradients of x, w_in, b_in, w_out, b_out. docs/derivations.md (20)."""
     dh, dw_out, db_out = linear_backward(dy, cache.out)
     dh = dropout_backward(dh, cache.dropped) * cache.positive
     dx, dw_in, db_in = linear_backward(dh, cache.hidden)
@@ -239,6 +261,7 @@ def segment_sum(rows, index, n: int):
 
     Sorts the index and sums runs, so that the order of addition, and with it every bit of the
     result, is the same on every run (a scatter with atomic additions is not).
+    docs/derivations.md (5).
     """
     xp = array_module(rows)
     order = xp.argsort(index, kind="stable")
@@ -261,12 +284,12 @@ EmbeddingCache = namedtuple("EmbeddingCache", "ids table")
 
 
 def embedding(ids, table):
-    """y = table[ids].  ids (...) integers, table (V, E) -> (..., E)."""
+    """y = table[ids].  ids (...) integers, table (V, E) -> (..., E). docs/derivations.md (4)."""
     return table[ids], EmbeddingCache(ids, table)
 
 
 def embedding_backward(dy, cache):
-    """dtable[v] = sum of dy over the positions where ids == v."""
+    """dtable[v] = sum of dy over the positions where ids == v. docs/derivations.md (5)."""
     ids, table = cache
     return segment_sum(dy.reshape(-1, dy.shape[-1]), ids.reshape(-1), table.shape[0])
 
@@ -296,7 +319,7 @@ def image_embedding(ids, start, table, rows, columns):
     channel is that of the position, not of the value, which was shifted in from the one before.
     ids (B, T) for positions start .. start + T - 1, table (3 x 256, C), rows (P, 1, 3 C), columns
     (1, P, 3 C), P the pixels per side. Released code: get_channel_embeddings,
-    add_positional_embedding_nd.
+    add_positional_embedding_nd. docs/derivations.md (6).
     """
     xp = array_module(table)
     width, side = table.shape[1], rows.shape[0]
@@ -311,7 +334,7 @@ def image_embedding(ids, start, table, rows, columns):
 
 
 def image_embedding_backward(dy, cache):
-    """Gradients of table, rows, columns."""
+    """Gradients of table, rows, columns. docs/derivations.md (7)."""
     index, row, column, table, rows, columns = cache
     width = table.shape[1]
     dtable = segment_sum(dy.reshape(-1, width), index.reshape(-1), table.shape[0])
@@ -336,7 +359,7 @@ def linear_cross_entropy(x, w, b, targets, weights):
     x (N, C), w (C, V), b (V,), targets (N,) integers, weights (N,) -> loss, a 0-d array in nats.
     Mean cross-entropy has weights 1 / N; a weight of 0 leaves a row out. The (N, V) logits exist
     only a chunk of rows at a time; the cache holds the inputs and lse (N,), the log-sum-exp of each
-    row, from which the backward computes the softmax again.
+    row, from which the backward computes the softmax again. docs/derivations.md (23).
     """
     xp = array_module(x)
     loss = xp.zeros((), x.dtype)
@@ -353,7 +376,10 @@ def linear_cross_entropy(x, w, b, targets, weights):
 
 @accelerated
 def linear_cross_entropy_backward(dloss, cache):
-    """dz = dloss weights (softmax(z) - onehot(targets)); then dx, dw, db as in `linear`."""
+    """dz = dloss weights (softmax(z) - onehot(targets)); then dx, dw, db as in `linear`.
+
+    docs/derivations.md (24), (25).
+    """
     x, w, b, targets, weights, lse = cache
     xp = array_module(x)
     dx, dw, db = xp.empty_like(x), xp.zeros(w.shape, w.dtype), xp.zeros_like(b)

@@ -89,6 +89,7 @@ def forward_backward(dh, dcommitment, cache: ForwardCache, grads):
     """Adds the gradients of all parameters to the tree `grads`.
 
     Uses the cache up: the list of block caches is emptied on the way, so that memory is freed.
+    docs/derivations.md (54).
     """
     cfg = cache.cfg
     dx = _before_output_backward(dh, cache.output, grads)
@@ -109,7 +110,7 @@ def loss(params, centroids, cfg: ModelConfig, ids, weights, labels=None, noise=N
     """Cross-entropy sum(weights * nats) of the tokens ids (B, T), each predicted from those before.
 
     Returns (nats, commitment), cache, Report. The training loss is nats + beta * commitment; the
-    reported metric is nats alone.
+    reported metric is nats alone. docs/derivations.md (56).
     """
     (h, commitment), cache, report = forward(
         params, centroids, cfg, ids, labels, noise, fixed, recompute)
@@ -120,7 +121,10 @@ def loss(params, centroids, cfg: ModelConfig, ids, weights, labels=None, noise=N
 
 
 def loss_backward(dnats, dcommitment, cache: LossCache, grads):
-    """Adds to `grads` the gradients of dnats * nats + dcommitment * commitment."""
+    """Adds to `grads` the gradients of dnats * nats + dcommitment * commitment.
+
+    docs/derivations.md (56).
+    """
     dh, dw, db = linear_cross_entropy_backward(dnats, cache.output)
     if cache.forward.cfg.tie_embedding:
         grads["embed"]["table"] += dw.T
@@ -236,6 +240,7 @@ def block(x, p, cfg: ModelConfig, layer: int, mu, noise=None, fixed=None, memory
 
     x (B, T, C). `post` is what the released recipes use. With `memory` (decode.Memory) x continues
     the text it holds. Returns x, cache, Routed (None in layers without routing heads).
+    docs/derivations.md (53).
     """
     pre = cfg.norm == "pre"
     n, cache_n1 = layer_norm(x, **p["norm_attention"]) if pre else (x, None)
@@ -256,7 +261,10 @@ def block(x, p, cfg: ModelConfig, layer: int, mu, noise=None, fixed=None, memory
 
 
 def block_backward(dx, dcommitment, cache: BlockCache, g):
-    """Gradient of the block's input; parameters' gradients are added to g."""
+    """Gradient of the block's input; parameters' gradients are added to g.
+
+    docs/derivations.md (54).
+    """
     pre = cache.cfg.norm == "pre"
     if not pre:
         dx = _norm_backward(dx, cache.norm_ffn, g["norm_ffn"])
@@ -287,7 +295,7 @@ def attention(x, p, cfg: ModelConfig, layer: int, mu=None, noise=None, fixed=Non
     """Multi-head attention of one layer: each kind of head on its share of the projections.
 
     x (B, T, C) -> (B, T, C). With `memory` the text before is remembered: its first x is a prompt,
-    later ones are one token. Returns y, cache, Routed or None.
+    later ones are one token. Returns y, cache, Routed or None. docs/derivations.md (55).
     """
     xp = array_module(x)
     (q, k, v), (cache_q, cache_k, cache_v) = project(x, p, cfg)      # (B, H, T, D)
@@ -314,7 +322,7 @@ def attention(x, p, cfg: ModelConfig, layer: int, mu=None, noise=None, fixed=Non
 
 
 def attention_backward(dy, dcommitment, cache: AttentionCache, g):
-    """Gradient of x; parameters' gradients are added to g."""
+    """Gradient of x; parameters' gradients are added to g. docs/derivations.md (55)."""
     cfg = cache.cfg
     do, dw_o, _ = linear_backward(dy, cache.out)
     g["w_o"] += dw_o

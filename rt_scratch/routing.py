@@ -99,7 +99,7 @@ def routing_attention(q, k, v, rel_k, rel_v, mu, rule: Rule, fixed=None, dropped
     Membership, Route. The loss is the commitment of q plus that of k, so twice the same when keys
     are queries (released code); 0 where centroids do not follow the tokens. Released code:
     clustered_local_attention_helper; where it masks separate keys by rank, which is not causal,
-    this masks by position.
+    this masks by position. docs/derivations.md (47) to (49).
     """
     n_clusters = mu.shape[1]
     qn, cache_q = normalize(q)
@@ -123,7 +123,7 @@ def routing_attention(q, k, v, rel_k, rel_v, mu, rule: Rule, fixed=None, dropped
 
 
 def routing_attention_backward(do, dloss, cache: RoutingCache):
-    """Gradients of q, k (None when keys are queries), v, rel_k, rel_v."""
+    """Gradients of q, k (None when keys are queries), v, rel_k, rel_v. docs/derivations.md (49)."""
     dqn, dkn, dv, drel_k, drel_v = cache.rule.mode.attend_backward(
         do, cache.attention, cache.n_tokens)
     if cache.key is None:  # keys are queries: the loss was counted twice
@@ -198,7 +198,7 @@ def topk_attention(q, k, v, rel_k, rel_v, route: Route, rule: Rule, dropped=None
 
 
 def topk_attention_backward(do, cache: TopkCache, n_tokens: int):
-    """Gradients of q, k, v, rel_k, rel_v."""
+    """Gradients of q, k, v, rel_k, rel_v. docs/derivations.md (43)."""
     dq, dk, dv, drel_k, drel_v = attend_backward(scatter_mean_backward(do, cache.mean),
                                                  cache.attend)
     if drel_k is not None:
@@ -237,22 +237,23 @@ SortedCache = namedtuple("SortedCache", "local order back")
 def sorted_attention(q, k, v, rel_k, rel_v, route: Route, rule: Rule, dropped=None):
     """Local attention over the sequence sorted by (cluster, time).
 
-    With blocks of W and one block of lookback, a query's block window holds the W members of its
-    cluster up to and including itself; the mask leaves same cluster and rank distance < W.
+    With blocks of W / 2 and two blocks of lookback, a query's block window holds the W members of
+    its cluster up to and including itself; the mask leaves same cluster and rank distance < W.
+    docs/derivations.md (44), (45).
     """
     xp = array_module(q)
     order = route.order                                              # (B, H, T)
     segments = xp.take_along_axis(route.winner, order, axis=2)
     queries = gather(q, order)
     o, cache = local_attention(queries, queries if k is q else gather(k, order), gather(v, order),
-                               rel_k, rel_v, rule.window, 1, rule.scale, segments, rule.window,
-                               dropped)
+                               rel_k, rel_v, -(-rule.window // 2), 2, rule.scale, segments,
+                               rule.window, dropped)
     back, none = inverse(order), xp.zeros((), q.dtype)
     return gather(o, back), SortedCache(cache, order, back), Coverage(none, none)
 
 
 def sorted_attention_backward(do, cache: SortedCache, n_tokens: int):
-    """Gradients of q, k, v, rel_k, rel_v."""
+    """Gradients of q, k, v, rel_k, rel_v. docs/derivations.md (45)."""
     dq, dk, dv, drel_k, drel_v = local_attention_backward(gather(do, cache.order), cache.local)
     back = cache.back
     return gather(dq, back), gather(dk, back), gather(dv, back), drel_k, drel_v
@@ -273,7 +274,7 @@ RANDOM = Mode(random_route, sorted_attention, sorted_attention_backward, learns=
 
 @accelerated
 def gather(x, index):
-    """Rows of x (B, H, T, D) at index (B, H, ...) -> (B, H, ..., D)."""
+    """Rows of x (B, H, T, D) at index (B, H, ...) -> (B, H, ..., D). docs/derivations.md (41)."""
     xp = array_module(x)
     b, h = x.shape[:2]
     lead = (1,) * (index.ndim - 2)
@@ -284,7 +285,7 @@ def gather(x, index):
 def scatter_sum(rows, index, n_tokens: int):
     """out[t] = sum of the rows whose index is t: rows (B, H, ..., D) -> (B, H, T, D).
 
-    The transpose of `gather`, hence its backward.
+    The transpose of `gather`, hence its backward. docs/derivations.md (41).
     """
     xp = array_module(rows)
     b, h, d = *rows.shape[:2], rows.shape[-1]
@@ -301,6 +302,7 @@ def scatter_mean(rows, index, n_tokens: int):
     """out[t] = sum of rows with index t / (their number + 1e-2); a token without rows gets 0.
 
     rows (B, H, K, W, D), index (B, H, K, W) -> (B, H, T, D). Released code; the paper has no 1e-2.
+    docs/derivations.md (42).
     """
     xp = array_module(rows)
     times = scatter_sum(xp.ones((*index.shape, 1), rows.dtype), index, n_tokens)  # (B, H, T, 1)
@@ -309,5 +311,5 @@ def scatter_mean(rows, index, n_tokens: int):
 
 
 def scatter_mean_backward(dout, cache):
-    """drows = (dout / (times + 1e-2))[index]."""
+    """drows = (dout / (times + 1e-2))[index]. docs/derivations.md (43)."""
     return gather((dout / (cache.times + MEAN_FLOOR)).astype(dout.dtype, copy=False), cache.index)

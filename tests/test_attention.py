@@ -1,12 +1,11 @@
 """attention.py against plain loops, and its gradients."""
 
-import math
-
 import numpy as np
-from gradcheck import check_gradients
+from helpers.gradcheck import check_gradients
+from helpers.loops import clipped, dropouts, loop_attention, reaches, tables
+from helpers.strategies import layouts, lengths, normal, seeds, sizes, widths
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import layouts, lengths, normal, seeds, sizes, widths
 
 from rt_scratch.attention import (
     attend,
@@ -20,37 +19,6 @@ from rt_scratch.attention import (
 )
 
 EXACT = dict(rtol=1e-11, atol=1e-12)
-dropouts = st.sampled_from([None, (0.3, (1, 2, 3))])
-reaches = st.sampled_from([0, 1, 2, 50])  # 0: no relative positions
-
-
-def loop_attention(q, k, v, visible, scale, rel=None):
-    """One head in plain Python. q (S, D); visible(i, j); rel(i, j) -> vectors for key and value."""
-    out = np.zeros_like(q)
-    for i in range(len(q)):
-        keys = [j for j in range(len(k)) if visible(i, j)]
-        logits = []
-        for j in keys:
-            key = k[j] + (rel(i, j)[0] if rel else 0)
-            logits.append(scale * sum(a * b for a, b in zip(q[i], key, strict=True)))
-        weights = [math.exp(z - max(logits)) for z in logits]
-        for w, j in zip(weights, keys, strict=True):
-            out[i] += w / sum(weights) * (v[j] + (rel(i, j)[1] if rel else 0))
-    return out
-
-
-def tables(rng, reach, d):
-    """Relative-position tables, or a pair of None."""
-    return (normal(rng, (2 * reach + 1, d)), normal(rng, (2 * reach + 1, d))) if reach \
-        else (None, None)
-
-
-def clipped(rel_k, rel_v, reach):
-    """rel(i, j) for `loop_attention`, by place."""
-    if not reach:
-        return None
-    row = lambda i, j: max(-reach, min(reach, j - i)) + reach  # noqa: E731
-    return lambda i, j: (rel_k[row(i, j)], rel_v[row(i, j)])
 
 
 @given(seeds, sizes, st.sampled_from([1, 2, 3]), st.booleans())

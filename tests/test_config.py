@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from rt_scratch.backend import select_precision
 from rt_scratch.config import ModelConfig, TrainConfig, from_json, to_json
+from rt_scratch.device import select_precision
 from rt_scratch.errors import UserError
 
 IMAGE = dict(kind="image", image_size=2, seq_len=12)
@@ -19,12 +19,14 @@ IMAGE = dict(kind="image", image_size=2, seq_len=12)
     (dict(routing="topk", window=513), "larger than --seq-len"),
     (dict(routing_layers=(4,)), "layers are 0 to 3"),
     (dict(routing_layers=(-5,)), "layers are 0 to 3"),
+    (dict(full_layers=(4,)), "--full-layers 4: the layers are 0 to 3"),
+    (dict(full_layers=(-1, 0), routing_layers=(3,)), "--full-layers 3: is among --routing-layers"),
     (dict(window=0), "--window 0: must be at least 1"),
-    (dict(lookback=-1), "must not be negative"),
+    (dict(lookback=-1), "--lookback -1: must be at least 0"),
     (dict(n_clusters=1025), "at most 1024"),
-    (dict(ffn_dropout=1.0), "must be from 0 to 0.999"),
+    (dict(ffn_dropout=1.0), "--ffn-dropout 1.0: must be at most 0.999"),
     (dict(routing="nearest"), "choose from causal, topk, random"),
-    (dict(centroid_decay=1.5), "must be in"),
+    (dict(centroid_decay=1.5), "--centroid-decay 1.5: must be at most 1"),
     (dict(n_classes=3), "for images"),
     (dict(**IMAGE, embed_width=5), "are for text"),
     (dict(kind="image", image_size=3), "--seq-len must be 3 x size x size = 27"),
@@ -65,9 +67,20 @@ def test_every_field_is_explained():
 
 
 def test_heads_of_layers():
+    """Routing heads first; negative numbers count from the end; other layers have local heads."""
     cfg = ModelConfig(n_layers=3, n_local_heads=1, n_routing_heads=2, routing_layers=(-1,), width=6)
-    assert [cfg.heads(i) for i in range(3)] == [(0, 3), (0, 3), (2, 1)]
-    assert ModelConfig(attention="local").heads(0) == (0, 4)
+    local, mixed = (("local", 3),), (("causal", 2), ("local", 1))
+    assert [cfg.layer_heads(i) for i in range(3)] == [local, local, mixed]
+    assert [cfg.routing_heads(i) for i in range(3)] == [0, 0, 2]
+    hybrid = dataclasses.replace(cfg, routing_layers=(), full_layers=(0, -1), routing="topk")
+    full = (("full", 3),)
+    assert [hybrid.layer_heads(i) for i in range(3)] == [full, (("topk", 2), ("local", 1)), full]
+    assert hybrid.kinds() == {"full", "topk", "local"}
+    both = dataclasses.replace(cfg, full_layers=(0,)).validate()
+    assert [both.layer_heads(i) for i in range(3)] == [full, local, mixed]
+    assert ModelConfig(attention="local").layer_heads(0) == (("local", 4),)
+    assert ModelConfig(n_local_heads=0).layer_heads(0) == (("causal", 2),)
+    assert ModelConfig(n_routing_heads=0).layer_heads(0) == (("local", 2),)
 
 
 @pytest.mark.parametrize("name", ["tf32", "bf16", "fp16"])

@@ -5,31 +5,29 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from helpers.models import NOISE, SMALL, setup
+from helpers.strategies import configs, lengths, normal, seeds, sizes, widths
 from hypothesis import given
 from hypothesis import strategies as st
-from models import setup
-from strategies import configs, lengths, normal, seeds, sizes, widths
-from test_model import NOISE, SMALL
 
-from rt_scratch import attention, backend, layers, optim, routing, threads
+from rt_scratch import attention, dispatch, layers, optim, routing, threads
+from rt_scratch.dispatch import qualified_name
+from rt_scratch.dropout import dropout
 from rt_scratch.kernels import cpu
-from rt_scratch.model import parameter_table
+from rt_scratch.parameters import parameter_table
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Pieces so small that the arrays here are cut into many."""
-    for name, value in (("PIECE", 64), ("ROWS", 3), ("COLUMNS", 2), ("LOGITS", 40)):
+    for name, value in (("PIECE", 64), ("ATTENTION", 64), ("ROWS", 3), ("COLUMNS", 2),
+                        ("LOGITS", 40)):
         monkeypatch.setattr(cpu, name, value)
 
 
-@pytest.fixture
-def twins(monkeypatch):
-    """Switches the twins on, for one test."""
-    def on():
-        for name, function in cpu.TWINS.items():
-            monkeypatch.setitem(backend.twins[name], "numpy", (function, None))
-    return on
+def switch_on(monkeypatch):
+    for name, function in cpu.TWINS.items():
+        monkeypatch.setitem(dispatch.twins[name], "numpy", (function, None))
 
 
 def same(a, b, rtol=1e-10):
@@ -53,7 +51,7 @@ def check(function, backward, args, seed, dtype="float64", options=None):
     rtol = 1e-10 if dtype == "float64" else 1e-4
     args = [a.astype(dtype) if isinstance(a, np.ndarray) and a.dtype.kind == "f" else a
             for a in args]
-    twin, twin_backward = (cpu.TWINS[f.__name__] for f in (function, backward))
+    twin, twin_backward = (cpu.TWINS[qualified_name(f)] for f in (function, backward))
     y, cache = function.reference(*args, **options)
     own, own_cache = twin(*args, **options)
     same(own, y, rtol)
@@ -93,7 +91,7 @@ def test_feed_forward(n, width, hidden, dropping, dtype, seed):
     check(layers.geglu_ffn, layers.geglu_ffn_backward, args, seed, dtype, {"dropped": dropped})
     a, b = normal(rng, (2, n, hidden)), normal(rng, (2, n, hidden))
     check(layers.geglu, layers.geglu_backward, (a, b), seed, dtype)
-    same(cpu.dropout(a, dropped), layers.dropout.reference(a, dropped))
+    same(cpu.dropout(a, dropped), dropout.reference(a, dropped))
 
 
 def test_gelu_of_large_numbers():
@@ -169,17 +167,19 @@ def test_scatter_sum(t, n_clusters, window, d, dtype, seed):
          1e-10 if dtype == "float64" else 1e-5)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 @given(sizes, seeds)
-def test_adamw(steps, seed):
+def test_optimizer(name, steps, seed):
     rng = np.random.default_rng(seed)
     table = parameter_table(SMALL)
     flat = rng.normal(size=table[-1].stop)
     own, plain = flat.copy(), flat.copy()
-    states = [optim.adamw_init(flat, table) for _ in "ab"]
+    init, update, _ = optim.OPTIMIZERS[name]
+    states = [init(flat, table) for _ in "ab"]
     for i in range(min(steps, 3)):
         grads = rng.normal(size=flat.shape)
-        cpu.adamw_update(own, grads, states[0], table, 0.1, i, weight_decay=0.2)
-        optim.adamw_update.reference(plain, grads, states[1], table, 0.1, i, weight_decay=0.2)
+        cpu.TWINS[f"optim.{name}_update"](own, grads, states[0], table, 0.1, i, weight_decay=0.2)
+        update.reference(plain, grads, states[1], table, 0.1, i, weight_decay=0.2)
     same(own, plain)
     same(list(states[0].values()), list(states[1].values()))
 
@@ -193,16 +193,15 @@ def test_whole_model(cfg, seed):
     with pytest.MonkeyPatch.context() as patch:
         for fast in (False, True):
             if fast:
-                for name, function in cpu.TWINS.items():
-                    patch.setitem(backend.twins[name], "numpy", (function, None))
+                switch_on(patch)
             loss, cache, _ = m.loss(noise=NOISE, fixed=routes)
             ends.append((np.asarray(loss), m.gradient(cache)))
     same(ends[1][0], ends[0][0])
     same(ends[1][1], ends[0][1], 1e-8)
 
 
-def test_number_of_threads_changes_no_bit(monkeypatch, twins):
-    twins()
+def test_number_of_threads_changes_no_bit(monkeypatch):
+    switch_on(monkeypatch)
     m = setup(dataclasses.replace(SMALL, attention_dropout=0.2, ffn_dropout=0.2), batch=3)
     results = []
     for n in (1, 2, 4):
@@ -213,9 +212,3 @@ def test_number_of_threads_changes_no_bit(monkeypatch, twins):
     for loss, gradient in results[1:]:
         assert loss == results[0][0]
         np.testing.assert_array_equal(gradient, results[0][1])
-
-
-def test_every_twin_has_a_reference():
-    for name in cpu.TWINS:
-        assert any(hasattr(getattr(module, name, None), "reference")
-                   for module in (layers, attention, routing, optim)), name

@@ -63,7 +63,7 @@ def test_each_image_once_per_epoch(n, batch):
     split = np.arange(n * 2, dtype=np.uint8).reshape(n, 2)
     order = []
     for step in range(-(-3 * n // batch)):
-        tokens, index = shuffled_images(split, batch, seed=4, step=step)
+        tokens, index = shuffled_images(split, batch, seed=4, drawn=step * batch)
         assert (tokens == split[index]).all()
         assert tokens.dtype == np.int32
         order += index.tolist()
@@ -76,9 +76,9 @@ def test_each_image_once_per_epoch(n, batch):
 
 def test_image_order_can_be_resumed():
     split = np.arange(40, dtype=np.uint8).reshape(20, 2)
-    late = shuffled_images(split, 6, seed=1, step=1000)[1]
-    shuffled_images(split, 6, seed=2, step=3)
-    assert (shuffled_images(split, 6, seed=1, step=1000)[1] == late).all()
+    late = shuffled_images(split, 6, seed=1, drawn=6000)[1]
+    shuffled_images(split, 6, seed=2, drawn=18)
+    assert (shuffled_images(split, 6, seed=1, drawn=6000)[1] == late).all()
 
 
 @given(n=st.integers(1, 60), t=st.integers(1, 20), batch=st.integers(1, 4), data=st.data())

@@ -284,7 +284,7 @@ def test_scores(tmp_path):
 
 
 def test_codec_of_bytes():
-    name, file, encode, decode = open_codec("bytes")
+    name, file, encode, decode, *_ = open_codec("bytes")
     assert (name, file) == ("bytes", None)
     everything = bytes(range(256))
     assert encode(everything).tolist() == list(range(256))

@@ -4,29 +4,20 @@ import dataclasses
 
 import numpy as np
 import pytest
+from helpers.models import SMALL, check_decoding, setup
+from helpers.strategies import configs, seeds
 from hypothesis import given
 from hypothesis import strategies as st
-from models import setup
-from strategies import configs, seeds
-from test_model import SMALL
 
-from rt_scratch import decode, model
+from rt_scratch import decode
 
 EXACT = dict(rtol=0, atol=1e-10)
 
 
 @given(configs(routings=("causal", "random"), dropout=False), seeds, st.sampled_from([0, 1, 5]))
 def test_decoding_is_the_forward_pass(cfg, seed, prompt):
-    """Every prefix, after a prompt that is read in one pass; batch 2."""
-    m = setup(cfg, seed)
-    full = m.logits()
-    prompt = min(prompt, cfg.seq_len - 1)
-    scores, cache = decode.prefill(m.params, m.centroids, cfg, m.ids[:, :prompt], cfg.seq_len,
-                                   m.labels)
-    for t in range(prompt, cfg.seq_len):
-        np.testing.assert_allclose(scores, full[:, t], **EXACT)
-        if t + 1 < cfg.seq_len:
-            scores = decode.step(m.params, m.centroids, cfg, cache, m.ids[:, t])
+    """After prompts of several lengths; batch 2."""
+    check_decoding(setup(cfg, seed), prompt)
 
 
 @given(configs(routings=("topk",), dropout=False), seeds, st.sampled_from([0, 1, 5]))
@@ -35,15 +26,16 @@ def test_topk_decodes_by_the_prefix(cfg, seed, prompt):
 
     The timing signal keeps repeated tokens apart: equal scores would be ordered by rounding.
     """
-    cfg = dataclasses.replace(cfg, n_layers=1, routing_layers=(), timing_signal=cfg.kind == "text")
+    cfg = dataclasses.replace(cfg, n_layers=1, routing_layers=(), full_layers=(),
+                              timing_signal=cfg.kind == "text")
     m = setup(cfg, seed)
     prompt = min(prompt, cfg.seq_len - 1)
-    scores, cache = decode.prefill(m.params, m.centroids, cfg, m.ids[:, :prompt], cfg.seq_len,
+    logits, memory = decode.prefill(m.params, m.centroids, cfg, m.ids[:, :prompt], cfg.seq_len,
                                    m.labels)
     for t in range(prompt, cfg.seq_len):
-        np.testing.assert_allclose(scores, m.logits(m.ids[:, : t + 1])[:, -1], **EXACT)
+        np.testing.assert_allclose(logits, m.logits(m.ids[:, : t + 1])[:, -1], **EXACT)
         if t + 1 < cfg.seq_len:
-            scores = decode.step(m.params, m.centroids, cfg, cache, m.ids[:, t])
+            logits = decode.step(m.params, m.centroids, cfg, memory, m.ids[:, t])
 
 
 def test_memory_does_not_grow_with_the_text():
@@ -51,8 +43,8 @@ def test_memory_does_not_grow_with_the_text():
     m = setup(SMALL)
     sizes = []
     for capacity in (100, 100_000):
-        cache = decode.new_cache(m.params, SMALL, 1, capacity)
-        sizes.append(sum(a.size for layer in cache.layers for store in layer for a in store))
+        memory = decode.Memory(m.params, SMALL, 1, capacity)
+        sizes.append(sum(a.size for layer in memory.stores for store in layer for a in store))
     assert sizes[0] == sizes[1]
 
 
@@ -60,12 +52,7 @@ def test_beyond_the_training_length():
     """A text longer than seq_len goes on, and equals the forward pass over all of it."""
     m = setup(SMALL)
     ids = np.random.default_rng(0).integers(0, SMALL.vocab_size, (1, 3 * SMALL.seq_len))
-    full = model.logits(m.params, m.centroids, SMALL, ids)
-    scores, cache = decode.prefill(m.params, m.centroids, SMALL, ids[:, :40], 70)
-    for t in range(40, ids.shape[1]):
-        np.testing.assert_allclose(scores, full[:, t], **EXACT)
-        if t + 1 < ids.shape[1]:
-            scores = decode.step(m.params, m.centroids, SMALL, cache, ids[:, t])
+    check_decoding(m, 40, ids)
 
 
 # ------------------------------------------------------------------------------------- choosing

@@ -10,24 +10,26 @@ from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
-import strictxp
-from models import setup
-from test_model import SMALL
+from helpers import strictxp
+from helpers.models import SMALL, setup
 
 import train
-from rt_scratch import decode, run
-from rt_scratch.backend import to_host
+from rt_scratch import decode
 from rt_scratch.config import TrainConfig
 from rt_scratch.data.dataset import byte_dataset
-from rt_scratch.model import views
-from rt_scratch.optim import OPTIMIZERS, clip_by_global_norm
-from rt_scratch.step import gradients, move_centroids
+from rt_scratch.dispatch import to_host
+from rt_scratch.optim import OPTIMIZERS
+from rt_scratch.parameters import views
+from rt_scratch.run import checkpoint, log
+from rt_scratch.run.folder import describe
+from rt_scratch.step import cut, new_state, train_step
 
 DROPOUTS = dict(embed_dropout=0.1, attention_dropout=0.1, ffn_dropout=0.1, residual_dropout=0.1)
 MODELS = {
     "causal": dataclasses.replace(SMALL, routing="causal", **DROPOUTS, target_dropout=0.2),
     "topk": dataclasses.replace(SMALL, routing="topk", share_qk=False, ffn="relu", pad_id=0),
     "random": dataclasses.replace(SMALL, routing="random", norm="post", timing_signal=True),
+    "hybrid": dataclasses.replace(SMALL, full_layers=(0,), ffn="swiglu"),
     "full": dataclasses.replace(SMALL, attention="full", tie_embedding=True, embed_width=6),
     "image": dataclasses.replace(SMALL, kind="image", image_size=3, seq_len=27, vocab_size=256,
                                  n_classes=3, **DROPOUTS),
@@ -53,44 +55,44 @@ def assert_same(device, host):
 def test_training_steps(name, recompute, optimizer):
     """Two steps of two parts: forward, backward, clipping, optimizer, k-means, without a wait."""
     m = setup(MODELS[name], batch=4, dtype="float32")
+    recipe = TrainConfig(optimizer=optimizer, lr=0.01, schedule="constant", warmup=0, parts=2,
+                         weight_decay=0.1, accumulate=2, recompute=recompute)
     ends = []
-    for put in (lambda x: x, to_device):
-        flat, centroids = put(m.flat.copy()), put(m.centroids)
+    for put, xp in ((lambda x: x, np), (to_device, strictxp)):
+        flat = put(m.flat.copy())
+        state = m.state()._replace(flat=flat, centroids=put(m.centroids),
+                                   optimizer=OPTIMIZERS[optimizer].init(flat, m.table))
         grads = put(np.empty_like(m.flat))
-        labels = [None if m.labels is None else put(m.labels[i : i + 2]) for i in (0, 2)]
-        parts = [(put(m.ids[i : i + 2]), labels[i // 2]) for i in (0, 2)]
-        start, update = OPTIMIZERS[optimizer]
-        state = start(flat, m.table)
-        for i in range(2):
-            result = gradients(flat, grads, m.table, centroids, m.cfg, parts, 0, i, recompute)
-            clip_by_global_norm(grads, 1.0)
-            update(flat, grads, state, m.table, 0.01, i, weight_decay=0.1)
-            centroids = move_centroids(centroids, result.memberships, m.cfg)
-        ends.append((flat, result.nats, centroids, state))
-    (flat, nats, centroids, state), device = ends
-    assert np.abs(flat - m.flat).max() > 1e-3
-    assert_same(device[0], flat)
-    assert_same(device[1], nats)
-    for i, c in centroids.items():
-        for x, y in zip(device[2][i], c, strict=True):
+        parts = cut(m.ids, m.labels, dataclasses.replace(recipe, parts=1), xp)
+        assert len(parts) == 2
+        for _ in range(2):
+            state, result = train_step(state, grads, parts, m.cfg, recipe)
+        ends.append((state, result))
+    (host, host_result), (device, device_result) = ends
+    assert np.abs(host.flat - m.flat).max() > 1e-3
+    assert_same(device.flat, host.flat)
+    assert_same(device_result.nats, host_result.nats)
+    assert_same(device_result.norm, host_result.norm)
+    for i, c in host.centroids.items():
+        for x, y in zip(device.centroids[i], c, strict=True):
             assert_same(x, y)
-    for key, value in state.items():
-        assert_same(device[3][key], value)
+    for key, value in host.optimizer.items():
+        assert_same(device.optimizer[key], value)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_decoding(name):
-    """A prompt in one pass and tokens one by one; only the scores come back to the host."""
+    """A prompt in one pass and tokens one by one; only the logits come back to the host."""
     m = setup(MODELS[name], dtype="float32")
     drawn = []
     for put in (lambda x: x, to_device):
         params = views(put(m.flat), m.table)
         labels = None if m.labels is None else put(m.labels)
-        scores, cache = decode.prefill(params, put(m.centroids), m.cfg, put(m.ids[:, :5]), 12,
-                                       labels)
+        logits, memory = decode.prefill(params, put(m.centroids), m.cfg, put(m.ids[:, :5]), 12,
+                                        labels)
         for t in range(5, 9):
-            scores = decode.step(params, put(m.centroids), m.cfg, cache, put(m.ids[:, t]))
-        drawn.append(scores)
+            logits = decode.step(params, put(m.centroids), m.cfg, memory, put(m.ids[:, t]))
+        drawn.append(logits)
     assert_same(drawn[1], drawn[0])
 
 
@@ -98,19 +100,25 @@ def test_decoding(name):
 def test_checkpoints_travel(tmp_path, name):
     """Saved from a device, restored on the host, and back: every array the same."""
     model, settings = MODELS[name], TrainConfig()
-    config = run.describe("x", None, byte_dataset("x", {}, ""), model, settings)
-    state = run.new_state(model, settings, np)
-    fresh = run.new_state(model, settings, strictxp)
+    config = describe("x", None, byte_dataset("x", {}, ""), model, settings)
+    state = new_state(model, settings, np)
+    fresh = new_state(model, settings, strictxp)
     assert_same(fresh.flat, state.flat)  # the same seed, the same start, wherever
+    progress = checkpoint.Progress(2.5, 7.0)
     with strictxp.reading():
-        run.save(tmp_path / "a.npz", fresh._replace(step=3), config)
-    home = run.restore(tmp_path / "a.npz", run.load(tmp_path / "a.npz"), state, config, np)
-    assert home.step == 3
+        checkpoint.save_state(tmp_path / "a.npz", fresh._replace(step=3), progress, config)
+
+    def restored(name, xp):
+        return checkpoint.restore(checkpoint.read_state(tmp_path / name), xp, for_training=True)
+
+    home, kept = restored("a.npz", np)
+    assert home.step == 3 and kept == progress
     np.testing.assert_array_equal(home.flat, state.flat)
-    run.save(tmp_path / "b.npz", home, config)
-    back = run.restore(tmp_path / "b.npz", run.load(tmp_path / "b.npz"), fresh, config, strictxp)
+    checkpoint.save_state(tmp_path / "b.npz", home, progress, config)
+    back, _ = restored("b.npz", strictxp)
     assert_same(back.flat, state.flat)
     assert_same(back.optimizer["m"], state.optimizer["m"])
+    assert_same(back.centroids[1].mu, state.centroids[1].mu)
 
 
 @pytest.mark.parametrize("interval, reads", [(1, 6), (3, 3)])
@@ -135,9 +143,9 @@ def test_training_script_waits_once_per_log_line(tmp_path, monkeypatch, interval
         return call
 
     monkeypatch.setattr(train, "select_device", lambda _: (strictxp, "strict"))
-    for name in ("check_finite", "log_row", "evaluate", "sample"):
-        monkeypatch.setattr(train, name, counted(getattr(train, name)))
-    monkeypatch.setattr(run, "save", counted(run.save))
+    for where, name in ((train, "check_finite"), (log, "step_row"), (train, "evaluate"),
+                        (train, "show_sample"), (checkpoint, "save_state")):
+        monkeypatch.setattr(where, name, counted(getattr(where, name)))
     with redirect_stdout(io.StringIO()):
         train.main([*flags, "--out", str(tmp_path / "device")])
     assert waits.count("check_finite") == reads

@@ -21,6 +21,13 @@ from rt_scratch import model, released
 from rt_scratch.attention import distance_rows, local_attention, local_attention_backward, skew
 from rt_scratch.config import ModelConfig
 from rt_scratch.errors import UserError
+from rt_scratch.kmeans import (
+    Centroids,
+    commitment,
+    commitment_backward,
+    nearest,
+    update_centroids,
+)
 from rt_scratch.layers import (
     embedding,
     geglu,
@@ -30,18 +37,9 @@ from rt_scratch.layers import (
     shift_right,
     timing_signal,
 )
-from rt_scratch.model import Leaf
 from rt_scratch.optim import adafactor_init, adafactor_update, learning_rate
-from rt_scratch.routing import (
-    Centroids,
-    Rule,
-    commitment,
-    commitment_backward,
-    nearest,
-    routing_attention,
-    routing_attention_backward,
-    update_centroids,
-)
+from rt_scratch.parameters import Leaf, parameter_table, views
+from rt_scratch.routing import TOPK, Rule, routing_attention, routing_attention_backward
 
 FOLDER = Path(__file__).parent / "golden"
 TOLERANCE = {"float64": 1e-9, "float32": 2e-5}  # of the array's largest entry
@@ -140,10 +138,10 @@ def test_routing_attention(file, case, dtype):
     rel_k, rel_v = ((z[f"{scope}/relative_positions_{x}/embeddings"] for x in ("keys", "values"))
                     if has_rel else (None, None))
     shared = file != "C" or "share" in case
-    rule = Rule("topk", 16, 1.0, causal=file != "C")
-    (o, loss), cache, membership, path = routing_attention(
+    rule = Rule(TOPK, 16, 1.0, causal=file != "C")
+    (o, loss), cache, membership, route = routing_attention(
         q, None if shared else k, v, rel_k, rel_v, z[f"{scope}/means"], rule)
-    np.testing.assert_array_equal(path.index, z[f"out/{case}/q_idx"])
+    np.testing.assert_array_equal(route.members, z[f"out/{case}/q_idx"])
     z.check(o, f"out/{case}/output")
     beta = z[f"out/{case}/cluster_loss"] / loss  # the cases have several betas
     assert min(abs(beta / b - 1) for b in (1.0, 0.25, 1e-4, 1e-3, 1e-2, 0.1)) < 1e-5, beta
@@ -181,7 +179,7 @@ def test_local_attention(file, case, lookback, dtype):
     p = {"w_q": w_q, "w_k": w_k, "w_v": w_v, "w_o": w_o}
     if tables:
         p |= {"local_rel_k": tables["keys/embeddings"], "local_rel_v": tables["values/embeddings"]}
-    (y, _), cache, _, _ = model.attention(x, p, cfg, 0, None)
+    y, cache, _ = model.attention(x, p, cfg, 0)
     z.check(y, f"out/{case}/output")
     (q, k, v), _ = model.project(x, p, cfg)
     for name, got in (("q_scaled", q), ("k", k), ("v", v)):
@@ -239,7 +237,7 @@ def test_whole_model(name, dtype):
     else:
         z.check(logits, "out/logits")
     for i in range(2):
-        np.testing.assert_array_equal(report.routes[i].index, z[f"out/layer{i}/idx"])
+        np.testing.assert_array_equal(report.routes[i].members, z[f"out/layer{i}/idx"])
         scope = f"decoder_layer_{i}/self_attention/self_attention/attention_nd/" \
                 "cluster_attention/cluster_attention"
         counts = fed(state[i], z[f"out/after/{scope}/ema_count"], 0.9)
@@ -249,9 +247,9 @@ def test_whole_model(name, dtype):
 
     for kind, dnats, dloss in (("training", 1.0, 0.0), ("extra", 0.0, cfg.commitment)):
         _, cache, _ = model.loss(params, state, cfg, ids, weights)  # a backward uses its cache up
-        table = model.parameter_table(cfg)
+        table = parameter_table(cfg)
         flat = np.zeros(table[-1].stop, dtype)
-        model.loss_backward(dnats, dloss, cache, model.views(flat, table))
+        model.loss_backward(dnats, dloss, cache, views(flat, table))
         got = released_gradients(flat, table, cfg, variables)
         stored = [k for k in z.arrays if k.startswith(f"out/grad_{kind}/")]
         assert len(stored) > 15
@@ -282,9 +280,16 @@ def released_gradients(flat, table, cfg, variables):
 def test_convert_names_what_is_wrong():
     variables = Golden("E1").below("w/")
     for change, word in (
-            (lambda v: v.pop("emb_dense/bias"), "lack emb_dense/bias"),
-            (lambda v: v.update(surplus=np.zeros(2)), "have surplus"),
-            (lambda v: v.update({"emb_dense/kernel": np.zeros((4, 4))}), "emb_dense/kernel")):
+            (lambda v: v.pop("emb_dense/bias"), "lack emb_dense/bias$"),
+            (lambda v: [v.pop(n) for n in ("emb_dense/bias", "final_dense_2/bias")],
+             "lack emb_dense/bias, final_dense_2/bias$"),
+            (lambda v: v.update(surplus=np.zeros(2), more=np.zeros(())),
+             "no place for surplus, more$"),
+            (lambda v: v.update({"emb_dense/kernel": np.zeros((4, 4)),
+                                 "emb_dense/bias": np.zeros(3)}),
+             r"emb_dense/kernel \(4, 4\), needed \(32, 32\); emb_dense/bias \(3,\), needed"),
+            (lambda v: v.update({"emb_dense/bias": np.full(32, np.nan)}),
+             "emb_dense/bias has values that are not finite")):
         wrong = dict(variables)
         change(wrong)
         with pytest.raises(UserError, match=word):
@@ -323,11 +328,11 @@ def test_shift_and_embeddings():
     shifted = shift_right(z["in/shift1d"][..., 0])
     np.testing.assert_array_equal(shifted, z["out/shift1d_block16"][..., 0])
     table = z["in/channel_table"]
-    no_places = np.zeros((1, 1, 6)), np.zeros((1, 1, 6))
+    no_positions = np.zeros((1, 1, 6)), np.zeros((1, 1, 6))
     ids = z["in/channel_targets"].reshape(1, -1)
     # the released function embeds one row of two pixels; the square picture here has one
     for pixel in range(2):
-        y, _ = image_embedding(ids[:, 3 * pixel : 3 * pixel + 3], 0, table, *no_places)
+        y, _ = image_embedding(ids[:, 3 * pixel : 3 * pixel + 3], 0, table, *no_positions)
         np.testing.assert_allclose(y[0].ravel(), z["out/channel_embeddings"][0, 0, pixel])
     for length, width in ((20, 11), (64, 32)):
         z.check(timing_signal(np, length, width, "float64")[None],

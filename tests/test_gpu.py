@@ -8,14 +8,17 @@ import dataclasses
 
 import numpy as np
 import pytest
-from models import setup
-from test_model import SMALL
+from helpers.models import SMALL, setup
 
 import sample
 import train
-from rt_scratch import backend, decode, run, step
+from rt_scratch import decode, step
+from rt_scratch.config import TrainConfig
+from rt_scratch.device import select_device, select_precision
+from rt_scratch.dispatch import to_host
 from rt_scratch.errors import UserError
-from rt_scratch.model import views
+from rt_scratch.parameters import views
+from rt_scratch.run import checkpoint
 
 pytestmark = pytest.mark.gpu
 
@@ -27,7 +30,7 @@ SMALL_RUN = ["--seq-len", "64", "--window", "16", "--block", "16", "--n-layers",
 @pytest.fixture
 def cupy():
     try:
-        return backend.select_device("cuda")[0]
+        return select_device("cuda")[0]
     except UserError as error:
         pytest.skip(str(error))
 
@@ -47,13 +50,14 @@ def test_gradients(cupy, routing, precision):
     cfg = dataclasses.replace(SMALL, width=24, routing=routing, timing_signal=True)
     m = setup(cfg, dtype="float32")
     host = np.empty_like(m.flat)
-    nats = step.gradients(m.flat, host, m.table, m.centroids, cfg, [(m.ids, None)], 0, 0).nats
-    _, dtype = backend.select_precision(precision, cupy)
+    nats = step.gradients(m.state(), host, [(m.ids, None)], cfg, TrainConfig()).nats
+    _, dtype = select_precision(precision, cupy)
     ends = []
     for _ in range(2):
         grads = cupy.empty(m.flat.size, "float32")
-        result = step.gradients(cupy.asarray(m.flat), grads, m.table, on_gpu(cupy, m.centroids),
-                                cfg, [(cupy.asarray(m.ids), None)], 0, 0, dtype=dtype)
+        state = m.state()._replace(flat=cupy.asarray(m.flat), centroids=on_gpu(cupy, m.centroids))
+        result = step.gradients(state, grads, [(cupy.asarray(m.ids), None)], cfg, TrainConfig(),
+                                dtype)
         ends.append((float(result.nats), grads.get()))
     tolerance = {"float32": 1e-4, "tf32": 2e-2}.get(precision, 0.15)
     assert abs(ends[0][0] - float(nats)) < tolerance * float(nats)
@@ -65,14 +69,14 @@ def test_gradients(cupy, routing, precision):
 @pytest.mark.parametrize("routing", ["causal", "topk"])
 def test_decoding(cupy, routing):
     m = setup(dataclasses.replace(SMALL, routing=routing, timing_signal=True), dtype="float32")
-    scores = []
+    logits = []
     for put in (lambda x: x, lambda x: on_gpu(cupy, x)):
         params, centroids = views(put(m.flat), m.table), put(m.centroids)
-        z, cache = decode.prefill(params, centroids, m.cfg, put(m.ids[:, :5]), 12)
+        z, memory = decode.prefill(params, centroids, m.cfg, put(m.ids[:, :5]), 12)
         for t in range(5, 9):
-            z = decode.step(params, centroids, m.cfg, cache, put(m.ids[:, t]))
-        scores.append(backend.to_host(z))
-    np.testing.assert_allclose(scores[1], scores[0], rtol=1e-3, atol=1e-4)
+            z = decode.step(params, centroids, m.cfg, memory, put(m.ids[:, t]))
+        logits.append(to_host(z))
+    np.testing.assert_allclose(logits[1], logits[0], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["auto", "float32", "fp16"])
@@ -90,7 +94,7 @@ def test_runs_resume_and_travel(cupy, tmp_path, precision):
         for device in ("cpu", "cuda"):
             train.main(["--resume", "--device", device, "--precision", "float32", "--steps",
                         "14" if device == "cpu" else "16", "--out", str(tmp_path / "b")])
-        assert run.checkpoint.load(tmp_path / "b" / "last.npz")[1]["step"] == 16
+        assert checkpoint.load(tmp_path / "b" / "last.npz")[1]["step"] == 16
     sample.main([str(tmp_path / "b"), "--tokens", "5", "--device", "cuda"])
 
 

@@ -4,13 +4,12 @@ import math
 
 import numpy as np
 import pytest
-from gradcheck import check_gradients
+from helpers.gradcheck import check_gradients
+from helpers.strategies import layouts, lengths, normal, seeds, sizes, widths
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import layouts, lengths, normal, seeds, sizes, widths
 
 from rt_scratch import layers
-from rt_scratch.backend import segment_sum
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
 
@@ -51,29 +50,55 @@ def test_layer_norm(seed, n, c, layout):
     check_gradients(layers.layer_norm, layers.layer_norm_backward, (x, gain, bias), rng, step=1e-5)
 
 
+def gelu(x):
+    return 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def silu(x):
+    return x / (1 + math.exp(-x))
+
+
+gates = pytest.mark.parametrize("name, activation", [("geglu", gelu), ("swiglu", silu)])
+
+
+@gates
 @given(seeds, sizes, layouts)
-def test_geglu(seed, n, layout):
+def test_gate(name, activation, seed, n, layout):
     rng = np.random.default_rng(seed)
+    gate, backward = getattr(layers, name), getattr(layers, f"{name}_backward")
     a, b = 2 * normal(rng, (n, 3), layout), normal(rng, (n, 3), layout)
-    y, _ = layers.geglu(a, b)
-    gelu = [[0.5 * e * (1 + math.tanh(math.sqrt(2 / math.pi) * (e + 0.044715 * e**3))) for e in row]
-            for row in a]
-    np.testing.assert_allclose(y, np.array(gelu) * b, **EXACT)
-    check_gradients(layers.geglu, layers.geglu_backward, (a, b), rng)
+    want = [[activation(e) for e in row] for row in a]
+    np.testing.assert_allclose(gate(a, b)[0], np.array(want) * b, **EXACT)
+    check_gradients(gate, backward, (a, b), rng)
+
+
+@gates
+def test_gate_of_large_numbers(name, activation):
+    """No overflow, no NaN: the activation is a or 0, its derivative 1 or 0."""
+    gate, backward = getattr(layers, name), getattr(layers, f"{name}_backward")
+    a = np.array([-1e4, -50.0, 50.0, 1e4])
+    with np.errstate(all="raise", under="ignore"):
+        y, cache = gate(a, np.ones(4))
+        da, _ = backward(np.ones(4), cache)
+    np.testing.assert_allclose(y, [0, 0, 50, 1e4], atol=1e-12)
+    np.testing.assert_allclose(da, [0, 0, 1, 1], atol=1e-12)
 
 
 dropouts = st.sampled_from([None, (0.3, (1, 2, 3))])
 
 
+@gates
 @given(seeds, sizes, widths, sizes, layouts, dropouts)
-def test_geglu_ffn(seed, n, c, m, layout, dropped):
+def test_gated_ffn(name, activation, seed, n, c, m, layout, dropped):
     rng = np.random.default_rng(seed)
-    args = [normal(rng, s, layout) for s in ((2, n, c), (c, m), (c, m), (m, c))]
+    forward, backward, parameters = layers.FEED_FORWARDS[name]
+    assert list(parameters(c, m)) == ["w_gate", "w_value", "w_out"]
+    args = [normal(rng, s, layout) for s in ((2, n, c), *parameters(c, m).values())]
     x, w_gate, w_value, w_out = args
     if dropped is None:
-        want = layers.geglu(x @ w_gate, x @ w_value)[0] @ w_out
-        np.testing.assert_allclose(layers.geglu_ffn(*args)[0], want, **EXACT)
-    check_gradients(lambda *a: layers.geglu_ffn(*a, dropped), layers.geglu_ffn_backward, args, rng)
+        hidden = np.vectorize(activation)(x @ w_gate) * (x @ w_value)
+        np.testing.assert_allclose(forward(*args)[0], hidden @ w_out, rtol=1e-11, atol=1e-12)
+    check_gradients(lambda *a: forward(*a, dropped), backward, args, rng)
 
 
 @given(seeds, sizes, widths, sizes, layouts, dropouts)
@@ -114,7 +139,7 @@ def test_segment_sum(seed, n, m, d):
     want = np.zeros((m + 2, d))
     for row, i in zip(rows, index, strict=True):
         want[i] += row
-    np.testing.assert_allclose(segment_sum(rows, index, m + 2), want, **EXACT)
+    np.testing.assert_allclose(layers.segment_sum(rows, index, m + 2), want, **EXACT)
 
 
 @given(seeds, sizes, st.sampled_from([1, 2, 3]), widths, st.booleans())
@@ -146,48 +171,6 @@ def test_timing_signal(t, c):
             np.testing.assert_allclose(signal[p, i], math.sin(angle), atol=1e-9)
             np.testing.assert_allclose(signal[p, n + i], math.cos(angle), atol=1e-9)
     assert (signal[:, 2 * n:] == 0).all()
-
-
-# ------------------------------------------------------------------------------------- dropout
-
-@given(seeds, sizes, layouts, st.sampled_from([0.1, 0.5, 0.9]))
-def test_dropout(seed, n, layout, rate):
-    rng = np.random.default_rng(seed)
-    x, dropped = normal(rng, (n, 3), layout), (rate, (seed, 4, 5))
-    check_gradients(lambda x: layers.dropout(x, dropped),
-                    lambda dy, cache: (layers.dropout_backward(dy, cache),), (x,), rng)
-
-
-def test_dropout_rate_and_mean():
-    mask = layers.dropout_mask(np, (100_000,), 0.3, (1, 2, 3), "float64")
-    assert abs((mask == 0).mean() - 0.3) < 0.006  # four standard deviations
-    assert abs(mask.mean() - 1) < 0.01
-    y, cache = layers.dropout(mask, None)
-    assert y is mask and cache is None
-
-
-def test_dropout_masks_differ():
-    masks = [layers.dropout_mask(np, (64,), 0.5, key, "float64")
-             for key in ((1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4))]
-    for i, a in enumerate(masks):
-        for b in masks[i + 1:]:
-            assert (a != b).any()
-
-
-@given(st.integers(0, 40), st.integers(0, 40))
-def test_dropout_mask_by_parts(start, n):
-    """Entry i depends on the key and i alone."""
-    whole = layers.dropout_mask(np, (80,), 0.4, (9, 8, 7), "float32")
-    part = layers.dropout_mask(np, (n,), 0.4, (9, 8, 7), "float32", start)
-    np.testing.assert_array_equal(part, whole[start : start + n])
-
-
-def test_philox_known_answers():
-    """The test vectors published with the generator (Random123, kat_vectors, philox4x32 10)."""
-    zero = layers.philox(np, 0, np.zeros(1, np.uint32), 0, 0)
-    words = zero[0].astype(np.uint64)
-    words = words[0::2] + (words[1::2] << np.uint64(16))
-    assert [hex(int(w)) for w in words] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
 
 
 # -------------------------------------------------------------------------- output and its loss
@@ -237,7 +220,10 @@ def test_cross_entropy_of_large_logits():
 def test_dtype_follows_the_input(dtype):
     x = np.ones((3, 4), dtype)
     w, b = np.ones((4, 4), dtype), np.ones(4, dtype)
+    dropped = 0.5, (0, 0, 0)
     for y in (layers.linear(x, w, b)[0], layers.layer_norm(x, b, b)[0], layers.geglu(x, x)[0],
-              layers.dropout(x, (0.5, (0, 0, 0)))[0], layers.relu_ffn(x, w, b, w, b)[0],
+              layers.swiglu(x, x)[0], layers.geglu_ffn(x, w, w, w, dropped)[0],
+              layers.swiglu_ffn(x, w, w, w, dropped)[0],
+              layers.relu_ffn(x, w, b, w, b, dropped)[0],
               layers.linear_cross_entropy(x, w, b, np.zeros(3, int), np.ones(3, dtype))[0]):
         assert y.dtype == dtype

@@ -4,45 +4,20 @@ import dataclasses
 
 import numpy as np
 import pytest
-from gradcheck import close
+from helpers.models import NOISE, SMALL, check_gradient, setup
+from helpers.strategies import configs, lengths, normal, seeds, widths
 from hypothesis import assume, given
-from models import setup
-from strategies import configs, lengths, normal, seeds, widths
 
-from rt_scratch import model
-from rt_scratch.config import ModelConfig
+from rt_scratch import dispatch, model
+from rt_scratch.kernels import cpu
 from rt_scratch.layers import normalize
-from rt_scratch.model import Noise
-from rt_scratch.routing import MEAN_FLOOR, Rule, routing_attention
-
-NOISE = Noise(seed=3, step=5)
-SMALL = ModelConfig(
-    vocab_size=11, seq_len=23, n_layers=2, width=12, ffn_width=10, n_local_heads=1,
-    n_routing_heads=2, n_clusters=3, window=5, block=4, lookback=2, local_max_distance=3,
-    routing_max_distance=2)
-
-
-def relu_signs(cache):
-    """Which hidden units of the ReLU layers are on."""
-    caches = cache[0][3]
-    return [block[5][1] for block in caches] if caches else []
+from rt_scratch.parameters import views
+from rt_scratch.routing import CAUSAL, MEAN_FLOOR, TOPK, Rule, routing_attention
 
 
 @given(configs(), seeds)
 def test_gradients(cfg, seed):
-    """One direction through all parameters at once, routing held fixed."""
-    m = setup(cfg, seed)
-    rng = np.random.default_rng(seed)
-    _, cache, report = m.loss(noise=NOISE)
-    v, step = rng.normal(size=m.flat.shape), 1e-6
-    moved = [m.loss(m.flat + sign * step * v, noise=NOISE, fixed=report.routes)
-             for sign in (1, -1)]
-    if cfg.ffn == "relu":  # the step must not cross a kink
-        assume(all(np.array_equal(a, b) for a, b in zip(*(relu_signs(c) for _, c, _ in moved),
-                                                        strict=True)))
-    g = m.gradient(cache)
-    numeric = (moved[0][0] - moved[1][0]) / (2 * step)
-    close(numeric, g @ v, np.abs(g * v).sum(), 1e-15 * (1 + abs(moved[0][0])) / step, cfg)
+    check_gradient(setup(cfg, seed), seed)
 
 
 @given(configs(), seeds)
@@ -83,9 +58,9 @@ def test_no_look_ahead(cfg, seed):
     """Logits up to and including `cut` depend on earlier tokens alone; memberships likewise."""
     cut, before, after, (a, b) = change_suffix(setup(cfg, seed), seed)
     np.testing.assert_allclose(after[:, : cut + 1], before[:, : cut + 1], rtol=0, atol=1e-12)
-    for layer, path in a.routes.items():
+    for layer, route in a.routes.items():
         np.testing.assert_array_equal(
-            path.winner[:, :, : cut + 1], b.routes[layer].winner[:, :, : cut + 1])
+            route.winner[:, :, : cut + 1], b.routes[layer].winner[:, :, : cut + 1])
 
 
 def test_topk_looks_ahead():
@@ -98,7 +73,7 @@ def test_topk_looks_ahead():
 
 
 def suffix_effect(m, cut=48):
-    """By how much other tokens from `cut` on change the logits of each place."""
+    """By how much other tokens from `cut` on change the logits of each position."""
     ids = m.ids.copy()
     ids[:, cut:] = (ids[:, cut:] + 1) % m.cfg.vocab_size
     return np.abs(m.logits(ids) - m.logits()).max((0, 2))
@@ -120,10 +95,10 @@ def test_one_cluster_is_full_attention(seed, t, d):
     q, v, mu = normal(rng, (2, 2, t, d)), normal(rng, (2, 2, t, d)), normal(rng, (2, 1, d))
     want = full_attention(normalize(q)[0], v, 0.6)
     for window in (t, t + 3):
-        rule = Rule("causal", window, 0.6)
+        rule = Rule(CAUSAL, window, 0.6)
         (o, _), _, _, _ = routing_attention(q, None, v, None, None, mu, rule)
         np.testing.assert_allclose(o, want, rtol=1e-11, atol=1e-12)
-    (o, _), _, _, _ = routing_attention(q, None, v, None, None, mu, Rule("topk", t, 0.6))
+    (o, _), _, _, _ = routing_attention(q, None, v, None, None, mu, Rule(TOPK, t, 0.6))
     np.testing.assert_allclose(o * (1 + MEAN_FLOOR), want, rtol=1e-11, atol=1e-12)
 
 
@@ -136,41 +111,6 @@ def test_wide_block_is_full_attention(seed, t):
                                rtol=1e-11, atol=1e-12)
 
 
-# ---------------------------------------------------------------------------------- parameters
-
-@given(configs())
-def test_table_fills_the_buffer(cfg):
-    table = model.parameter_table(cfg)
-    assert len({leaf.name for leaf in table}) == len(table)
-    assert [leaf.start for leaf in table] == [0] + [leaf.stop for leaf in table[:-1]]
-    flat = np.arange(table[-1].stop, dtype=float)
-    tree = model.views(flat, table)
-    tree["output"]["b"] += 1  # a view
-    assert flat[table[-1].start] == table[-1].start + 1
-
-
-def test_initial_values():
-    cfg = dataclasses.replace(SMALL, width=96, ffn_width=64, init_gain=0.2)
-    flat, table = model.init_parameters(cfg, np, "float32", 7)
-    again, _ = model.init_parameters(cfg, np, "float32", 7)
-    other, _ = model.init_parameters(cfg, np, "float32", 8)
-    np.testing.assert_array_equal(flat, again)
-    assert (flat != other).any()
-    leaves = {leaf.name: flat[leaf.start : leaf.stop].reshape(leaf.shape) for leaf in table}
-    w = leaves["layers.0.ffn.w_gate"]
-    bound = np.sqrt(3 * 0.2 / ((96 + 64) / 2))
-    assert 0.98 * bound < np.abs(w).max() <= bound and abs(w.mean()) < bound / 30
-    assert (leaves["norm.gain"] == 1).all() and (leaves["norm.bias"] == 0).all()
-    image = dataclasses.replace(SMALL, kind="image", image_size=32, seq_len=3072, vocab_size=256)
-    flat, table = model.init_parameters(image, np, "float32", 7)
-    rows = next(flat[x.start : x.stop] for x in table if x.name == "embed.rows")
-    assert abs(rows.std() / (3 * 12) ** -0.5 - 1) < 0.1
-    state = model.init_centroids(cfg, np, "float32", 7)
-    mu = state[0].mu
-    np.testing.assert_allclose(mu.mean(-1), 0, atol=1e-6)
-    np.testing.assert_allclose((mu * mu).mean(-1), 1, rtol=1e-3)
-
-
 def test_padding_is_not_scored():
     cfg = dataclasses.replace(SMALL, pad_id=0)
     ids = np.array([[0, 3, 0], [1, 2, 0]])
@@ -179,18 +119,31 @@ def test_padding_is_not_scored():
     assert model.target_weights(SMALL, ids, "float32").all()
 
 
-@pytest.mark.parametrize("routing", ["causal", "topk"])
-def test_float32_stays_float32(routing):
-    m = setup(dataclasses.replace(SMALL, routing=routing), dtype="float32")
+@pytest.mark.parametrize("twins", [False, True])
+@pytest.mark.parametrize("changes", [
+    dict(routing="causal"), dict(routing="topk", ffn="relu", share_qk=False),
+    dict(routing="random", ffn="swiglu", norm="post", timing_signal=True),
+    dict(kind="image", image_size=3, seq_len=27, vocab_size=256, n_classes=3)], ids=str)
+def test_float32_stays_float32(changes, twins, monkeypatch):
+    """With every dropout on, by the plain functions and by the twins: no wide array is promoted."""
+    if twins:
+        for name, function in cpu.TWINS.items():
+            monkeypatch.setitem(dispatch.twins[name], "numpy", (function, None))
+    rates = dict.fromkeys(("embed_dropout", "attention_dropout", "ffn_dropout",
+                           "residual_dropout"), 0.2)
+    m = setup(dataclasses.replace(SMALL, **rates, **changes).validate(), dtype="float32")
     loss, cache, report = m.loss(noise=NOISE)
-    assert loss.dtype == np.float32
-    assert m.logits().dtype == np.float32
+    assert loss.dtype == m.logits().dtype == np.float32
     assert all(x.counts.dtype == np.float32 for x in report.memberships.values())
-    for block in cache[0][3]:
-        assert wide_float64(block) == 0, "a wide array was promoted"
+    assert promoted(cache) == 0
+    grads = views(np.zeros_like(m.flat), m.table)
+    for i, block in enumerate(cache.forward.blocks):
+        dy = np.ones((*m.ids.shape, m.cfg.width), "float32")
+        assert model.block_backward(dy, 0.1, block, grads["layers"][i]).dtype == np.float32
 
 
-def wide_float64(cache):
-    if isinstance(cache, tuple):
-        return sum(wide_float64(x) for x in cache)
-    return int(getattr(cache, "dtype", None) == np.float64)
+def promoted(tree):
+    """How many arrays of float64 are in it, numbers aside."""
+    if isinstance(tree, tuple | list):
+        return sum(map(promoted, tree))
+    return int(getattr(tree, "dtype", None) == np.float64 and np.ndim(tree) > 0)

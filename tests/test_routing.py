@@ -2,47 +2,42 @@
 
 import numpy as np
 import pytest
-from gradcheck import check_gradients
+from helpers.gradcheck import check_gradients
+from helpers.loops import (
+    clipped,
+    clusters,
+    dropouts,
+    loop_attention,
+    reaches,
+    routing_inputs,
+    tables,
+)
+from helpers.strategies import layouts, lengths, normal, seeds, sizes, widths
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import layouts, lengths, normal, seeds, sizes, widths
-from test_attention import clipped, dropouts, loop_attention, reaches, tables
 
+from rt_scratch.kmeans import nearest
 from rt_scratch.layers import normalize
 from rt_scratch.routing import (
+    CAUSAL,
     MEAN_FLOOR,
-    Centroids,
+    RANDOM,
+    TOPK,
     Rule,
     by_cluster,
-    cluster_statistics,
-    commitment,
-    commitment_backward,
     gather,
     inverse,
-    nearest,
-    route,
     routing_attention,
     routing_attention_backward,
     scatter_mean,
     scatter_mean_backward,
     scatter_sum,
     top_members,
-    update_centroids,
 )
 
 EXACT = dict(rtol=1e-11, atol=1e-12)
-modes = st.sampled_from(["causal", "topk", "random"])
-clusters = st.sampled_from([1, 2, 3, 7])
+modes = st.sampled_from([CAUSAL, TOPK, RANDOM])
 windows = st.sampled_from([1, 2, 3, 8, 50])
-
-
-def inputs(seed, t, d, k, layout="plain", ties=False):
-    """q, k, v (2, 2, T, D) and centroids (2, K, D); with ties, tokens that are exact copies."""
-    rng = np.random.default_rng(seed)
-    q, key, v = (normal(rng, (2, 2, t, d), layout) for _ in "qkv")
-    if ties:
-        q, key = (np.take(x, rng.integers(0, max(1, t // 3), t), axis=2) for x in (q, key))
-    return rng, q, key, v, normal(rng, (2, k, d))
 
 
 # ------------------------------------------------------------------------------------ integers
@@ -55,21 +50,8 @@ def test_top_members(seed, rows, t, window, ties):
     index = top_members(scores, window)
     assert index.shape == (2, rows, window)
     for row, got in zip(scores.reshape(-1, t), index.reshape(-1, window), strict=True):
-        best = sorted(range(t), key=lambda j: (-row[j], j))[:window]  # ties: the earlier place
+        best = sorted(range(t), key=lambda j: (-row[j], j))[:window]  # ties: the earlier position
         assert list(got) == sorted(best)
-
-
-@given(seeds, lengths, clusters, widths, st.booleans())
-def test_nearest(seed, t, k, d, equal_length):
-    rng, q, _, _, mu = inputs(seed, t, d, k)
-    winner = nearest(q, mu, equal_length)
-    size = np.linalg.norm(mu, axis=-1, keepdims=True) if equal_length else 1
-    np.testing.assert_array_equal(winner, np.einsum("bhtd,hkd->bhtk", q, mu / size).argmax(-1))
-
-
-def test_nearest_is_the_lower_index_on_ties():
-    assert (nearest(np.ones((1, 1, 2, 3)), np.ones((1, 4, 3))) == 0).all()
-    assert (nearest(np.ones((1, 1, 2, 3)), np.zeros((1, 4, 3)), True) == 0).all()  # no 0 / 0
 
 
 @given(seeds, lengths, clusters)
@@ -84,91 +66,32 @@ def test_by_cluster(seed, t, k):
 
 @given(seeds, lengths, clusters, widths)
 def test_permuting_clusters_permutes_rows(seed, t, k, d):
-    rng, q, _, _, mu = inputs(seed, t, d, k)
+    rng, q, _, _, mu = routing_inputs(seed, t, d, k)
     order = rng.permutation(k)
-    window = min(3, t)
-    a, b = (route(q, q, m, "topk", window) for m in (mu, mu[:, order]))
-    np.testing.assert_array_equal(b.index, a.index[:, :, order])
+    rule = Rule(TOPK, 3, 1.0)
+    a, b = (TOPK.choose(q, q, m, rule) for m in (mu, mu[:, order]))
+    np.testing.assert_array_equal(b.members, a.members[:, :, order])
     np.testing.assert_array_equal(order[b.winner], a.winner)
 
 
 @given(seeds, st.sampled_from([2, 7, 16, 23]), clusters, widths)
 def test_causal_membership_ignores_the_future(seed, t, k, d):
-    rng, q, _, _, mu = inputs(seed, t, d, k)
+    rng, q, _, _, mu = routing_inputs(seed, t, d, k)
     cut = int(rng.integers(1, t))
     other = q.copy()
     other[:, :, cut:] = normal(rng, other[:, :, cut:].shape)
-    a, b = (route(x, x, mu, "causal", 4) for x in (q, other))
+    a, b = (CAUSAL.choose(x, x, mu, Rule(CAUSAL, 4, 1.0)) for x in (q, other))
     np.testing.assert_array_equal(a.winner[:, :, :cut], b.winner[:, :, :cut])
 
 
 def test_topk_membership_leaks_the_future():
-    """One centroid, one place: a later token that scores higher throws the first one out."""
+    """One centroid, one member: a later token that scores higher throws the first one out."""
     mu, q = np.ones((1, 1, 1)), np.array([1.0, 0.5]).reshape(1, 1, 2, 1)
     louder = q.copy()
     louder[0, 0, 1] = 2.0
-    assert route(q, q, mu, "topk", 1).index.item() == 0
-    assert route(louder, louder, mu, "topk", 1).index.item() == 1
-
-
-# --------------------------------------------------------------------------------- k-means
-
-@given(seeds, lengths, clusters, widths)
-def test_cluster_statistics(seed, t, k, d):
-    rng, q, _, _, mu = inputs(seed, t, d, k)
-    winner = rng.integers(0, k, (2, 2, t))
-    counts, sums = cluster_statistics(q, winner, k)
-    for h in range(2):
-        for c in range(k):
-            won = q[:, h][winner[:, h] == c]
-            assert counts[h, c] == len(won)
-            np.testing.assert_allclose(sums[h, c], won.sum(0), **EXACT)
-
-
-@given(seeds, clusters, widths, st.sampled_from([0.0, 0.9, 0.999, 1.0]))
-def test_update_centroids(seed, k, d, decay):
-    rng = np.random.default_rng(seed)
-    state = Centroids(normal(rng, (2, k, d)), rng.random((2, k)) + 0.1, normal(rng, (2, k, d)))
-    before = Centroids(*(a.copy() for a in state))
-    counts, sums = rng.integers(0, 4, (2, k)).astype(float), normal(rng, (2, k, d))
-    after = update_centroids(state, counts, sums, decay)
-    for h in range(2):
-        count = [decay * state.count[h, c] + (1 - decay) * counts[h, c] for c in range(k)]
-        for c in range(k):
-            total = decay * state.total[h, c] + (1 - decay) * sums[h, c]
-            smooth = (count[c] + 1e-5) * sum(count) / (sum(count) + 1e-5 * k)
-            want = total / max(smooth, 1e-300) if counts[h, c] else state.mu[h, c]
-            np.testing.assert_allclose(after.mu[h, c], want, rtol=1e-9, atol=1e-12)
-            np.testing.assert_allclose(after.total[h, c], total, **EXACT)
-        np.testing.assert_allclose(after.count[h], count, **EXACT)
-    for a, b in zip(state, before, strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-def test_kmeans_finds_the_clusters():
-    """Four separate clouds, one centroid near each: the centroids come to rest at their means."""
-    rng = np.random.default_rng(0)
-    clouds = normal(rng, (4, 8))
-    x = normalize(np.repeat(clouds, 30, axis=0) + 0.05 * normal(rng, (120, 8)))[0][None, None]
-    mu = normalize(clouds + 0.3 * normal(rng, (4, 8)))[0][None]
-    state = Centroids(mu, np.ones((1, 4)), mu)
-    for _ in range(300):
-        winner = nearest(x, state.mu, equal_length=True)
-        state = update_centroids(state, *cluster_statistics(x, winner, 4), decay=0.9)
-    want = [x[0, 0, 30 * c : 30 * c + 30].mean(0) for c in range(4)]
-    np.testing.assert_allclose(state.mu[0], want, atol=1e-3)
-
-
-@given(seeds, lengths, clusters, widths)
-def test_commitment(seed, t, k, d):
-    rng, q, _, _, mu = inputs(seed, t, d, k)
-    winner = rng.integers(0, k, (2, 2, t))
-    loss, _ = commitment(q, mu, winner)
-    want = np.mean([(q[b, h, i] - mu[h, winner[b, h, i]]) ** 2
-                    for b in range(2) for h in range(2) for i in range(t)])
-    np.testing.assert_allclose(loss, want, **EXACT)
-    check_gradients(lambda x: commitment(x, mu, winner),
-                    lambda d, cache: (commitment_backward(d, cache),), (q,), rng)
+    rule = Rule(TOPK, 1, 1.0)
+    assert TOPK.choose(q, q, mu, rule).members.item() == 0
+    assert TOPK.choose(louder, louder, mu, rule).members.item() == 1
 
 
 # ------------------------------------------------------------------------------ gather, scatter
@@ -182,10 +105,10 @@ def test_gather_and_scatter(seed, t, k, w):
     sums, times = np.zeros_like(x), np.zeros((2, 2, t, 1))
     members = gather(x, index)
     for b, h, c, i in np.ndindex(index.shape):
-        place = index[b, h, c, i]
-        assert (members[b, h, c, i] == x[b, h, place]).all()
-        sums[b, h, place] += rows[b, h, c, i]
-        times[b, h, place] += 1
+        position = index[b, h, c, i]
+        assert (members[b, h, c, i] == x[b, h, position]).all()
+        sums[b, h, position] += rows[b, h, c, i]
+        times[b, h, position] += 1
     np.testing.assert_allclose(scatter_sum(rows, index, t), sums, **EXACT)
     mean, _ = scatter_mean(rows, index, t)
     np.testing.assert_allclose(mean, sums / (times + MEAN_FLOOR), **EXACT)
@@ -200,33 +123,33 @@ def test_gather_and_scatter(seed, t, k, w):
        st.booleans(), dropouts)
 def test_gradients(seed, mode, t, k, window, d, reach, layout, shared, ties, dropped):
     """Every mode, keys shared or not, empty clusters, ties, tokens in none and in several."""
-    rng, q, key, v, mu = inputs(seed, t, d, k, layout, ties)
+    rng, q, key, v, mu = routing_inputs(seed, t, d, k, layout, ties)
     args = (q, None if shared else key, v, *tables(rng, reach, d))
-    rule = Rule(mode, window, 0.5)
-    places = rng.integers(0, k, (2, t)) if mode == "random" else None
-    path = routing_attention(*args, mu, rule, places)[3]
+    drawn = rng.integers(0, k, (2, t)) if mode is RANDOM else None
+    rule = Rule(mode, window, 0.5, clusters=drawn)
+    route = routing_attention(*args, mu, rule)[3]
 
     def forward(*args):
-        return routing_attention(*args, mu, rule, places, path, dropped)[:2]
+        return routing_attention(*args, mu, rule, route, dropped)[:2]
 
     spread = min(x.std(-1).min() for x in (q, key))
     check_gradients(forward, routing_attention_backward, args, rng,
                     step=1e-4 * min(1, spread / 3))
 
 
-@given(seeds, st.sampled_from(["causal", "random"]), lengths, clusters, windows, widths, reaches,
+@given(seeds, st.sampled_from([CAUSAL, RANDOM]), lengths, clusters, windows, widths, reaches,
        st.booleans())
 def test_causal_against_loops(seed, mode, t, k, window, d, reach, shared):
     """A token sees the `window` latest members of its own cluster; distance counts members."""
-    rng, q, key, v, mu = inputs(seed, t, d, k)
+    rng, q, key, v, mu = routing_inputs(seed, t, d, k)
     rel_k, rel_v = tables(rng, reach, d)
-    places = rng.integers(0, k, (2, t)) if mode == "random" else None
-    (o, loss), _, membership, path = routing_attention(
-        q, None if shared else key, v, rel_k, rel_v, mu, Rule(mode, window, 0.5), places)
+    drawn = rng.integers(0, k, (2, t)) if mode is RANDOM else None
+    (o, loss), _, membership, route = routing_attention(
+        q, None if shared else key, v, rel_k, rel_v, mu, Rule(mode, window, 0.5, clusters=drawn))
     qn, kn = normalize(q)[0], normalize(q if shared else key)[0]
-    winner = path.winner
-    if mode == "random":
-        assert loss == 0 and (winner == places).all()
+    winner = route.winner
+    if mode is RANDOM:
+        assert loss == 0 and (winner == drawn).all()
     for b in range(2):
         for h in range(2):
             members = [[i for i in range(t) if winner[b, h, i] == c] for c in range(k)]
@@ -238,15 +161,15 @@ def test_causal_against_loops(seed, mode, t, k, window, d, reach, shared):
                 and rank[i] - window < rank[j] <= rank[i],
                 0.5, rel and (lambda i, j, rank=rank, rel=rel: rel(rank[i], rank[j])))
             np.testing.assert_allclose(o[b, h], want, **EXACT)
-    assert membership.counts.sum() == 2 * 2 * t * (1 if shared or mode == "random" else 2)
+    assert membership.counts.sum() == 2 * 2 * t * (1 if shared or mode is RANDOM else 2)
 
 
 @given(seeds, lengths, clusters, windows, widths, reaches, st.booleans(), st.booleans())
 def test_topk_against_loops(seed, t, k, window, d, reach, shared, causal):
-    rng, q, key, v, mu = inputs(seed, t, d, k)
+    rng, q, key, v, mu = routing_inputs(seed, t, d, k)
     rel_k, rel_v = tables(rng, reach, d)
-    (o, loss), _, membership, path = routing_attention(
-        q, None if shared else key, v, rel_k, rel_v, mu, Rule("topk", window, 1.0, causal))
+    (o, loss), _, membership, route = routing_attention(
+        q, None if shared else key, v, rel_k, rel_v, mu, Rule(TOPK, window, 1.0, causal))
     qn, kn = normalize(q)[0], normalize(q if shared else key)[0]
     rel = clipped(rel_k, rel_v, reach)
     none = several = 0
@@ -254,7 +177,7 @@ def test_topk_against_loops(seed, t, k, window, d, reach, shared, causal):
         for h in range(2):
             total, times = np.zeros((t, d)), np.zeros((t, 1))
             for c in range(k):
-                index, seen = path.index[b, h, c], path.key_index[b, h, c]
+                index, seen = route.members[b, h, c], route.key_members[b, h, c]
                 assert len(set(index)) == len(index) == min(window, t)
                 assert list(index) == sorted(index) and 0 <= index[0] and index[-1] < t
                 inside = loop_attention(
@@ -272,9 +195,9 @@ def test_topk_against_loops(seed, t, k, window, d, reach, shared, causal):
     np.testing.assert_allclose(loss, sum(own), **EXACT)
 
 
-@pytest.mark.parametrize("mode", ["causal", "topk"])
+@pytest.mark.parametrize("mode", [CAUSAL, TOPK])
 def test_commitment_counts_shared_keys_twice(mode):
-    _, q, _, v, mu = inputs(0, 13, 5, 3)
+    _, q, _, v, mu = routing_inputs(0, 13, 5, 3)
     rule = Rule(mode, 4, 1.0)
     shared = routing_attention(q, None, v, None, None, mu, rule)[0][1]
     separate = routing_attention(q, q, v, None, None, mu, rule)[0][1]

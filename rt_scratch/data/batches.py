@@ -32,31 +32,36 @@ def random_windows(split: np.ndarray, n_tokens: int, batch: int, seed: int, step
     return np.stack([split[s : s + n_tokens] for s in starts]).astype(np.int32)
 
 
-def shuffled_images(split: np.ndarray, batch: int, seed: int, step: int):
+def shuffled_images(split: np.ndarray, batch: int, seed: int, drawn: int):
     """B images of an (N, T) split, each seen once per epoch:  (B, T) int32, (B,) their indices.
 
-    Image number step B + i of the run is entry (step B + i) mod N of the permutation of its epoch,
-    so epochs follow each other without a gap, even inside a batch.
+    After `drawn` images, the next is entry drawn mod N of the permutation of its epoch, so epochs
+    follow each other without a gap, even inside a batch, and whatever the batches before were.
     """
     n = len(split)
     if n == 0:
         raise UserError("the split has no images")
-    position = step * batch + np.arange(batch)
+    position = drawn + np.arange(batch)
     index = np.array([_permutation(n, seed, p // n)[p % n] for p in position.tolist()])
     return split[index].astype(np.int32), index
 
 
-def training_batch(dataset: Dataset, n_tokens: int, batch: int, seed: int, step: int):
-    """What a step trains on: (ids (B, T), labels (B,) or None where the dataset has none)."""
+def training_batch(dataset: Dataset, n_tokens: int, batch: int, seed: int, step: int, drawn: int):
+    """What a step trains on: (ids (B, T), labels (B,) or None where the dataset has none).
+
+    `drawn` windows or images were trained on before.
+    """
     split = dataset.splits["train"]
     if dataset.kind == "text":
-        return random_windows(split, n_tokens, batch, seed, step), None
-    ids, index = shuffled_images(split, batch, seed, step)
+        hop = n_tokens if dataset.aligned else 1
+        return random_windows(split, n_tokens, batch, seed, step, hop), None
+    ids, index = shuffled_images(split, batch, seed, drawn)
     return ids, dataset.labels["train"][index] if dataset.labels else None
 
 
-def eval_windows(split: np.ndarray, n_tokens: int, batch: int, stride: int = 0,
-                 limit: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def eval_windows(
+    split: np.ndarray, n_tokens: int, batch: int, stride: int = 0, limit: int = 0, pad_id: int = -1,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Batches of tokens (B, T) int32, weights (B, T) float32: 1 where the token is scored, else 0,
     and the number of each row's window in the split (B,).
 
@@ -65,9 +70,9 @@ def eval_windows(split: np.ndarray, n_tokens: int, batch: int, stride: int = 0,
     has at least T - stride tokens of context. Either way each token is scored once. A last window
     that the text does not fill is a batch of its own, at its own length: padding would compete
     with its tokens for the clusters of mode `topk`. Images (N, T): one per row, `stride` unused.
-    All other batches have B rows; spare rows have weight 0. `limit`: only so many windows, evenly
-    spread over the split (0: all); the first window with stride < T is then left out, because its
-    tokens have less context than the others.
+    All other batches have B rows; spare rows have weight 0, as tokens `pad_id` have (-1: none).
+    `limit`: only so many windows, evenly spread over the split (0: all); the first window with
+    stride < T is then left out, because its tokens have less context than the others.
     """
     if split.ndim == 2 and split.shape[1] != n_tokens:
         raise UserError(f"images have {split.shape[1]} values, --seq-len is {n_tokens}")
@@ -93,7 +98,7 @@ def eval_windows(split: np.ndarray, n_tokens: int, batch: int, stride: int = 0,
                 part = split[window * stride : window * stride + n_tokens]
                 scored_from = n_tokens - stride if window else 0
             tokens[row, : len(part)] = part
-            weights[row, scored_from : len(part)] = 1
+            weights[row, scored_from : len(part)] = np.asarray(part[scored_from:]) != pad_id
         yield tokens, weights, index
 
 

@@ -4,7 +4,7 @@ The name of a codec and its file are all that is needed to open it again, so a r
 both and `sample.py` shows exactly what training shows. A dataset with an alphabet of its own adds
 its function to the table from its own module, under its own name:
 
-    CODECS["mine"] = alphabet       # alphabet(file) -> (encode, decode)
+    CODECS["mine"] = alphabet       # alphabet(file) -> (encode, decode), see Codec
     data = Dataset(..., codec=open_codec("mine", file))
 """
 
@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rt_scratch.data.cache import smallest_type
+from rt_scratch.data.released_subwords import RELEASED, released_codec
 from rt_scratch.errors import UserError
 
 EOS, UNK = b"<eos>", b"<unk>"  # the words that stand for a newline and for all unknown words
@@ -32,12 +33,14 @@ MIN_VOCAB = 1 + 256  # boundary and bytes
 
 
 class Codec(NamedTuple):
-    """An open codec. decode(a + b) = decode(a) + decode(b), so text can be shown as it grows."""
+    """An open codec. decode(a + b) begins with decode(a), so text can be shown as it grows."""
 
     name: str                              # its row in CODECS
     file: Path | None                      # its alphabet; None where it needs none
     encode: Callable[[bytes], np.ndarray]  # text to ids (n,)
     decode: Callable[[np.ndarray], bytes]  # ids (n,) to text
+    joins: bool = False                    # False: and it ends with decode(b)
+    end: int = -1                          # the id after which there is no more text; -1: none
 
     def to_config(self) -> dict[str, str | None]:
         """What config.json says of a codec; its file is copied into the run folder."""
@@ -113,7 +116,8 @@ def subword_codec(file: Path):
     raise UserError(f"{file}: a tokenizer of another kind: it does not keep every byte of a text")
 
 
-CODECS = {"bytes": byte_codec, "words": word_codec, "subwords": subword_codec}
+CODECS = {"bytes": byte_codec, "words": word_codec, "subwords": subword_codec,
+          RELEASED: released_codec}
 
 
 def train_subwords(texts: Iterable[bytes], vocab_size: int, path: Path) -> None:

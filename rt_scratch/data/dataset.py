@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -18,14 +18,17 @@ class Dataset(NamedTuple):
     kind: str                         # 'text' or 'image'
     vocab_size: int                   # V
     unit: str                         # 'bits/byte', 'ppl/token', 'ppl/word' or 'bits/dim'
-    splits: dict[str, np.ndarray]     # train, valid, test; text: (n,) integers, images: (N, T)
+    splits: Mapping[str, np.ndarray]  # train, valid, test; text: (n,) integers, images: (N, T)
                                       # uint8, row-major list of R, G, B. Often memory-mapped
     protocol: str                     # one line to print with every score
     labels: dict[str, np.ndarray] | None = None  # class of each image, 0 .. n_classes - 1
     n_classes: int = 0
-    pad_id: int = -1                  # -1: every token counts, as in all datasets here
-    units: dict[str, int] | None = None  # words of the original text, where unit is 'ppl/word';
+    pad_id: int = -1                  # tokens that do not count; -1: every token does
+    units: Mapping[str, int] | None = None  # words of the original text, where unit is 'ppl/word';
     words: Callable[[str, int, int], int] | None = None  # words(split, i, j): in tokens i .. j - 1
+    counted: Mapping[str, int] | None = None  # tokens of a split without padding, where it has some
+    aligned: bool = False             # True: windows of T tokens start at multiples of T
+    tokens: str = "tokens"            # what they are called next to a score
     image_shape: tuple[int, int, int] | None = None  # (height, width, 3)
     codec: Codec = open_codec("bytes")  # text to tokens and back
 
@@ -59,12 +62,17 @@ def score(nats_sum: float, n_tokens: int, dataset: Dataset, split: str,
     if dataset.unit.startswith("bits/"):
         return per_token / math.log(2)
     if dataset.unit == "ppl/word":
-        per_token *= (n_tokens / n_words if n_words > 0
-                      else len(dataset.splits[split]) / dataset.units[split])
+        per_token *= n_tokens / n_words if n_words > 0 else tokens_per_word(dataset, split)
     try:
         return math.exp(per_token)
     except OverflowError:
         return math.inf
+
+
+def tokens_per_word(dataset: Dataset, split: str) -> float:
+    """Scored tokens of a split over words of its original text."""
+    counted = dataset.counted[split] if dataset.counted else len(dataset.splits[split])
+    return counted / dataset.units[split]
 
 
 def byte_dataset(name: str, splits: dict[str, np.ndarray], protocol: str) -> Dataset:

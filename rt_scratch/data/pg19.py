@@ -5,16 +5,20 @@ follow each other in the order of their numbers. Scores are perplexity per word:
 words), words being those of the original text between white space, so that models with different
 subwords compare. (The released code has a fixed factor instead, 1.248 on log-perplexity, which
 holds for its own subwords.) The nats of boundary tokens count, but boundary tokens are not words.
+
+A converted run (released.py) brings its own subwords: `load_packed`.
 """
 
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import re
 import sys
 import urllib.parse
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,6 +37,7 @@ from rt_scratch.data.codecs import (
 from rt_scratch.data.dataset import Dataset
 from rt_scratch.data.download import Source, check_space, fetch, get
 from rt_scratch.data.files import digest_of, missing
+from rt_scratch.data.released_subwords import PADDING, read_vocabulary
 from rt_scratch.errors import UserError
 
 SAMPLE_BYTES = 200_000_000  # of train text that the subwords are trained on
@@ -93,6 +98,78 @@ def count_words(codec: Codec, tokens: np.ndarray, start: int, stop: int) -> int:
             :1].isspace():
         first -= 1
     return count(stop) - count(start)
+
+
+def load_packed(folder: Path, codec: Codec, length: int) -> Dataset:
+    """The books in the subwords of a released model, prepared as its authors did.
+
+    Lines are packed into sequences of at most T ids, the last one id 1 (released_subwords.py), book
+    after book; each is filled up to T = `length` with id 0, which is not scored. Training windows
+    are such sequences. A split is encoded when it is first asked for, so that scoring test needs
+    the books of test alone. The authors take the books in the order of their folder, this in the
+    order of numbers.
+    """
+    if not folder.is_dir():
+        raise missing(folder, "books ID.txt in test/", ORIGIN, dataset="pg19")
+    books = {split: _books(folder / name) for split, name in FOLDERS.items()}
+    subwords, digest = read_vocabulary(codec.file), digest_of(codec.file)
+
+    @functools.cache
+    def packed(split):
+        paths = books[split]
+        if not paths:
+            raise missing(folder, f"books ID.txt in {FOLDERS[split]}/", ORIGIN, dataset="pg19")
+        return cached(folder, "pg19", f"pg19-{digest[:12]}-{length}-{split}",
+                      {"vocabulary": digest, "length": length}, paths,
+                      lambda new: _pack(paths, subwords, length, new / f"{split}.npy"))
+
+    here = "; ".join(f"{split} {len(books[split]):,} of {BOOKS[split]:,} books" for split in books)
+    protocol = (f"perplexity per word (exp of total nats / words of the original text between "
+                f"white space); {here}; {len(subwords):,} subwords of {codec.file.name}, sha256 "
+                f"{digest[:12]}, lines packed into sequences of at most {length:,}")
+    return Dataset(
+        "pg19", "text", len(subwords), "ppl/word", _Lazy(lambda s: packed(s).arrays[s]), protocol,
+        pad_id=PADDING, units=_Lazy(lambda s: packed(s).info["words"]),
+        words=lambda s, start, stop: len(codec.decode(packed(s).arrays[s][start:stop]).split()),
+        counted=_Lazy(lambda s: packed(s).info["tokens"]), aligned=True,
+        tokens=f"subwords of {codec.file.name}", codec=codec)
+
+
+class _Lazy(Mapping):
+    """split -> make(split)."""
+
+    def __init__(self, make):
+        self._make = make
+
+    def __getitem__(self, split):
+        if split not in FOLDERS:
+            raise KeyError(split)
+        return self._make(split)
+
+    def __iter__(self):
+        return iter(FOLDERS)
+
+    def __len__(self):
+        return len(FOLDERS)
+
+
+def _pack(paths, subwords, length, file):
+    words, tokens = [], 0
+    with ArrayFile(file, subwords.dtype) as out:
+        for ids in subwords.sequences(_lines(paths, words, f"encoding {file.stem}"), length):
+            tokens += len(ids)
+            out.append(ids + [PADDING] * (length - len(ids)))
+    if not sum(words):
+        raise UserError(f"{paths[0].parent}: the books of {file.stem} are empty")
+    return {"words": sum(words), "tokens": tokens}
+
+
+def _lines(paths, words, what):
+    """The lines of all books; appends the number of words of each book to `words`."""
+    for path in tqdm(paths, desc=what, unit=" books", disable=None):
+        text = path.read_bytes().decode("utf-8", "replace")
+        words.append(len(text.split()))
+        yield from text.split("\n")
 
 
 def download(folder: Path) -> None:

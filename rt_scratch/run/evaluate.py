@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 
 from rt_scratch import decode
 from rt_scratch.config import ModelConfig
-from rt_scratch.data import Dataset, score
+from rt_scratch.data import Dataset, score, tokens_per_word
 from rt_scratch.data.batches import count_windows, eval_windows
 from rt_scratch.data.dataset import words_scored
 from rt_scratch.dispatch import array_module, to_host
@@ -32,7 +33,7 @@ def evaluate(state: State, dataset: Dataset, model: ModelConfig, split: str, bat
     total = _count(dataset, model, split, stride)
     nats, n, n_words = 0.0, 0.0, 0
     for ids, weights, index in eval_windows(dataset.splits[split], model.seq_len, batch, stride,
-                                            limit):
+                                            limit, model.pad_id):
         labels = xp.asarray(dataset.labels[split][index]) if model.n_classes else None
         weight = xp.asarray(weights.astype(state.flat.dtype))
         (part, _), _, _ = loss(params, state.centroids, model, xp.asarray(ids), weight, labels,
@@ -44,8 +45,8 @@ def evaluate(state: State, dataset: Dataset, model: ModelConfig, split: str, bat
     leak = "; TOPK ROUTING LEAKS THE FUTURE into this score" if "topk" in model.kinds() else ""
     value = score(nats, n, dataset, split, n_words)
     return Score(nats / n, value, (
-        f"{split} {value:.4f} {dataset.unit}  ({seen}, {n:.0f} tokens, context {model.seq_len}, "
-        f"stride {stride or model.seq_len}, {mode(model)}{leak})"))
+        f"{split} {value:.4f} {dataset.unit}  ({seen}, {_scored(dataset, split, n)}, context "
+        f"{model.seq_len}, stride {stride or model.seq_len}, {mode(model)}{leak})"))
 
 
 def evaluate_causally(state: State, dataset: Dataset, model: ModelConfig, split: str,
@@ -60,7 +61,7 @@ def evaluate_causally(state: State, dataset: Dataset, model: ModelConfig, split:
     limit = min(limit or total, total)
     nats, n, n_words = 0.0, 0.0, 0
     for ids, weights, index in eval_windows(dataset.splits[split], model.seq_len, CAUSAL_WINDOWS,
-                                            0, limit):
+                                            0, limit, model.pad_id):
         labels = xp.asarray(dataset.labels[split][index]) if model.n_classes else None
         ids = xp.asarray(ids)
         logits, memory = decode.prefill(
@@ -77,8 +78,23 @@ def evaluate_causally(state: State, dataset: Dataset, model: ModelConfig, split:
     value = score(nats, n, dataset, split, n_words)
     return Score(nats / n, value, (
         f"{split} {value:.4f} {dataset.unit}  by incremental decoding, nothing seen ahead  "
-        f"({limit} of {total} windows, evenly spread, {n:.0f} tokens, context {model.seq_len}, "
-        f"{mode(model)})"))
+        f"({limit} of {total} windows, evenly spread, {_scored(dataset, split, n)}, context "
+        f"{model.seq_len}, {mode(model)})"))
+
+
+def _scored(dataset, split, n):
+    """How many tokens were scored, of what kind, and how many make a word."""
+    per_word = f", {tokens_per_word(dataset, split):.3f} per word" if dataset.units else ""
+    return f"{n:.0f} {dataset.tokens}{per_word}"
+
+
+def doubt(nats: float, model: ModelConfig) -> str:
+    """A line on a loss per token that guessing would beat, with its newline; "" for others."""
+    uniform = math.log(model.vocab_size)
+    if nats <= uniform:
+        return ""
+    return (f"note: {nats:.4g} nats per token are worse than guessing uniformly ({uniform:.4g}): "
+            "the model diverged, or has hardly begun to learn\n")
 
 
 def _count(dataset, model, split, stride=0):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from rt_scratch.kernels import cuda
+from rt_scratch.kernels import launch
 
 
 class Usage(NamedTuple):
@@ -33,7 +33,7 @@ def compile_text(text: str, instances, architecture: str = "sm_90") -> dict[str,
     from cupy._core import core
     from cupy_backends.cuda.libs import nvrtc
 
-    options = (*core.assemble_cupy_compiler_options(cuda.OPTIONS), "-ftz=true",
+    options = (*core.assemble_cupy_compiler_options(launch.OPTIONS), "-ftz=true",
                f"-arch={architecture}", "--ptxas-options=-v")
     program = nvrtc.createProgram(text, "kernels.cu", (), ())
     try:
@@ -51,8 +51,8 @@ def compile_text(text: str, instances, architecture: str = "sm_90") -> dict[str,
 
 def compile_file(file: str, architecture: str) -> dict[str, Usage]:
     """Compiles every instance of every kernel of a .cu file."""
-    instances = [i for kernel in cuda.declarations(file).values() for i in kernel.instances()]
-    return compile_text(cuda.source(file), instances, architecture)
+    instances = [i for kernel in launch.declarations(file).values() for i in kernel.instances()]
+    return compile_text(launch.source(file), instances, architecture)
 
 
 def _read_log(log: str) -> dict[str, Usage]:

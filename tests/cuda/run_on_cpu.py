@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from rt_scratch.kernels import cuda, gemm
+from rt_scratch.kernels import gemm, launch
 
 HEADER = Path(__file__).with_name("cuda_on_cpu.h")
 CTYPE = {"int": ctypes.c_int, "unsigned": ctypes.c_uint, "long long": ctypes.c_longlong,
@@ -33,12 +33,12 @@ def compiler() -> str | None:
 
 def translation(file: str) -> str:
     """The file's source and, for each kernel instance, a function with C linkage that runs it."""
-    return cuda.source(file) + "\n".join(
+    return launch.source(file) + "\n".join(
         _entry(kernel, instance)
-        for kernel in cuda.declarations(file).values() for instance in kernel.instances())
+        for kernel in launch.declarations(file).values() for instance in kernel.instances())
 
 
-def _entry(kernel: cuda.Kernel, instance: str) -> str:
+def _entry(kernel: launch.Kernel, instance: str) -> str:
     word = instance.partition("<")[2].rstrip(">")
     declared = [(word + "*" if t == f"{kernel.template}*" else t, n) for t, n in kernel.parameters]
     parameters = "".join(f", {t} {n}" for t, n in declared)
@@ -81,7 +81,7 @@ def library(file: str) -> ctypes.CDLL:
 
 def started(instance: str, backwards: bool = False):
     """A function (grid, block, arguments) that runs the kernel on NumPy arrays, now."""
-    kernel = cuda.kernels()[instance.partition("<")[0]]
+    kernel = launch.kernels()[instance.partition("<")[0]]
     function = library(kernel.file)[symbol(instance)]
 
     def start(grid, block, arguments):
@@ -167,5 +167,5 @@ def _span(x):
 
 def install(monkeypatch, backwards: bool = False) -> None:
     """Let the launchers run on NumPy arrays."""
-    monkeypatch.setattr(cuda, "_compiled", functools.partial(started, backwards=backwards))
+    monkeypatch.setattr(launch, "_compiled", functools.partial(started, backwards=backwards))
     monkeypatch.setattr(gemm, "_call", cublas)

@@ -18,7 +18,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import run_on_cpu  # noqa: E402
 
-from rt_scratch.kernels import cuda  # noqa: E402
+from rt_scratch.kernels import cuda, launch  # noqa: E402
 
 BARRIER = "__syncthreads();"
 
@@ -32,8 +32,8 @@ def exercise(file):
     if file == "top_members.cu":
         cuda.top_members(numbers(1, 2000), 300)
     elif file == "cross_entropy.cu":
-        cuda.launch("cross_entropy", (2,), (64,), numbers(2, 100), numbers(100),
-                    np.array([3, 99], np.int32), numbers(2), numbers(2), numbers(2), 100)
+        launch.launch("cross_entropy", (2,), (64,), numbers(2, 100), numbers(100),
+                      np.array([3, 99], np.int32), numbers(2), numbers(2), numbers(2), 100)
     elif file == "layer_norm.cu":
         y, cache = cuda.layer_norm(numbers(20, 33), numbers(33), numbers(33))
         cuda.layer_norm_backward(y, cache)
@@ -41,7 +41,7 @@ def exercise(file):
         cuda.column_sum(numbers(20, 33))
     elif file == "by_cluster.cu":
         counts = np.ones((1, 600), np.int32)
-        cuda.launch("cluster_starts", (1,), (256,), counts, 600)
+        launch.launch("cluster_starts", (1,), (256,), counts, 600)
     elif file == "rows.cu":
         cuda.scatter_sum(numbers(1, 1, 3, 8, 70), np.arange(24).reshape(1, 1, 3, 8), 30)
     elif file == "kmeans.cu":
@@ -78,7 +78,7 @@ if __name__ == "__main__":
         library = run_on_cpu.ctypes.CDLL(sys.argv[-1])
         loaded = run_on_cpu.library
         run_on_cpu.library = lambda file: library if file == sys.argv[1] else loaded(file)
-        cuda._compiled = functools.partial(run_on_cpu.started)
+        launch._compiled = functools.partial(run_on_cpu.started)
         exercise(sys.argv[1])
     else:
         sys.exit(main(*sys.argv[1:]))

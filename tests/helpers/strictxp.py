@@ -15,6 +15,7 @@ Reductions give 0-d arrays, as CuPy's do, never scalars.
 import contextlib
 import inspect
 import operator
+import sys
 
 import numpy
 
@@ -26,6 +27,7 @@ except ImportError:
 SCALARS = (bool, int, float, numpy.generic)
 UFUNC_METHODS = {"reduceat": {"add"}, "accumulate": {"add", "multiply"}}
 _may_read = False
+sys.modules["strictxp"] = sys.modules[__name__]
 
 
 class Waits(AssertionError):
@@ -81,6 +83,7 @@ class ndarray:
 
     __array_ufunc__ = None
     __hash__ = None
+    __module__ = "strictxp"  # arrays name a package, as CuPy's do: `dispatch.array_module`
 
     def __init__(self, host):
         self._host = host

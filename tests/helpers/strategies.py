@@ -3,6 +3,11 @@
 from hypothesis import strategies as st
 
 from rt_scratch.config import ModelConfig
+from rt_scratch.heads import KINDS
+from rt_scratch.layers import FEED_FORWARDS
+
+ROUTING = tuple(name for name, kind in KINDS.items() if kind.routes)
+OTHER = tuple(name for name, kind in KINDS.items() if not kind.routes)
 
 seeds = st.integers(0, 2**32 - 1)
 sizes = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 11])
@@ -22,13 +27,15 @@ def normal(rng, shape, layout="plain"):
 
 
 @st.composite
-def configs(draw, kinds=("text", "image"), routings=("causal", "topk", "random"), dropout=True):
-    """Small models of every sort: head counts, odd lengths, norms, layers, embeddings, dropouts."""
+def configs(draw, kinds=("text", "image"), routings=ROUTING, dropout=True):
+    """Small models of every sort: every row of the tables, head counts, odd lengths, dropouts."""
     image = draw(st.sampled_from(kinds)) == "image"
     side = draw(st.sampled_from([1, 2, 3])) if image else 0
     t = 3 * side * side if image else draw(st.sampled_from([1, 2, 7, 16, 23]))
     heads = draw(st.sampled_from([(1, 2), (0, 2), (2, 0), (2, 1)]))
     routing = draw(st.sampled_from(routings))
+    routing_layers, full_layers = draw(st.sampled_from(
+        [((), ()), ((1,), ()), ((-2,), ()), ((), (0,)), ((), (-1,)), ((1,), (0,))]))
     rates = {f"{site}_dropout": draw(st.sampled_from([0.0, 0.2])) if dropout else 0.0
              for site in ("embed", "attention", "ffn", "residual")}
     if not image:
@@ -40,11 +47,11 @@ def configs(draw, kinds=("text", "image"), routings=("causal", "topk", "random")
         embed_width=0 if image else draw(st.sampled_from([0, 5])),
         tie_embedding=not image and draw(st.booleans()),
         timing_signal=not image and draw(st.booleans()),
-        ffn=draw(st.sampled_from(["geglu", "relu"])), ffn_width=5,
+        ffn=draw(st.sampled_from([*FEED_FORWARDS])), ffn_width=5,
         norm=draw(st.sampled_from(["pre", "post"])),
-        attention=draw(st.sampled_from(["routing", "routing", "local", "full"])),
+        attention=draw(st.sampled_from(["routing"] * len(OTHER) + [*OTHER])),
         n_local_heads=heads[0], n_routing_heads=heads[1],
-        routing_layers=draw(st.sampled_from([(), (1,), (-2,)])), routing=routing,
+        routing_layers=routing_layers, full_layers=full_layers, routing=routing,
         share_qk=draw(st.booleans()), n_clusters=draw(st.sampled_from([1, 3])),
         window=draw(st.sampled_from([1, 4, 30])) if routing != "topk" else min(4, t),
         block=draw(st.sampled_from([1, 4, 30])), lookback=draw(st.sampled_from([0, 1, 2])),

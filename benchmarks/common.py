@@ -1,0 +1,100 @@
+"""What the benchmarks share: sizes, our training and decoding on random tokens, a process of its
+own per measurement, tables."""
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from rt_scratch import ModelConfig, TrainConfig, cut, decode, new_state, train_step
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = {  # name: (configuration, batch). GEGLU of hidden width 4 C, half of the heads local, bytes
+    "1.1M": (dict(width=128, n_layers=4, heads=4, window=64, seq_len=512), 8),
+    "4.2M": (dict(width=256, n_layers=4, heads=4, window=128, seq_len=1024), 4),
+    "24.7M": (dict(width=512, n_layers=6, heads=8, window=128, seq_len=4096), 1),
+}
+PORT_WORK = dict(  # what the port computes: topk heads, no relative positions
+    routing="topk", local_max_distance=0, routing_max_distance=0, timing_signal=True)
+RECIPE = TrainConfig(lr=1e-3, schedule="constant", warmup=0, clip=0.0, precision="float32")
+N_DECODED = 64  # tokens that `decoding` has room for
+
+
+def size_model(name: str, **changes) -> tuple[ModelConfig, int]:
+    """(ModelConfig, batch) of a size; K = T / W, relative positions in every head."""
+    size, batch = SIZES[name]
+    size = dict(size)
+    heads, window = size.pop("heads"), size["window"]
+    fields = dict(
+        size, ffn_width=4 * size["width"], n_local_heads=heads // 2, n_routing_heads=heads // 2,
+        block=window, n_clusters=max(1, size["seq_len"] // window), local_max_distance=window,
+        routing_max_distance=window)
+    return ModelConfig(**fields | changes).validate(), batch
+
+
+def training(cfg, batch, train=RECIPE, xp=np, dtype=None):
+    """A function that takes the next training step on the same random windows and returns Step."""
+    state = new_state(cfg, train, xp)
+    grads = xp.empty_like(state.flat)
+    parts = cut(random_tokens(cfg, batch, cfg.seq_len), None, train, xp)
+
+    def one(_):
+        nonlocal state
+        state, told = train_step(state, grads, parts, cfg, train, dtype)
+        return told
+
+    return one
+
+
+def decoding(cfg, context, xp=np):
+    """A function that takes the i-th token after a random prompt and returns the next logits."""
+    state = new_state(cfg, RECIPE, xp)
+    ids = xp.asarray(random_tokens(cfg, 1, context + N_DECODED))
+    params, centroids = state.params, state.centroids
+    _, memory = decode.prefill(params, centroids, cfg, ids[:, :context], context + N_DECODED)
+    return lambda i: decode.step(params, centroids, cfg, memory, ids[:, context + i])
+
+
+def random_tokens(cfg, *shape):
+    return np.random.default_rng(0).integers(0, cfg.vocab_size, shape)
+
+
+def in_own_process(file, argument, **environment):
+    """The JSON that `python FILE --measure ARGUMENT` prints; RuntimeError with its last complaint.
+
+    A fresh process has its own peak of memory, and nothing of the measurement before in its caches.
+    """
+    done = subprocess.run(
+        [sys.executable, file, "--measure", json.dumps(argument)], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def peak_bytes():
+    """The largest resident set of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def machine():
+    """Today, the processor, versions."""
+    cpu, path = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if path.exists():
+        names = [line.split(": ")[1] for line in path.read_text().splitlines()
+                 if line.startswith("model name")]
+        cpu = f"{len(names)} x {names[0]}" if names else cpu
+    return f"{time.strftime('%Y-%m-%d')}; {cpu}; Python {platform.python_version()}, NumPy " \
+        f"{np.__version__}"
+
+
+def table(header, rows):
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]) + "\n"

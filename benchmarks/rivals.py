@@ -1,0 +1,49 @@
+"""The rivals in torch, in training: the PyTorch port, and our own model with autograd."""
+
+import numpy as np
+import torch
+import torch_twin
+from common import RECIPE
+from routing_transformer import RoutingTransformerLM
+from routing_transformer.autoregressive_wrapper import AutoregressiveWrapper
+
+from rt_scratch import new_state
+
+
+def port(cfg):
+    """routing-transformer at the sizes of cfg: topk heads, GEGLU, no relative positions."""
+    return AutoregressiveWrapper(RoutingTransformerLM(
+        num_tokens=cfg.vocab_size, dim=cfg.width, depth=cfg.n_layers, max_seq_len=cfg.seq_len,
+        heads=cfg.n_heads, dim_head=cfg.head_width, window_size=cfg.window, causal=True,
+        n_local_attn_heads=cfg.n_local_heads, ff_glu=True, shared_qk=True))
+
+
+def port_training(cfg, batch, autocast=False):
+    """(a function that takes one training step on random windows, number of parameters)."""
+    net = port(cfg)
+    ids = torch.randint(0, cfg.vocab_size, (batch, cfg.seq_len + 1))
+    return training(lambda: net(ids, return_loss=True), list(net.parameters()), autocast)
+
+
+def twin_training(cfg, batch, autocast=False, compiled=False):
+    """The same of our own model, eager or compiled; its centroids stay where they are."""
+    state = new_state(cfg, RECIPE, np)
+    params = torch_twin.tree(state.params)
+    mu = {i: torch.tensor(c.mu) for i, c in state.centroids.items()}
+    ids = torch.randint(0, cfg.vocab_size, (batch, cfg.seq_len))
+    loss = torch.compile(torch_twin.loss) if compiled else torch_twin.loss
+    return training(lambda: loss(params, mu, cfg, ids), list(torch_twin.leaves(params)), autocast)
+
+
+def training(make_loss, parameters, autocast):
+    optimizer = torch.optim.AdamW(parameters, RECIPE.lr)
+    device = parameters[0].device.type
+
+    def one(_):
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            loss = make_loss()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return one, sum(p.numel() for p in parameters)

@@ -1,0 +1,61 @@
+"""Dropout: masks from a counter, drawn again by the backward; the published generator."""
+
+import numpy as np
+import pytest
+from helpers.gradcheck import check_gradients
+from helpers.strategies import layouts, normal, seeds, sizes
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rt_scratch.dropout import dropout, dropout_backward, dropout_mask, philox
+from rt_scratch.kernels import cpu
+
+
+@given(seeds, sizes, layouts, st.sampled_from([0.1, 0.5, 0.9]))
+def test_dropout(seed, n, layout, rate):
+    rng = np.random.default_rng(seed)
+    x, dropped = normal(rng, (n, 3), layout), (rate, (seed, 4, 5))
+    check_gradients(lambda x: dropout(x, dropped),
+                    lambda dy, cache: (dropout_backward(dy, cache),), (x,), rng)
+
+
+def test_dropout_rate_and_mean():
+    mask = dropout_mask(np, (100_000,), 0.3, (1, 2, 3), "float64")
+    assert abs((mask == 0).mean() - 0.3) < 0.006  # four standard deviations
+    assert abs(mask.mean() - 1) < 0.01
+    y, cache = dropout(mask, None)
+    assert y is mask and cache is None
+
+
+def test_dropout_masks_differ():
+    masks = [dropout_mask(np, (64,), 0.5, key, "float64")
+             for key in ((1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4))]
+    for i, a in enumerate(masks):
+        for b in masks[i + 1:]:
+            assert (a != b).any()
+
+
+@given(st.integers(0, 40), st.integers(0, 40))
+def test_dropout_mask_by_parts(start, n):
+    """Entry i depends on the key and i alone."""
+    whole = dropout_mask(np, (80,), 0.4, (9, 8, 7), "float32")
+    part = dropout_mask(np, (n,), 0.4, (9, 8, 7), "float32", start)
+    np.testing.assert_array_equal(part, whole[start : start + n])
+
+
+def test_philox_known_answers():
+    """The test vectors published with the generator (Random123, kat_vectors, philox4x32 10)."""
+    zero = philox(np, 0, np.zeros(1, np.uint32), 0, 0)
+    words = zero[0].astype(np.uint64)
+    words = words[0::2] + (words[1::2] << np.uint64(16))
+    assert [hex(int(w)) for w in words] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("function", [dropout.reference, cpu.dropout])
+def test_dtype_follows_the_input(function, dtype):
+    """A mask in float64 would make a wide float64 array of every activation behind it."""
+    x = np.ones((5, 7), dtype)
+    y, cache = function(x, (0.5, (1, 2, 3)))
+    assert y.dtype == function(x, cache)[0].dtype == dtype
+    assert dropout_mask(np, (9,), 0.5, (1, 2, 3), dtype).dtype == dtype
