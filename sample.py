@@ -5,85 +5,98 @@
     python sample.py runs/cifar10 --num 16 --out images.png
 """
 
-import argparse
-import os
-import sys
-import time
-from pathlib import Path
+try:
+    import argparse
+    import math
+    import os
+    import time
+    from pathlib import Path
 
-import numpy as np
+    import numpy as np
 
-from rt_scratch.console import Parser, script
-from rt_scratch.data import saved_codec
-from rt_scratch.decode import generate
-from rt_scratch.device import select_device
-from rt_scratch.errors import UserError
-from rt_scratch.run.checkpoint import load_model
-from rt_scratch.run.folder import newest_run
-from rt_scratch.run.pictures import pillow, save_images
-from rt_scratch.run.samples import Text, draw
+    from rt_scratch.config import ModelConfig
+    from rt_scratch.console import Parser, script, show, warn
+    from rt_scratch.decode import generate
+    from rt_scratch.device import select_device
+    from rt_scratch.errors import UserError
+    from rt_scratch.run.checkpoint import load_model
+    from rt_scratch.run.costs import check_fits, decode_bytes
+    from rt_scratch.run.evaluate import doubt
+    from rt_scratch.run.folder import newest_run, run_codec
+    from rt_scratch.run.pictures import picture, read_picture
+    from rt_scratch.run.samples import Text, draw
+except KeyboardInterrupt:  # it takes a second
+    raise SystemExit("interrupted") from None
 
 
 def main(argv=None):
     args = parse(argv)
-    folder = args.run or newest_run(Path("runs"))
+    args.run = args.run or newest_run(Path("runs"))
     xp, _ = select_device(args.device)
-    loaded = load_model(folder, xp)
-    settings = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                    rng=np.random.default_rng(args.seed))
-    if loaded.model.kind == "image":
-        draw_images(args, loaded, settings)
-    else:
-        write_text(args, loaded, saved_codec(loaded.config, folder), settings)
+    loaded = load_model(args.run, xp, args.checkpoint and f"{args.checkpoint}.npz")
+    if loaded.progress.valid < math.inf and (line := doubt(loaded.progress.valid, loaded.model)):
+        warn(line.strip())
+    (draw_images if loaded.model.kind == "image" else write_text)(args, loaded, xp)
 
 
-def write_text(args, loaded, codec, settings):
+def write_text(args, loaded, xp):
     """Stream the first sample to the terminal as it is drawn; the others follow at the end."""
     if args.out or args.complete or args.label is not None:
         raise UserError("--out, --complete and --label are for images; this run is text")
     state, model = loaded.state, loaded.model
+    codec = run_codec(loaded.config, args.run, model.vocab_size)
     text = args.prompt_file.read_bytes() if args.prompt_file else os.fsencode(args.prompt)
-    prompt = np.asarray(codec.encode(text), dtype=np.int64)[None]
-    shown = codec.decode(prompt[0]).decode("utf-8", "replace")  # as the model reads it
-    if "full" in model.kinds():
-        room = max(0, model.seq_len - args.tokens)  # full attention has seen no longer text
-        prompt = prompt[:, -room:] if room else prompt[:, :0]
-    texts = [Text(codec, args.stop, prompt[0]) for _ in range(args.num)]
+    prompt = np.asarray(codec.encode(text), dtype=np.int64)
+    if prompt.size and prompt.max() >= model.vocab_size:
+        raise UserError(f"the prompt has token {prompt.max()}, the model knows {model.vocab_size}")
+    settings = drawing(args, model, len(prompt), args.tokens, xp)
+    texts = [Text(codec, args.stop, prompt, args.raw) for _ in range(args.num)]
     drawn, started = 0, time.monotonic()
-    print(shown, end="", flush=True)
+    show(texts[0].text, args.raw)
     for tokens in generate(state.params, state.centroids, model, args.tokens,
-                           prompt=np.repeat(prompt, args.num, axis=0), **settings):
+                           prompt=np.tile(prompt, (args.num, 1)), **settings):
         for i, row in enumerate(texts):
             new = row.add(tokens[i : i + 1])
             if i == 0:
-                print(new, end="", flush=True)
+                show(new, args.raw)
         drawn += len(texts)
         if all(row.stopped for row in texts):
             break
-    print(texts[0].end())
+    show(texts[0].end() + "\n", args.raw)
     for row in texts[1:]:
         row.end()
-        print(f"\n--- next sample\n{shown}{row.text}")
-    print(f"{drawn / max(time.monotonic() - started, 1e-9):.0f} tokens/s", file=sys.stderr)
+        show(f"\n--- next sample\n{row.text}\n", args.raw)
+    warn(f"{drawn / max(time.monotonic() - started, 1e-9):.0f} tokens/s, {loaded.path}, step "
+         f"{state.step}")
 
 
-def draw_images(args, loaded, settings):
+def draw_images(args, loaded, xp):
     """Write a PNG grid of samples, or of completions of the top half of an image."""
-    if args.prompt or args.prompt_file or args.stop:
-        raise UserError("--prompt, --prompt-file and --stop are for text; this run is images")
+    if args.prompt or args.prompt_file or args.stop or args.raw:
+        raise UserError("--prompt, --prompt-file, --stop and --raw are for text; this run is "
+                        "images")
     if args.out is None:
         raise UserError("this run is images: give --out FILE.png")
-    Image, size = pillow(), loaded.model.image_size
+    model, size = loaded.model, loaded.model.image_size
+    settings = drawing(args, model, 0, model.seq_len, xp)
     given = np.zeros((args.num, 0), np.int64)
     if args.complete:
-        try:
-            picture = Image.open(args.complete).convert("RGB").resize((size, size))
-        except OSError:
-            raise UserError(f"--complete {args.complete}: not an image that Pillow reads") from None
-        top = np.asarray(picture).reshape(-1)[: 3 * size * (size // 2)]
+        top = read_picture(args.complete, size).reshape(-1)[: 3 * size * (size // 2)]
         given = np.tile(top.astype(np.int64), (args.num, 1))
-    save_images(draw(loaded.state, loaded.model, given, args.label, **settings), args.out)
+    with picture(args.out) as write:
+        write(draw(loaded.state, model, given, args.label, **settings))
     print(f"{args.num} images: {args.out}")
+
+
+def drawing(args, model: ModelConfig, prompt: int, tokens: int, xp) -> dict:
+    """Settings of `generate`, once it is sure to fit: sample i depends on --seed and i alone."""
+    capacity = prompt + tokens + 1
+    if "full" in model.kinds():
+        capacity = min(capacity, model.seq_len)
+    check_fits(decode_bytes(model, args.num, min(prompt, capacity), capacity),
+               f"--num {args.num} of {tokens} tokens does not fit in memory", "ask for less", xp)
+    return dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                rng=[np.random.default_rng([args.seed, i]) for i in range(args.num)])
 
 
 def parse(argv=None):
@@ -91,6 +104,7 @@ def parse(argv=None):
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("run", nargs="?", type=Path, help="run folder (default: the newest)")
+    add("--checkpoint", choices=("last", "best"), help="(default: best)")
     add("--prompt", default="", help="text to continue")
     add("--prompt-file", type=Path, help="file with the text to continue")
     add("--tokens", type=int, default=400, help="tokens to draw (default 400)")
@@ -100,6 +114,7 @@ def parse(argv=None):
     add("--top-p", type=float, default=0.0,
         help="only the likeliest that reach this probability; 0: all")
     add("--stop", default="", help="stop after this text")
+    add("--raw", action="store_true", help="write the bytes as they are drawn")
     add("--num", type=int, default=1, help="samples (default 1)")
     add("--seed", type=int, default=0, help="seed of the draws (default 0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -7,24 +7,28 @@
     python train.py enwik8 --out RUN --evaluate test
 """
 
-import argparse
-import warnings
-from pathlib import Path
+try:
+    import argparse
+    import math
+    import warnings
+    from pathlib import Path
+    from shlex import quote
 
-import numpy as np
-
-from rt_scratch.console import Parser, StopRequest, script
-from rt_scratch.data import DATASETS
-from rt_scratch.data.batches import training_batch
-from rt_scratch.device import select_device, select_precision
-from rt_scratch.errors import UserError
-from rt_scratch.run import checkpoint, costs, log
-from rt_scratch.run.evaluate import CAUSAL_WINDOWS, evaluate, evaluate_causally, mode
-from rt_scratch.run.folder import open_folder
-from rt_scratch.run.options import add_fields, plan_run
-from rt_scratch.run.pictures import plot_loss
-from rt_scratch.run.samples import show_sample
-from rt_scratch.step import cut, new_state, train_step
+    from rt_scratch.console import Parser, StopRequest, harmless, say, script
+    from rt_scratch.data import DATASETS
+    from rt_scratch.data.batches import training_batch
+    from rt_scratch.device import select_device, select_precision
+    from rt_scratch.errors import UserError
+    from rt_scratch.run import checkpoint, costs, log
+    from rt_scratch.run.checkpoint import check_finite
+    from rt_scratch.run.evaluate import CAUSAL_WINDOWS, doubt, evaluate, evaluate_causally
+    from rt_scratch.run.folder import RunFolder
+    from rt_scratch.run.options import add_fields, plan_run
+    from rt_scratch.run.pictures import plot_loss
+    from rt_scratch.run.samples import show_sample
+    from rt_scratch.step import cut, new_state, train_step
+except KeyboardInterrupt:  # it takes a second
+    raise SystemExit("interrupted") from None
 
 
 def main(argv=None):
@@ -33,26 +37,22 @@ def main(argv=None):
     plan = plan_run(args)
     model, train = plan.model, plan.train
     _, dtype = select_precision(train.precision, xp)  # of the network; None: of the parameters
-    try:
-        state = new_state(model, train, xp, drawn=not plan.saved)
-        progress = checkpoint.Progress()
-    except (MemoryError, ValueError) as error:  # ValueError: more than any array can have
-        raise UserError(f"the parameters do not fit in memory ({error}); choose a smaller model, "
-                        "say --width or --vocab-size") from error
-    if plan.saved:
-        state, progress = checkpoint.restore(plan.checkpoint, plan.saved, state, model, xp)
-    describe(device, plan)
+    say(costs.describe(device, plan))
     if args.dry_run:
         return
+    costs.check_memory(model, train, xp=xp, step=not args.evaluate)
+    if plan.saved:
+        state, progress = checkpoint.restore(plan.saved, xp, for_training=args.resume)
+    else:
+        state, progress = new_state(model, train, xp), checkpoint.Progress()
     if args.evaluate:
         score_split(args, state, plan)
         return
-    open_folder(plan.folder, plan.config, plan.dataset.codec.file)
-    log.trim_log(plan.folder, state.step)
     try:
-        with warnings.catch_warnings():  # a run that diverges is stopped below, by its loss
-            warnings.simplefilter("ignore", RuntimeWarning)
-            fit(plan, state, progress, args.stop_after or train.steps, xp, dtype)
+        with (RunFolder(plan.folder, plan.config, plan.dataset.codec.file) as run,
+              warnings.catch_warnings()):
+            warnings.simplefilter("ignore", RuntimeWarning)  # the loss tells of divergence
+            fit(plan, run, state, progress, args.stop_after or train.steps, xp, dtype)
     except MemoryError as error:
         raise UserError(
             f"out of memory at --batch {train.batch} x {model.seq_len} tokens, precision "
@@ -60,20 +60,28 @@ def main(argv=None):
             "smaller --batch with --accumulate, or on a GPU --precision bf16") from error
 
 
-def fit(plan, state, progress, last, xp, dtype):
+def fit(plan, run, state, progress, last, xp, dtype):
     """The training loop, to step `last` or the end of the schedule."""
-    folder, dataset, model, train, config = plan[:5]
+    folder, dataset, model, train = plan[:4]
     windows, first, last = train.batch * train.accumulate, state.step, min(last, train.steps)
-    grads, best, clock = xp.empty_like(state.flat), progress.best, log.Clock(progress.seconds)
+    grads, clock = xp.empty_like(state.flat), log.Clock(progress.seconds)
+
+    def due(step):
+        return step == last or (train.eval_every and step % train.eval_every == 0)
 
     with StopRequest() as stop, log.Progress(first, train.steps) as bar:
-        while state.step < last:
-            ids, labels = training_batch(dataset, model.seq_len, windows, train.seed, state.step)
+        log.trim_log(folder, first, progress.scored)
+        if progress.scored < first and due(first):  # what an interrupted run had still to do
+            row = log.logged_row(folder, first)
+            progress = score(plan, run, state, progress, row, clock, bar, stop)
+        while state.step < last and not (stop.asked and state.step):
+            ids, labels = training_batch(dataset, model.seq_len, windows, train.seed, state.step,
+                                         progress.drawn)
             state, result = train_step(
                 state, grads, cut(ids, labels, train, xp), model, train, dtype)
+            progress = progress._replace(drawn=progress.drawn + windows)
             done = state.step
-            scoring = done == last or (train.eval_every and done % train.eval_every == 0)
-            logging = scoring or done % train.log_every == 0
+            logging = due(done) or done % train.log_every == 0
             if logging or done == 1 or state.scale.value < 1e-3:
                 check_finite(result, state, folder)  # here the host waits for a GPU
             bar.update()
@@ -82,46 +90,44 @@ def fit(plan, state, progress, last, xp, dtype):
                                    windows * model.seq_len * (done - first))
                 log.append_log(folder, row)
                 stop.asked |= not bar.show(row, clock.here())
-            if scoring:
-                with clock.aside():
-                    valid = evaluate(state, dataset, model, "valid", train.batch,
-                                     limit=train.eval_windows)
-                    if not np.isfinite(valid.nats):
-                        raise UserError(f"the validation loss is not finite after step {done}; "
-                                        f"{checkpoint.kept(folder)}; lower --lr, or set --clip 1")
-                    row |= {"split": "valid", "nats": valid.nats, "score": valid.value}
-                    log.append_log(folder, row)
-                    if valid.nats < best:
-                        best = valid.nats
-                        save(folder / "best.npz", state, best, clock, config)
-            if scoring or stop.asked:
-                save(folder / "last.npz", state, best, clock, config)
-            if scoring:
-                with clock.aside():
-                    sample = show_sample(state, dataset, model, train.seed, folder)
-                text = f"step {done}  {valid.line}\n{log.cluster_line(row)}{sample}"
-                stop.asked |= not bar.say(text)
-            if stop.asked:
-                raise UserError(f"interrupted and saved after step {done}; continue with: python "
-                                f"train.py --resume --out {folder}")
-    plot_loss(folder)
-    print(f"done: {folder}  (sample from it: python sample.py {folder})")
+            if due(done) and not stop.asked:
+                checkpoint.save_into(run, "last.npz", state, progress, clock.total())
+                progress = score(plan, run, state, progress, row, clock, bar, stop)
+        if stop.asked:
+            checkpoint.save_into(run, "last.npz", state, progress, clock.total())
+            raise UserError(f"interrupted and saved after step {state.step}; continue with: python "
+                            f"train.py --resume --out {quote(str(folder))}")
+    say(doubt(progress.valid, model), end="")
+    with harmless(folder / "loss.png"):
+        plot_loss(folder)
+    say(f"done: {folder}  (sample from it: python sample.py {quote(str(folder))})")
 
 
-def save(path, state, best, clock, config):
-    checkpoint.save_state(path, state, checkpoint.Progress(best, clock.total()), config)
-
-
-def check_finite(result, state, folder):
-    """UserError unless the loss and the gradient of the last step are numbers.
-
-    A gradient that left the range of fp16 is none as long as the loss scale has room to fall.
-    """
-    overflow = not result.applied and state.scale.value >= 1e-3
-    for what, value in (("loss", result.nats), ("gradient", 0 if overflow else result.norm)):
-        if not np.isfinite(float(value)):
-            raise UserError(f"the {what} is not finite at step {state.step}; "
-                            f"{checkpoint.kept(folder)}; lower --lr, or set --clip 1")
+def score(plan, run, state, progress, row, clock, bar, stop):
+    """Score the validation split after a step that is saved, and show a sample -> Progress."""
+    folder, dataset, model, train = plan[:4]
+    valid = None
+    with clock.aside(), stop.at_once():
+        valid = evaluate(state, dataset, model, "valid", train.batch, limit=train.eval_windows)
+    if valid is None:  # interrupted; --resume comes back here
+        return progress
+    if not math.isfinite(valid.nats):
+        (folder / "last.npz").unlink(missing_ok=True)  # --resume goes on from the best then
+        raise UserError(f"the validation loss is not finite after step {state.step}; "
+                        f"{checkpoint.kept(folder)}; lower --lr, or set --clip 1")
+    row = row | {"step": state.step, "split": "valid", "nats": valid.nats, "score": valid.value,
+                 "unit": dataset.unit}
+    log.append_log(folder, row)
+    better = valid.nats < progress.best
+    progress = progress._replace(scored=state.step, valid=valid.nats,
+                                 best=min(valid.nats, progress.best))
+    for name in ("best.npz", "last.npz") if better else ("last.npz",):
+        checkpoint.save_into(run, name, state, progress, clock.total())
+    sample = ""
+    with harmless("the sample"), clock.aside(), stop.at_once():
+        sample = show_sample(state, dataset, model, train.seed, folder)
+    stop.asked |= not bar.say(f"step {state.step}  {valid.line}\n{log.cluster_line(row)}{sample}")
+    return progress
 
 
 def score_split(args, state, plan):
@@ -129,27 +135,12 @@ def score_split(args, state, plan):
     limit = args.eval_windows
     if limit is None:
         limit = CAUSAL_WINDOWS if args.evaluate_causally else 0
-    print(evaluate(state, plan.dataset, plan.model, args.evaluate, plan.train.batch, args.stride,
-                   limit).line)
+    say(f"checkpoint: {plan.saved.path}, step {state.step}")
+    result = evaluate(state, plan.dataset, plan.model, args.evaluate, plan.train.batch, args.stride,
+                      limit)
+    say(doubt(result.nats, plan.model) + result.line)
     if args.evaluate_causally:
-        print(evaluate_causally(state, plan.dataset, plan.model, args.evaluate, limit).line)
-
-
-def describe(device, plan):
-    """What is about to happen, before it does."""
-    model, train = plan.model, plan.train
-    tokens = train.batch * train.accumulate * model.seq_len
-    heads = f"{model.n_local_heads} local + {model.n_routing_heads} {model.routing} routing heads"
-    routed = sum(model.routing_heads(i) > 0 for i in range(model.n_layers))
-    if not routed:
-        heads = f"{model.n_heads} heads, {mode(model)}"
-    where = f", routing in {routed} of them" if 0 < routed < model.n_layers else ""
-    print(f"device: {device}")
-    print(f"model: {costs.n_parameters(model):,} parameters, {model.n_layers} layers of "
-          f"{heads}{where}")
-    print(f"step: {tokens:,} tokens, about {costs.flops_per_token(model) * tokens / 1e9:,.0f} "
-          f"GFLOP, about {costs.step_bytes(model, train) / 2**20:,.0f} MiB")
-    print(f"data: {plan.dataset.protocol}", flush=True)
+        say(evaluate_causally(state, plan.dataset, plan.model, args.evaluate, limit).line)
 
 
 def parse(argv=None):
@@ -170,6 +161,8 @@ def parse(argv=None):
     add("--evaluate", choices=("train", "valid", "test"), metavar="SPLIT",
         help="score a finished run on train, valid or test, and stop; the whole split unless "
              "--eval-windows is given")
+    add("--checkpoint", choices=("last", "best"),
+        help="which one to score (default: best)")
     add("--evaluate-causally", action="store_true",
         help=f"with --evaluate: also score by incremental decoding, on --eval-windows (default "
              f"{CAUSAL_WINDOWS}) windows")
@@ -187,6 +180,7 @@ def parse(argv=None):
             ("stride", not args.evaluate, "needs --evaluate"),
             ("stride", args.evaluate_causally, "not used with --evaluate-causally"),
             ("evaluate_causally", not args.evaluate, "needs --evaluate"),
+            ("checkpoint", not args.evaluate, "needs --evaluate"),
             ("stop_after", args.evaluate, "not used with --evaluate"),
             ("download", saved, "not used with --resume or --evaluate"),
             ("preset", saved, "not used with --resume or --evaluate")):

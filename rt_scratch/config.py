@@ -43,7 +43,7 @@ class ModelConfig:
     n_classes: int = _field(0, "classes to condition on; 0: unconditional", least=0)
     pad_id: int = _field(-1, "targets with this id are not scored; -1: every token counts")
     # size
-    n_layers: int = _field(4, "L, number of blocks", least=1)
+    n_layers: int = _field(4, "L, number of blocks", least=1, most=1024)  # streams of dropout
     width: int = _field(128, "C, width of the residual stream", least=1)
     embed_width: int = _field(0, "E, width of the token table; 0: same as width (text)", least=0)
     ffn: str = _field("geglu", "feed-forward layer", FEED_FORWARDS)
@@ -237,9 +237,21 @@ def to_json(config) -> dict:
 
 
 def from_json(cls, values: dict):
-    """The inverse of `to_json`; UserError on fields this version does not know."""
-    known = {f.name for f in dataclasses.fields(cls)}
-    if unknown := set(values) - known:
-        _fail(f"the configuration has unknown fields {sorted(unknown)}: it was written by "
-              "another version of rt_scratch")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    """The inverse of `to_json`, validated; UserError on fields this version does not know."""
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    if not isinstance(values, dict) or set(values) - set(known):
+        unknown = sorted(set(values) - set(known)) if isinstance(values, dict) else values
+        _fail(f"the configuration has unknown fields {unknown}: it was written by another version "
+              "of rt_scratch")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    for name, value in values.items():
+        if not _same_type(value, known[name].default):
+            _fail(f"the configuration has {name} {value!r}, which is no "
+                  f"{type(known[name].default).__name__}")
+    return cls(**values).validate()
+
+
+def _same_type(value, default):
+    if isinstance(default, tuple):
+        return isinstance(value, tuple) and all(type(i) is int for i in value)
+    return type(value) is type(default) or type(value) is int and type(default) is float

@@ -1,82 +1,194 @@
-"""What the scripts share: one line and an exit code for whatever goes wrong."""
+"""What the scripts share: signals, streams, one line and an exit code for whatever goes wrong."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import os
+import re
 import signal
 import sys
+import threading
 
 from rt_scratch.errors import UserError
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+           if hasattr(signal, name)]
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose complaints are one line, like all others, not the usage."""
 
     def error(self, message):
+        if message.endswith("expected one argument"):
+            name = message.split()[1].rstrip(":")
+            message += f" (one that begins with a dash is written {name}=VALUE)"
         raise UserError(f"{message}; see {self.prog} --help")
 
 
 def script(main) -> None:
     """Run main() and exit: 0; 2 after one line on what the user can fix; 130 after Ctrl-C.
 
-    main may turn Ctrl-C into a line of its own, as training does. Text that the terminal's encoding
-    lacks is shown as ?, and a reader that went away, such as `head`, ends the script with 1.
+    SIGTERM and SIGHUP act like Ctrl-C, and main may turn all three into a line of its own, as
+    training does. Text that the terminal's encoding lacks is shown as ?, and a reader that went
+    away, such as `head`, ends the script with 1.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # None: closed by the caller
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller: the next file that is opened would get its place
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):  # those of a notebook have none
             stream.reconfigure(errors="replace")
     try:
-        main()
+        with answered(signal.default_int_handler):
+            main()
         print(end="", flush=True)
     except UserError as error:
         _end(2, f"error: {error}")
     except BrokenPipeError:
-        _silence()
         _end(1, "stopped: nobody reads the output any more")
     except OSError as error:  # a full disk, a folder that cannot be written
-        _end(2, f"error: {error.filename or 'files'}: {error.strerror or error}")
+        where = f"{error.filename}: " if error.filename else ""
+        _end(2, f"error: {where}{error.strerror or error}")
     except MemoryError as error:
         _end(2, f"error: out of memory ({error}); ask for less at a time")
     except KeyboardInterrupt:
         _end(130, "interrupted")
 
 
-def say(text: str) -> bool:
-    """Print now; False, and silent from now on, where nobody reads the output any more."""
+# ---------------------------------------------------------------------------------------- streams
+
+def say(text: str, end: str = "\n") -> bool:
+    """Print now; False where nobody reads the output any more.
+
+    Where printing fails it is left out from then on, and costs nothing else.
+    """
+    error = _put("stdout", _shown(text), end)
+    if error and not isinstance(error, BrokenPipeError):
+        warn(f"note: nothing more is printed to standard output ({error})")
+    return not isinstance(error, BrokenPipeError)
+
+
+def show(text: str, raw: bool = False) -> None:
+    """Write to stdout what a model wrote; `raw`: characters of Latin-1, as the bytes they are."""
+    if raw:
+        sys.stdout.buffer.write(text.encode("latin-1"))
+        sys.stdout.flush()
+    else:
+        print(_shown(text), end="", flush=True)
+
+
+def warn(text: str) -> None:
+    """A line on stderr."""
+    _put("stderr", _line(text))
+
+
+@contextlib.contextmanager
+def harmless(what):
+    """Whatever fails inside `with` costs `what` alone; the first time, a line says so."""
     try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        _silence()
-        return False
-    return True
+        yield
+    except Exception as error:  # a library that draws may raise anything
+        _left_out(f"note: {what} is left out: {getattr(error, 'strerror', None) or error}")
+
+
+@functools.cache
+def _left_out(text):
+    warn(text)
+
+
+def visible(text: str) -> str:
+    """The text with its control characters, but for newline and tab, written as \\x1b.
+
+    As such they could move the cursor of a terminal, or worse.
+    """
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: f"\\x{ord(m[0]):02x}", text)
+
+
+def _shown(text):
+    return visible(text) if sys.stdout and sys.stdout.isatty() else text
+
+
+def _line(text):
+    return visible(str(text).replace("\n", "\\n"))
+
+
+def _put(name, text, end="\n"):
+    """Print to sys.stdout or sys.stderr, which is silent from the first error on: that error."""
+    stream = getattr(sys, name)
+    if stream is None:
+        return None
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except (OSError, ValueError) as error:  # ValueError: closed
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except (OSError, ValueError, AttributeError):  # a stream of Python's own
+            setattr(sys, name, None)
+        return error
+    return None
+
+
+def _end(code, line):
+    _put("stdout", "", end="")  # what is left in it would fail once more after the exit
+    _put("stderr", _line(line))
+    sys.exit(code)
+
+
+# ---------------------------------------------------------------------------------------- signals
+
+@contextlib.contextmanager
+def answered(handler):
+    """Inside `with`, handler(number, frame) answers Ctrl-C, SIGTERM and SIGHUP.
+
+    Not those that are ignored, as SIGHUP is under nohup, and none outside the main thread, where
+    Python takes no handlers.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        before = {n: old for n, old in before.items() if old not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 class StopRequest:
-    """Inside `with`, Ctrl-C only sets `asked`, for a loop that ends where everything is whole.
+    """Inside `with`, a signal only sets `asked`, for a loop that ends where everything is whole.
 
     A second Ctrl-C stops at once, as ever.
     """
 
     def __init__(self):
-        self.asked = False
+        self.asked, self._at_once = False, False
 
     def __enter__(self):
-        self._before = signal.signal(signal.SIGINT, self._ask)
+        self._answered = answered(self._ask)
+        self._answered.__enter__()
         return self
 
-    def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self._before)
+    def __exit__(self, *error):
+        return self._answered.__exit__(*error)
 
-    def _ask(self, *_):
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    @contextlib.contextmanager
+    def at_once(self):
+        """Inside this `with`, where nothing is at stake, the first signal ends the block."""
+        with contextlib.suppress(KeyboardInterrupt):
+            self._at_once = True
+            try:
+                yield
+            finally:
+                self._at_once = False
 
-
-def _silence():
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _end(code, line):
-    print(line, file=sys.stderr)
-    sys.exit(code)
+    def _ask(self, number, frame):
+        again, self.asked = self.asked, True
+        if self._at_once or again and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if sys.stderr and sys.stderr.isatty():
+            with contextlib.suppress(OSError):  # print may be what was interrupted
+                os.write(2, b"\nstopping after this step; again: at once\n")

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from rt_scratch.config import ModelConfig
 from rt_scratch.dispatch import array_module, to_host
 from rt_scratch.heads import parts
@@ -62,12 +64,15 @@ def choose(logits, rng, temperature=1.0, top_k=0, top_p=0.0):
     """Draw a token per row of logits (B, V), NumPy.  Temperature 0 takes the best.
 
     top_k keeps the k likeliest tokens, top_p the fewest whose probabilities reach p (Holtzman et
-    al. 2020); 0 switches either off. Both together: top_k first.
+    al. 2020); 0 switches either off. Both together: top_k first. rng: a numpy Generator, or one per
+    row, so that what a row draws does not depend on the others.
     """
     xp = array_module(logits)
     if temperature == 0:
         return logits.argmax(-1)
-    z = logits.astype("float64") / temperature
+    z = logits.astype("float64")
+    with np.errstate(over="ignore"):  # next to 0 all but the best become -inf
+        z = (z - z.max(-1, keepdims=True)) / temperature
     order = xp.argsort(-z, axis=-1, kind="stable")                   # best first
     z = xp.take_along_axis(z, order, axis=-1)
     if top_k:
@@ -77,7 +82,8 @@ def choose(logits, rng, temperature=1.0, top_k=0, top_p=0.0):
     if 0 < top_p < 1:
         p[xp.cumsum(p, axis=-1) - p >= top_p] = 0                    # the first always stays
         p /= p.sum(-1, keepdims=True)
-    draw = rng.random((len(p), 1))
+    draw = rng.random((len(p), 1)) if isinstance(rng, np.random.Generator) else np.array(
+        [[row.random()] for row in rng])
     picked = xp.minimum((xp.cumsum(p, axis=-1) < draw).sum(-1), (p > 0).sum(-1) - 1)
     return xp.take_along_axis(order, picked[:, None], axis=-1)[:, 0]
 
@@ -86,13 +92,28 @@ def generate(params, centroids, cfg: ModelConfig, n_tokens: int, *, rng, prompt=
              labels=None, temperature=1.0, top_k=0, top_p=0.0):
     """Yield n_tokens arrays (B,) of token ids, each as soon as it is drawn (NumPy).
 
-    prompt (B, n) ids; without one, `batch` texts from nothing. rng is a numpy Generator.
+    prompt (B, n) ids; without one, `batch` texts from nothing. rng: see `choose`. Full attention
+    has seen no text longer than T, so with such heads each token is drawn from the latest T - 1,
+    which are read again once the text is longer. The other kinds go on without end.
     """
     xp = array_module(params["embed"]["table"])
     ids = xp.zeros((batch, 0), "int64") if prompt is None else xp.asarray(prompt)
-    logits, memory = prefill(params, centroids, cfg, ids, ids.shape[1] + n_tokens + 1, labels)
+    capacity = ids.shape[1] + n_tokens + 1
+    slides = "full" in cfg.kinds() and capacity > cfg.seq_len
+    if slides:
+        capacity = cfg.seq_len
+        ids = ids[:, max(0, ids.shape[1] - capacity + 1) :]
+    logits, memory = prefill(params, centroids, cfg, ids, capacity, labels)
     for i in range(n_tokens):
         chosen = choose(to_host(logits), rng, temperature, top_k, top_p)
         yield chosen
-        if i + 1 < n_tokens:
-            logits = step(params, centroids, cfg, memory, xp.asarray(chosen))
+        if i + 1 == n_tokens:
+            return
+        new = xp.asarray(chosen)
+        if slides:
+            ids = xp.concatenate([ids, new[:, None]], axis=1)
+            ids = ids[:, max(0, ids.shape[1] - capacity + 1) :]
+        if memory.position < capacity:
+            logits = step(params, centroids, cfg, memory, new)
+        else:
+            logits, memory = prefill(params, centroids, cfg, ids, capacity, labels)

@@ -150,7 +150,7 @@ class Ring(NamedTuple):
 
 def local_store(cfg, heads, batch, capacity, xp, dtype):
     """A ring of the (lookback + 1) S positions that a block may see."""
-    shape = batch, heads, (cfg.lookback + 1) * cfg.block, cfg.head_width
+    shape = batch, heads, min((cfg.lookback + 1) * cfg.block, capacity), cfg.head_width
     return Ring(xp.zeros(shape, dtype), xp.zeros(shape, dtype))
 
 
@@ -234,28 +234,28 @@ class Members(NamedTuple):
     One spare slot per ring takes the writes of members that are too old to matter.
     """
 
-    k: Any         # (B, H, K, W + 1, D)
+    k: Any         # (B, H, K, W + 1, D), no more than the text can fill
     v: Any
     count: Any     # (B, H, K) tokens that each cluster has seen
 
 
 def cluster_store(cfg, heads, batch, capacity, xp, dtype):
     """Of causal and random heads."""
-    shape = batch, heads, cfg.n_clusters, cfg.window + 1, cfg.head_width
+    shape = batch, heads, cfg.n_clusters, min(cfg.window, capacity) + 1, cfg.head_width
     return Members(xp.zeros(shape, dtype), xp.zeros(shape, dtype), xp.zeros(shape[:3], xp.int64))
 
 
 def cluster_fill(q, k, v, context, store, routed):
     """Of causal and random heads: every cluster's latest members of the prompt."""
-    cfg, winner = context.cfg, routed.route.winner
+    cfg, winner, w = context.cfg, routed.route.winner, store.k.shape[3] - 1
     xp = array_module(q)
     kn, _ = normalize(q if k is None else k)
     hot = winner[..., None] == xp.arange(cfg.n_clusters)             # (B, H, T, K)
     so_far = xp.cumsum(hot, axis=2)
     rank = xp.take_along_axis(so_far, winner[..., None], axis=3)[..., 0] - 1
     total = so_far[:, :, -1]                                         # (B, H, K)
-    newest = rank >= xp.take_along_axis(total, winner, axis=2) - cfg.window
-    slot = xp.where(newest, rank % cfg.window, cfg.window)
+    newest = rank >= xp.take_along_axis(total, winner, axis=2) - w
+    slot = xp.where(newest, rank % w, w)
     b, h = winner.shape[:2]
     at = (xp.arange(b)[:, None, None], xp.arange(h)[None, :, None], winner, slot)
     store.k[at], store.v[at] = kn, v
@@ -282,7 +282,7 @@ def _cluster_step(qn, k, v, p, context, store, winner):
     cfg, xp = context.cfg, array_module(qn)
     b, h = qn.shape[:2]
     at = (xp.arange(b)[:, None], xp.arange(h)[None, :], winner)
-    rank, w = store.count[at], cfg.window                            # (B, H)
+    rank, w = store.count[at], store.k.shape[3] - 1                  # (B, H)
     store.k[(*at, rank % w)] = qn if k is None else normalize(k)[0]
     store.v[(*at, rank % w)] = v
     store.count[at] = rank + 1

@@ -103,7 +103,7 @@ FIRST_SCALE = LossScale(2.0**16, 0)
 def adamw_init(flat, table) -> dict:
     """First and second moments, zero."""
     xp = array_module(flat)
-    return {"m": xp.zeros_like(flat), "v": xp.zeros_like(flat)}
+    return {name: xp.zeros(flat.shape, flat.dtype) for name in "mv"}
 
 
 @accelerated

@@ -39,7 +39,7 @@ from rt_scratch.optim import OPTIMIZERS, LossScale, learning_rate
 from rt_scratch.parameters import parameter_table, views
 from rt_scratch.presets import PRESETS
 from rt_scratch.run.checkpoint import Progress, save_state
-from rt_scratch.run.folder import open_folder
+from rt_scratch.run.folder import RunFolder
 from rt_scratch.step import State
 from rt_scratch.tf_checkpoint import opened
 
@@ -427,13 +427,14 @@ def write_run(checkpoint: Path, vocabulary: Path, folder: Path) -> None:
     state = State(flat, table, centroids, optimizer, 0, LossScale(1.0, 0))
     about = {"dataset": "pg19", "data_dir": None, "data": None, "model": to_json(config),
              "train": to_json(train), **open_codec(RELEASED, vocabulary).to_config(),
+             "codec_sha256": digests[vocabulary.name],
              "released": {"step": step, "sha256": digests}}
     parent = folder.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".released-", dir=parent) as temporary:
         part = Path(temporary) / "run"
-        open_folder(part, about, vocabulary)
-        save_state(part / "last.npz", state, Progress(), about)
+        with RunFolder(part, about, vocabulary):
+            save_state(part / "last.npz", state, Progress(), about)
         part.replace(folder)
     for name, digest in digests.items():
         print(f"  sha256 {digest}  {name}")

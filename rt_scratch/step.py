@@ -25,7 +25,7 @@ from rt_scratch.optim import (
     global_norm,
     learning_rate,
 )
-from rt_scratch.parameters import init_centroids, init_parameters, parameter_table, views
+from rt_scratch.parameters import init_centroids, init_parameters, views
 from rt_scratch.routing import Membership
 from rt_scratch.threads import parallel
 
@@ -65,16 +65,9 @@ class Step(NamedTuple):
     applied: bool                        # False: a gradient left the range of fp16
 
 
-def new_state(model: ModelConfig, train: TrainConfig, xp, drawn: bool = True) -> State:
-    """Fresh parameters, centroids and optimizer state.
-
-    Not `drawn`: parameters without values, where a checkpoint is about to replace them.
-    """
-    if drawn:
-        flat, table = init_parameters(model, xp, train.dtype, train.seed)
-    else:
-        table = parameter_table(model)
-        flat = xp.empty(table[-1].stop, train.dtype)
+def new_state(model: ModelConfig, train: TrainConfig, xp) -> State:
+    """Fresh parameters, centroids and optimizer state."""
+    flat, table = init_parameters(model, xp, train.dtype, train.seed)
     centroids = init_centroids(model, xp, train.dtype, train.seed)
     optimizer = OPTIMIZERS[train.optimizer].init(flat, table)
     scale = FIRST_SCALE if train.precision == "fp16" else LossScale(1.0, 0)

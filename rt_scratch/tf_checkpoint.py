@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rt_scratch.data.download import check_space
-from rt_scratch.data.files import DAMAGE, chunks, member_names
+from rt_scratch.data.files import DAMAGE, chunks
 from rt_scratch.errors import UserError
 
 _SHARD = re.compile(r"\.data-(\d{5})-of-(\d{5})$")
@@ -157,9 +157,9 @@ def _temporary(scratch):
 
 def _unpack(path, folder):
     """Write the files of the zip's checkpoint into `folder`; the path of the checkpoint there."""
-    names = member_names(path)
     try:
         with zipfile.ZipFile(path) as z:
+            names = [member.filename for member in z.infolist() if not member.is_dir()]
             chosen = PurePosixPath(_choose(names, path, z.read))
             beside = [n for n in names if PurePosixPath(n).parent == chosen.parent
                       and (PurePosixPath(n).name == "hparams.json"

@@ -144,7 +144,7 @@ BUGS = [
     ("heads", "return _ring_step(q, k, v, p, store, position, 0)",
      "return _ring_step(q, k, v, p, store, position, position // 2)"),
     ("heads", "store.count[at] = rank + 1", "store.count[at] = rank"),
-    ("heads", "- cfg.window\n    slot", "- cfg.window + 1\n    slot"),
+    ("heads", "- cfg.window\n    slot", "- cfg.window + 2\n    slot"),
     ("heads", "member = (index[..., -1] == position)", "member = (index[..., -1] >= 0)"),
     ("decode", "memory.position += shifted.shape[1]", "memory.position += 1"),
     ("decode", "p[xp.cumsum(p, axis=-1) - p >= top_p]", "p[xp.cumsum(p, axis=-1) >= top_p]"),
@@ -230,7 +230,10 @@ BUGS = [
     ("kernels/cpu", "z[own, here[own]] -= 1\n", "z[own, here[own]] -= 0.99\n"),
     ("kernels/cpu", "drel[0] += _outer(by_distance, q)[:-1]",
      "drel[0] += _outer(by_distance, q)[1:]"),
-    ("kernels/cpu", "rows += grads[:, i * self.block", "rows -= grads[:, i * self.block"),
+    ("kernels/cpu", "rows += grads[:, i * s", "rows -= grads[:, i * s"),
+    ("kernels/cpu", "z[i - r.start, :, : before * cut.block] = HIDDEN", "pass"),
+    ("kernels/cpu", "np.copyto(z, HIDDEN, where=apart)", "pass"),
+    ("kernels/cpu", "wide[:, cut.near] += wide", "wide[:, cut.near] -= wide"),
     ("kernels/cpu", "left[count[left] > done]", "left[count[left] > done + 1]"),
 ]
 

@@ -63,7 +63,7 @@ def test_each_image_once_per_epoch(n, batch):
     split = np.arange(n * 2, dtype=np.uint8).reshape(n, 2)
     order = []
     for step in range(-(-3 * n // batch)):
-        tokens, index = shuffled_images(split, batch, seed=4, step=step)
+        tokens, index = shuffled_images(split, batch, seed=4, drawn=step * batch)
         assert (tokens == split[index]).all()
         assert tokens.dtype == np.int32
         order += index.tolist()
@@ -76,9 +76,9 @@ def test_each_image_once_per_epoch(n, batch):
 
 def test_image_order_can_be_resumed():
     split = np.arange(40, dtype=np.uint8).reshape(20, 2)
-    late = shuffled_images(split, 6, seed=1, step=1000)[1]
-    shuffled_images(split, 6, seed=2, step=3)
-    assert (shuffled_images(split, 6, seed=1, step=1000)[1] == late).all()
+    late = shuffled_images(split, 6, seed=1, drawn=6000)[1]
+    shuffled_images(split, 6, seed=2, drawn=18)
+    assert (shuffled_images(split, 6, seed=1, drawn=6000)[1] == late).all()
 
 
 @given(n=st.integers(1, 60), t=st.integers(1, 20), batch=st.integers(1, 4), data=st.data())
@@ -115,8 +115,14 @@ def test_some_windows_are_spread_evenly():
     assert tokens[:3, 0].tolist() == [1, 31, 61]
     assert index[:3].tolist() == [0, 3, 6]
     assert weights.sum() == 30
-    weights = sum(w.sum() for _, w, _ in eval_windows(text, 10, 4, stride=2, limit=3))
-    assert weights == 14
+    index, scored = [], []  # window 0, whose first tokens have no context, is left out
+    for tokens, weights, windows in eval_windows(text, 10, 4, stride=2, limit=3):
+        index += windows[weights.any(1)].tolist()
+        scored += tokens[weights > 0].tolist()
+    assert index == [1, 16, 31]
+    assert scored == [11, 12, 41, 42, 71, 72]
+    for limit, n in ((0, 100), (46, 100), (45, 90), (1, 2)):
+        assert sum(w.sum() for _, w, _ in eval_windows(text, 10, 4, 2, limit)) == n
     assert sum(w.sum() for _, w, _ in eval_windows(text, 10, 4, limit=1000)) == 100
     assert count_windows(text[:0], 10) == 0
     assert list(eval_windows(text[:0], 10, 2)) == []

@@ -13,7 +13,7 @@ from rt_scratch.data.codecs import CODECS, open_codec
 from rt_scratch.data.dataset import byte_dataset
 from rt_scratch.errors import UserError
 from rt_scratch.run.checkpoint import Progress, save_state
-from rt_scratch.run.folder import describe, open_folder
+from rt_scratch.run.folder import RunFolder, describe
 from rt_scratch.step import new_state
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +24,7 @@ def make_run(folder, cfg, codec=None):
     if codec:
         dataset = dataset._replace(codec=codec)
     config = describe("stdlib", None, dataset, cfg.validate(), TrainConfig())
-    open_folder(folder, config, dataset.codec.file)
+    RunFolder(folder, config, dataset.codec.file).close()
     save_state(folder / "last.npz", new_state(cfg, TrainConfig(), np), Progress(), config)
     return str(folder)
 

@@ -263,8 +263,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path, monkeypatch):
     assert meta["step"] == 4 and np.isfinite(arrays["params"]).all()
 
 
-@pytest.mark.parametrize("entry, word", [(7, "validation loss"), (200 * 16, "parameters")])
-def test_parameters_that_are_not_finite_are_not_saved(text, tmp_path, monkeypatch, entry, word):
+@pytest.mark.parametrize("entry", [7, 200 * 16])
+def test_parameters_that_are_not_finite_are_not_saved(text, tmp_path, monkeypatch, entry):
     """An update that blows up between two log lines: neither last.npz nor best.npz takes it.
 
     The embedding of byte 0 is part of every text, that of byte 200 is not in this one.
@@ -277,7 +277,7 @@ def test_parameters_that_are_not_finite_are_not_saved(text, tmp_path, monkeypatc
         flat[entry] = np.nan
 
     monkeypatch.setitem(OPTIMIZERS, "adamw", OPTIMIZERS["adamw"]._replace(update=blow_up))
-    with pytest.raises(UserError, match=rf"the {word} .* not finite .*last.npz, is kept"):
+    with pytest.raises(UserError, match=r"the parameters .* not finite .*last.npz, is kept"):
         train.main(["--resume", "--out", str(out), "--device", "cpu", "--stop-after", "4"])
     assert saved == [(out / name).read_bytes() for name in ("last.npz", "best.npz")]
     with pytest.raises(UserError, match="there is no checkpoint yet"):

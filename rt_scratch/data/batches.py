@@ -32,27 +32,30 @@ def random_windows(split: np.ndarray, n_tokens: int, batch: int, seed: int, step
     return np.stack([split[s : s + n_tokens] for s in starts]).astype(np.int32)
 
 
-def shuffled_images(split: np.ndarray, batch: int, seed: int, step: int):
+def shuffled_images(split: np.ndarray, batch: int, seed: int, drawn: int):
     """B images of an (N, T) split, each seen once per epoch:  (B, T) int32, (B,) their indices.
 
-    Image number step B + i of the run is entry (step B + i) mod N of the permutation of its epoch,
-    so epochs follow each other without a gap, even inside a batch.
+    After `drawn` images, the next is entry drawn mod N of the permutation of its epoch, so epochs
+    follow each other without a gap, even inside a batch, and whatever the batches before were.
     """
     n = len(split)
     if n == 0:
         raise UserError("the split has no images")
-    position = step * batch + np.arange(batch)
+    position = drawn + np.arange(batch)
     index = np.array([_permutation(n, seed, p // n)[p % n] for p in position.tolist()])
     return split[index].astype(np.int32), index
 
 
-def training_batch(dataset: Dataset, n_tokens: int, batch: int, seed: int, step: int):
-    """What a step trains on: (ids (B, T), labels (B,) or None where the dataset has none)."""
+def training_batch(dataset: Dataset, n_tokens: int, batch: int, seed: int, step: int, drawn: int):
+    """What a step trains on: (ids (B, T), labels (B,) or None where the dataset has none).
+
+    `drawn` windows or images were trained on before.
+    """
     split = dataset.splits["train"]
     if dataset.kind == "text":
         hop = n_tokens if dataset.aligned else 1
         return random_windows(split, n_tokens, batch, seed, step, hop), None
-    ids, index = shuffled_images(split, batch, seed, step)
+    ids, index = shuffled_images(split, batch, seed, drawn)
     return ids, dataset.labels["train"][index] if dataset.labels else None
 
 
@@ -68,7 +71,8 @@ def eval_windows(
     that the text does not fill is a batch of its own, at its own length: padding would compete
     with its tokens for the clusters of mode `topk`. Images (N, T): one per row, `stride` unused.
     All other batches have B rows; spare rows have weight 0, as tokens `pad_id` have (-1: none).
-    `limit`: only so many windows, evenly spread over the split (0: all).
+    `limit`: only so many windows, evenly spread over the split (0: all); the first window with
+    stride < T is then left out, because its tokens have less context than the others.
     """
     if split.ndim == 2 and split.shape[1] != n_tokens:
         raise UserError(f"images have {split.shape[1]} values, --seq-len is {n_tokens}")
@@ -77,8 +81,8 @@ def eval_windows(
         raise UserError(f"--stride {stride}: must be from 1 to --seq-len {n_tokens}")
     total = count_windows(split, n_tokens, stride)
     n_windows = min(limit or total, total)
-    chosen = range(total) if n_windows == total else [
-        i * total // n_windows for i in range(n_windows)]
+    first = int(split.ndim == 1 and stride < n_tokens and n_windows < total)
+    chosen = [first + i * (total - first) // n_windows for i in range(n_windows)]
     full = [w for w in chosen if split.ndim == 2 or w * stride + n_tokens <= len(split)]
     groups = [(full[i : i + batch], batch, n_tokens) for i in range(0, len(full), batch)]
     groups += [([w], 1, len(split) - w * stride) for w in chosen[len(full) :]]

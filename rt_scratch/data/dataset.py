@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +24,8 @@ class Dataset(NamedTuple):
     labels: dict[str, np.ndarray] | None = None  # class of each image, 0 .. n_classes - 1
     n_classes: int = 0
     pad_id: int = -1                  # tokens that do not count; -1: every token does
-    units: Mapping[str, int] | None = None  # words of the original text, where unit is 'ppl/word'
+    units: Mapping[str, int] | None = None  # words of the original text, where unit is 'ppl/word';
+    words: Callable[[str, int, int], int] | None = None  # words(split, i, j): in tokens i .. j - 1
     counted: Mapping[str, int] | None = None  # tokens of a split without padding, where it has some
     aligned: bool = False             # True: windows of T tokens start at multiples of T
     tokens: str = "tokens"            # what they are called next to a score
@@ -32,18 +33,36 @@ class Dataset(NamedTuple):
     codec: Codec = open_codec("bytes")  # text to tokens and back
 
 
-def score(nats_sum: float, n_tokens: int, dataset: Dataset, split: str) -> float:
+def words_scored(dataset: Dataset, split: str, weights: np.ndarray, index: np.ndarray,
+                 stride: int) -> int:
+    """Words of the original text in the tokens that a batch of `eval_windows` scores, for `score`.
+
+    weights (B, T), index (B,): as they came; stride: tokens from one window to the next. 0 where
+    the unit is not 'ppl/word'.
+    """
+    if dataset.unit != "ppl/word":
+        return 0
+    n_words = 0
+    for window, scored in zip(index.tolist(), (np.flatnonzero(w) for w in weights), strict=True):
+        if len(scored):
+            start = window * stride
+            n_words += dataset.words(split, start + int(scored[0]), start + int(scored[-1]) + 1)
+    return n_words
+
+
+def score(nats_sum: float, n_tokens: int, dataset: Dataset, split: str,
+          n_words: int = 0) -> float:
     """The score of `n_tokens` tokens of a split that cost `nats_sum` nats, in `dataset.unit`.
 
     bits/byte and bits/dim: nats / tokens / ln 2.  ppl/token: exp(nats / tokens).
-    ppl/word: exp(nats / words), words of the original text between white space; for a part of the
-    split, the words are taken in proportion to the tokens.
+    ppl/word: exp(nats / words), words of the original text between white space: `n_words` of the
+    tokens that were scored (see `words_scored`); 0: in proportion to the tokens of the split.
     """
     per_token = float(nats_sum) / n_tokens
     if dataset.unit.startswith("bits/"):
         return per_token / math.log(2)
     if dataset.unit == "ppl/word":
-        per_token *= tokens_per_word(dataset, split)
+        per_token *= n_tokens / n_words if n_words > 0 else tokens_per_word(dataset, split)
     try:
         return math.exp(per_token)
     except OverflowError:

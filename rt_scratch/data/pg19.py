@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from rt_scratch.data.cache import ArrayFile, cached, smallest_type
@@ -35,7 +36,7 @@ from rt_scratch.data.codecs import (
 )
 from rt_scratch.data.dataset import Dataset
 from rt_scratch.data.download import Source, check_space, fetch, get
-from rt_scratch.data.files import digest_of, missing, no_folder
+from rt_scratch.data.files import digest_of, missing
 from rt_scratch.data.released_subwords import PADDING, read_vocabulary
 from rt_scratch.errors import UserError
 
@@ -44,21 +45,23 @@ BATCH_BYTES = 8_000_000    # of text encoded at a time
 FOLDERS = {"train": "train", "valid": "validation", "test": "test"}
 BOOKS = {"train": 28_602, "valid": 50, "test": 100}
 METADATA = Source(
-    "metadata.csv", ("https://storage.googleapis.com/deepmind-gutenberg/metadata.csv",), None,
+    "metadata.csv", ("https://storage.googleapis.com/deepmind-gutenberg/metadata.csv",),
+    2_737_447,
     "sha256:fbb2fdb48522927b2e16aa52950f2afeb83c6fa8fed45f0c3dd834e9bc9b43b9")
 LISTING = "https://storage.googleapis.com/storage/v1/b/deepmind-gutenberg/o"
 ADDRESS = "https://storage.googleapis.com/deepmind-gutenberg/"
+ORIGIN = f"28,752 books ID.txt (11,739.7 MB) come from {ADDRESS}"
 CONNECTIONS = 8            # books are small: one at a time would mostly wait
+MAX_PAGES = 1000           # of the list; there are 31
 
 
 def load(folder: Path, vocab_size: int) -> Dataset:
     """From train/, validation/ and test/ID.txt; any number of books, the protocol says how many."""
-    if not folder.is_dir():
-        raise no_folder(folder)
     books = {split: _books(folder / name) for split, name in FOLDERS.items()}
     if not all(books.values()):
         empty = [FOLDERS[split] for split, paths in books.items() if not paths]
-        raise missing(folder, "pg19", f"books ID.txt in {' and '.join(f + '/' for f in empty)}")
+        raise missing(folder, f"books ID.txt in {' and '.join(f + '/' for f in empty)}", ORIGIN,
+                      dataset="pg19")
     recipe = {"vocab_size": vocab_size, "sample_bytes": SAMPLE_BYTES, "pieces": PIECES}
     data = cached(folder, "pg19", f"pg19-{vocab_size}", recipe,
                   [path for paths in books.values() for path in paths],
@@ -70,9 +73,31 @@ def load(folder: Path, vocab_size: int) -> Dataset:
         f"{len(data.arrays[split]):,} tokens" for split in FOLDERS)
     protocol = (f"perplexity per word (exp of total nats / words of the original text between "
                 f"white space); {counts}; V {vocab_size:,}, of which {data.info['subwords']:,} "
-                f"are used, tokenizer sha256 {digest_of(codec.file)[:12]}")
-    return Dataset("pg19", "text", vocab_size, "ppl/word", data.arrays, protocol,
-                   units=words, codec=codec)
+                f"are used, tokenizer sha256 {digest_of(codec.file)[:12]}; tokens sha256 "
+                f"{data.sha256[:12]}")
+    return Dataset(
+        "pg19", "text", vocab_size, "ppl/word", data.arrays, protocol, units=words, codec=codec,
+        words=lambda split, start, stop: count_words(codec, data.arrays[split], start, stop))
+
+
+def count_words(codec: Codec, tokens: np.ndarray, start: int, stop: int) -> int:
+    """Words that begin in tokens start .. stop - 1; over all tokens, the words of their text.
+
+    It is W(stop) - W(start), W(i) being the words of the first i tokens, each counted from the
+    last token at or before `start` that begins with white space or is a boundary: what stands
+    before that is the same in both.
+    """
+    def count(stop):
+        books = np.split(tokens[first:stop], np.flatnonzero(tokens[first:stop] == BOUNDARY))
+        return sum(len(codec.decode(book).decode("utf-8", "replace").split()) for book in books)
+
+    if start >= stop:
+        return 0
+    first = start
+    while first and tokens[first] != BOUNDARY and not codec.decode(tokens[first : first + 1])[
+            :1].isspace():
+        first -= 1
+    return count(stop) - count(start)
 
 
 def load_packed(folder: Path, codec: Codec, length: int) -> Dataset:
@@ -85,7 +110,7 @@ def load_packed(folder: Path, codec: Codec, length: int) -> Dataset:
     order of numbers.
     """
     if not folder.is_dir():
-        raise no_folder(folder)
+        raise missing(folder, "books ID.txt in test/", ORIGIN, dataset="pg19")
     books = {split: _books(folder / name) for split, name in FOLDERS.items()}
     subwords, digest = read_vocabulary(codec.file), digest_of(codec.file)
 
@@ -93,7 +118,7 @@ def load_packed(folder: Path, codec: Codec, length: int) -> Dataset:
     def packed(split):
         paths = books[split]
         if not paths:
-            raise missing(folder, "pg19", f"books ID.txt in {FOLDERS[split]}/")
+            raise missing(folder, f"books ID.txt in {FOLDERS[split]}/", ORIGIN, dataset="pg19")
         return cached(folder, "pg19", f"pg19-{digest[:12]}-{length}-{split}",
                       {"vocabulary": digest, "length": length}, paths,
                       lambda new: _pack(paths, subwords, length, new / f"{split}.npy"))
@@ -105,6 +130,7 @@ def load_packed(folder: Path, codec: Codec, length: int) -> Dataset:
     return Dataset(
         "pg19", "text", len(subwords), "ppl/word", _Lazy(lambda s: packed(s).arrays[s]), protocol,
         pad_id=PADDING, units=_Lazy(lambda s: packed(s).info["words"]),
+        words=lambda s, start, stop: len(codec.decode(packed(s).arrays[s][start:stop]).split()),
         counted=_Lazy(lambda s: packed(s).info["tokens"]), aligned=True,
         tokens=f"subwords of {codec.file.name}", codec=codec)
 
@@ -171,7 +197,7 @@ def download(folder: Path) -> None:
 def _listing(name):
     """Sources of the books of a split, with size and md5, from the bucket's own listing."""
     books, token = [], ""
-    while True:
+    for _ in range(MAX_PAGES):
         query = urllib.parse.urlencode({"prefix": f"{name}/", "pageToken": token})
         try:
             page = json.loads(get(f"{LISTING}?{query}"))
@@ -180,14 +206,14 @@ def _listing(name):
                     md5 = base64.b64decode(item["md5Hash"]).hex()
                     books.append(Source(item["name"], (ADDRESS + item["name"],),
                                         int(item["size"]), f"md5:{md5}"))
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            token = page.get("nextPageToken", "")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise UserError(f"{LISTING}: the list of books is not in the form expected "
                             f"({e!r})") from e
-        token = page.get("nextPageToken", "")
         if not token:
             break
-    if not books:
-        raise UserError(f"{LISTING}: lists no books in {name}/")
+    if not books or token:
+        raise UserError(f"{LISTING}: lists {'no' if not books else 'no end of'} books in {name}/")
     return books
 
 

@@ -37,7 +37,7 @@ OLD_CODECS = {"": "bytes", ".txt": "words", ".json": "subwords"}
 
 def load(name: str, data_dir: str | Path | None = None, vocab_size: int = 0,
          codec: Codec | None = None, seq_len: int = 0) -> Dataset:
-    """The dataset `name` of the table, or any file as text.
+    """The dataset `name` of the table, or any file or folder of files as text.
 
     data_dir: folder with the official files; default data/NAME. Encoded copies go to its
     rt_cache/, or to data/NAME/rt_cache/ when data_dir cannot be written.
@@ -58,6 +58,9 @@ def load(name: str, data_dir: str | Path | None = None, vocab_size: int = 0,
     elif data_dir is not None:
         raise UserError(f"--data-dir {data_dir}: not used with a text file ({name})")
     elif not Path(name).exists():
+        if set(name) & set("*?["):
+            raise UserError(f"{name}: no such file; to train on several files, give the folder "
+                            "that holds them and nothing else")
         raise UserError(f"{name}: no such file, and no such dataset; datasets are "
                         f"{', '.join(DATASETS)}")
     else:

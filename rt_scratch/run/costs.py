@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import math
+import os
+from types import SimpleNamespace
+
 import numpy as np
 
 from rt_scratch.config import ModelConfig, TrainConfig
-from rt_scratch.heads import KINDS
+from rt_scratch.errors import UserError
+from rt_scratch.heads import KINDS, parts
 from rt_scratch.optim import OPTIMIZERS
 from rt_scratch.parameters import parameter_table
+from rt_scratch.run.evaluate import mode
 
 LOOKED_UP = ("embed.table", "embed.classes")  # rows are taken from them, no product
+
+
+def describe(device: str, plan) -> str:
+    """What is about to happen, before it does: plan, an options.Plan."""
+    model, train = plan.model, plan.train
+    tokens = train.batch * train.accumulate * model.seq_len
+    heads = f"{model.n_local_heads} local + {model.n_routing_heads} {model.routing} routing heads"
+    routed = sum(model.routing_heads(i) > 0 for i in range(model.n_layers))
+    if not routed:
+        heads = f"{model.n_heads} heads, {mode(model)}"
+    where = f", routing in {routed} of them" if 0 < routed < model.n_layers else ""
+    return (f"device: {device}\n"
+            f"model: {n_parameters(model):,} parameters, {model.n_layers} layers of "
+            f"{heads}{where}\n"
+            f"step: {tokens:,} tokens, about {flops_per_token(model) * tokens / 1e9:,.0f} GFLOP, "
+            f"about {step_bytes(model, train) / 2**20:,.0f} MiB\n"
+            f"data: {plan.dataset.protocol}")
 
 
 def n_parameters(model: ModelConfig) -> int:
@@ -44,3 +67,47 @@ def step_bytes(model: ModelConfig, train: TrainConfig) -> int:
     if train.recompute:
         per_token = per_token // model.n_layers + model.n_layers * model.width
     return size * (n_parameters(model) * copies + per_token * live)
+
+
+def check_memory(model: ModelConfig, train: TrainConfig, who: str = "", xp=np,
+                 step: bool = False) -> None:
+    """UserError where the parameters, and with `step` a training step, need more than there is."""
+    check_fits(n_parameters(model) * np.dtype(train.dtype).itemsize,
+               f"{who}the parameters do not fit in memory",
+               "choose a smaller model, say --width or --vocab-size", xp)
+    if step:
+        check_fits(step_bytes(model, train), f"a step of --batch {train.batch} x {model.seq_len} "
+                   "tokens does not fit in memory", "try --recompute, or a smaller --batch with "
+                   "--accumulate", xp)
+
+
+def check_fits(needed: float, problem: str, advice: str, xp=np) -> None:
+    """UserError(problem, numbers, advice) where `needed` bytes are more than the device has."""
+    if xp.__name__ == "cupy":
+        there = xp.cuda.runtime.memGetInfo()[1]
+    elif hasattr(os, "sysconf"):
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:  # Windows
+        there = math.inf
+    if needed > there:
+        raise UserError(f"{problem} (about {needed / 2**30:,.0f} GiB, there are "
+                        f"{there / 2**30:,.0f}); {advice}")
+
+
+def decode_bytes(model: ModelConfig, n: int, prompt: int, capacity: int) -> float:
+    """Rough memory of decoding n texts: what the heads keep, the logits, a pass over the prompt."""
+    stores = sum(array.nbytes for i in range(model.n_layers) for part in parts(model, i)
+                 for array in part.kind.store(model, part.heads.stop - part.heads.start, n,
+                                              capacity, _Unallocated, "float32"))
+    per_token = 10 * model.width + 3 * model.ffn_width + 4 * model.n_heads * model.n_clusters
+    return stores + 4 * n * (8 * model.vocab_size + (prompt + 1) * per_token)
+
+
+class _Unallocated:
+    """Stands for NumPy where only the sizes of arrays matter."""
+
+    int64 = np.int64
+
+    @staticmethod
+    def zeros(shape, dtype):
+        return SimpleNamespace(nbytes=math.prod(shape) * np.dtype(dtype).itemsize)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from rt_scratch import decode
 from rt_scratch.config import ModelConfig
 from rt_scratch.data import Dataset, score, tokens_per_word
 from rt_scratch.data.batches import count_windows, eval_windows
+from rt_scratch.data.dataset import words_scored
 from rt_scratch.dispatch import array_module, to_host
 from rt_scratch.errors import UserError
 from rt_scratch.model import loss
@@ -29,7 +31,7 @@ def evaluate(state: State, dataset: Dataset, model: ModelConfig, split: str, bat
     """The score of a split in single passes over its windows (data/batches.py: eval_windows)."""
     xp, params = array_module(state.flat), state.params
     total = _count(dataset, model, split, stride)
-    nats, n = 0.0, 0.0
+    nats, n, n_words = 0.0, 0.0, 0
     for ids, weights, index in eval_windows(dataset.splits[split], model.seq_len, batch, stride,
                                             limit, model.pad_id):
         labels = xp.asarray(dataset.labels[split][index]) if model.n_classes else None
@@ -38,9 +40,10 @@ def evaluate(state: State, dataset: Dataset, model: ModelConfig, split: str, bat
                                recompute=True)
         nats += float(part)
         n += float(weights.sum())
+        n_words += words_scored(dataset, split, weights, index, stride or model.seq_len)
     seen = f"{limit} of {total} windows, evenly spread" if 0 < limit < total else "whole split"
     leak = "; TOPK ROUTING LEAKS THE FUTURE into this score" if "topk" in model.kinds() else ""
-    value = score(nats, n, dataset, split)
+    value = score(nats, n, dataset, split, n_words)
     return Score(nats / n, value, (
         f"{split} {value:.4f} {dataset.unit}  ({seen}, {_scored(dataset, split, n)}, context "
         f"{model.seq_len}, stride {stride or model.seq_len}, {mode(model)}{leak})"))
@@ -56,7 +59,7 @@ def evaluate_causally(state: State, dataset: Dataset, model: ModelConfig, split:
     xp, params = array_module(state.flat), state.params
     total = _count(dataset, model, split)
     limit = min(limit or total, total)
-    nats, n = 0.0, 0.0
+    nats, n, n_words = 0.0, 0.0, 0
     for ids, weights, index in eval_windows(dataset.splits[split], model.seq_len,
                                             min(CAUSAL_WINDOWS, limit), 0, limit, model.pad_id):
         labels = xp.asarray(dataset.labels[split][index]) if model.n_classes else None
@@ -71,7 +74,8 @@ def evaluate_causally(state: State, dataset: Dataset, model: ModelConfig, split:
             if t + 1 < ids.shape[1]:
                 logits = decode.step(params, state.centroids, model, memory, ids[:, t])
         n += float(weights.sum())
-    value = score(nats, n, dataset, split)
+        n_words += words_scored(dataset, split, weights, index, model.seq_len)
+    value = score(nats, n, dataset, split, n_words)
     return Score(nats / n, value, (
         f"{split} {value:.4f} {dataset.unit}  by incremental decoding, nothing seen ahead  "
         f"({limit} of {total} windows, evenly spread, {_scored(dataset, split, n)}, context "
@@ -82,6 +86,15 @@ def _scored(dataset, split, n):
     """How many tokens were scored, of what kind, and how many make a word."""
     per_word = f", {tokens_per_word(dataset, split):.3f} per word" if dataset.units else ""
     return f"{n:.0f} {dataset.tokens}{per_word}"
+
+
+def doubt(nats: float, model: ModelConfig) -> str:
+    """A line on a loss per token that guessing would beat, with its newline; "" for others."""
+    uniform = math.log(model.vocab_size)
+    if nats <= uniform:
+        return ""
+    return (f"note: {nats:.4g} nats per token are worse than guessing uniformly ({uniform:.4g}): "
+            "the model diverged, or has hardly begun to learn\n")
 
 
 def _count(dataset, model, split, stride=0):

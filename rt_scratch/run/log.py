@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import os
+import io
 import time
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from rt_scratch.console import say
+from rt_scratch.console import harmless, say
 from rt_scratch.data import Dataset, score
 from rt_scratch.dispatch import to_host
+from rt_scratch.run.folder import whole
 from rt_scratch.step import Step
 
 COLUMNS = ("step", "split", "nats", "score", "unit", "tokens_per_s", "seconds", "lr", "grad_norm",
@@ -89,9 +90,12 @@ def step_row(result: Step, step: int, dataset: Dataset, clock: Clock, tokens: in
 
 
 def append_log(folder: Path, row: dict) -> None:
-    """One line of log.csv; the header on the first."""
+    """One line of log.csv; the header on the first. A log that cannot be written stops nothing."""
     path = folder / "log.csv"
-    _write_rows(path, [row], "a", header=not path.exists())
+    with harmless(path):
+        text = _csv([row], header=not path.exists())
+        with path.open("a", newline="", encoding="utf-8") as file:
+            file.write(text)
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -104,19 +108,35 @@ def read_log(folder: Path) -> list[dict]:
     return [row for row in csv.DictReader(lines) if _whole(row)]
 
 
-def trim_log(folder: Path, step: int) -> None:
-    """Drop the lines after `step`, which a resumed run writes again, and any that was cut off."""
-    rows = [row for row in read_log(folder) if int(row["step"]) <= step]
-    _write_rows(folder / "log.csv.tmp", rows, "w", header=True)
-    os.replace(folder / "log.csv.tmp", folder / "log.csv")
+def trim_log(folder: Path, step: int, scored: int) -> None:
+    """Drop any line that was cut off, and those that a resumed run writes again: training after
+    `step`, scores after step `scored`."""
+    path = folder / "log.csv"
+    with harmless(path):
+        rows = [row for row in read_log(folder)
+                if int(row["step"]) <= (scored if row["split"] == "valid" else step)]
+        with whole(path) as file:
+            file.write(_csv(rows, header=True).encode())
 
 
-def _write_rows(path, rows, mode, header):
-    with path.open(mode, newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if header:
-            writer.writeheader()
-        writer.writerows(rows)
+def logged_row(folder: Path, step: int) -> dict:
+    """The row of a training step, as `step_row` gave it; {} where the log lacks it."""
+    with harmless(folder / "log.csv"):
+        for row in read_log(folder):
+            if row["split"] == "train" and int(row["step"]) == step:
+                return {name: text if name in ("split", "unit") else
+                        int(text) if text.isdecimal() else float(text)
+                        for name, text in row.items() if text}
+    return {}
+
+
+def _csv(rows, header):
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS)
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _whole(row):

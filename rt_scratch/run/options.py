@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from pathlib import Path
 from typing import NamedTuple
 
 from rt_scratch import data
-from rt_scratch.config import ModelConfig, TrainConfig, choices, flag, from_json
+from rt_scratch.config import ModelConfig, TrainConfig, choices, flag
+from rt_scratch.console import say
 from rt_scratch.errors import UserError
+from rt_scratch.optim import learning_rate
 from rt_scratch.presets import preset
-from rt_scratch.run.checkpoint import best_checkpoint, read_state
+from rt_scratch.run.checkpoint import Saved, best_checkpoint, check_matches, read_state
 from rt_scratch.run.folder import default_folder, describe, newest_run
 
 
@@ -23,8 +26,7 @@ class Plan(NamedTuple):
     model: ModelConfig
     train: TrainConfig
     config: dict                 # of config.json
-    checkpoint: Path | None      # where a saved run is
-    saved: tuple | None          # what it holds, see checkpoint.read_state
+    saved: Saved | None          # the checkpoint of a saved run
 
 
 def add_fields(parser: argparse.ArgumentParser) -> None:
@@ -87,36 +89,63 @@ def _new(args, given):
         values.setdefault("seq_len", 3 * values["image_size"] ** 2)
     model, train = (cls(**_only(cls, values)) for cls in (ModelConfig, TrainConfig))
     config = _config(name, location, dataset, model, train)
-    return Plan(folder, dataset, model, train, config, None, None)
+    return Plan(folder, dataset, model, train, config, None)
 
 
 def _saved(args, given):
     folder = args.out or (default_folder(args.dataset) if args.dataset
                           else newest_run(Path("runs")))
-    path = folder / "last.npz"
-    if args.evaluate or not path.is_file():
+    path = folder / f"{args.checkpoint or 'last'}.npz"
+    if not args.checkpoint and (args.evaluate or not path.is_file()):
         path = best_checkpoint(folder)
     saved = read_state(path)
-    before = saved[1]["config"]
+    before = saved.config
     name = before["dataset"]
     if args.dataset not in (None, name):
         if args.dataset in data.DATASETS or name in data.DATASETS:
             raise UserError(f"the run was trained on {name}, not on {args.dataset}")
         name = args.dataset  # own text that was moved or renamed
-    location = args.data_dir or before["data_dir"]
-    model, train = (
-        dataclasses.replace(from_json(cls, before[key]), **_only(cls, given))
-        for cls, key in ((ModelConfig, "model"), (TrainConfig, "train")))
+    location = args.data_dir or before.get("data_dir")
+    model, train = (dataclasses.replace(old, **_only(type(old), given))
+                    for old in (saved.model, saved.train))
+    train.validate()
+    check_matches(saved.model, model, str(path))
+    for field in ("dtype",) if args.evaluate else ("dtype", "optimizer"):
+        old, new = getattr(saved.train, field), getattr(train, field)
+        if old != new:
+            raise UserError(f"{path} has another configuration: {field} {old} there, {new} here")
     dataset = data.load(name, location, model.vocab_size, data.given_codec(before, folder),
                         model.seq_len)
+    config = _config(name, location, dataset, model, train)
+    config |= {key: before[key] for key in ("released",) if key in before}
+    if before.get("codec_sha256") not in (None, config["codec_sha256"]):
+        raise UserError(f"{dataset.codec.file} is not the codec that {path} was made with "
+                        "(checksum): its tokens stand for other text")
     if before["data"] not in (None, dataset.protocol):  # None: converted, trained elsewhere
         changed = f"trained on other data: {before['data']}"
         if args.resume:
             raise UserError(f"the run was {changed}; now there is: {dataset.protocol}")
-        print(f"note: what is scored now may be in part what was trained on; {changed}")
-    config = _config(name, location, dataset, model, train)
-    config |= {key: before[key] for key in ("released",) if key in before}
-    return Plan(folder, dataset, model, train, config, path, saved)
+        say(f"note: what is scored now may be in part what was trained on; {changed}")
+    if args.resume:
+        saved = _resumed(args, saved, train)
+    return Plan(folder, dataset, model, train, config, saved)
+
+
+def _resumed(args, saved, train):
+    """The checkpoint to go on from, and a line on what goes on otherwise than before."""
+    for name, last in (("stop-after", args.stop_after or train.steps), ("steps", train.steps)):
+        if last < saved.step:
+            raise UserError(f"--{name} {last}: the run has done {saved.step} steps already")
+    before, now = (learning_rate(saved.step, t.schedule, t.lr, t.warmup, t.steps)
+                   for t in (saved.train, train))
+    if before != now:
+        say(f"note: the learning rate goes on at {now:.2e}, not at {before:.2e}: its schedule is "
+            "another now")
+    if saved.train.eval_windows != train.eval_windows:
+        say(f"note: scores on {saved.train.eval_windows} windows do not compare with those on "
+            f"{train.eval_windows} (0: all): the best checkpoint is chosen anew")
+        saved = saved._replace(progress=saved.progress._replace(best=math.inf))
+    return saved
 
 
 def _config(name, location, dataset, model, train):

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 
 import numpy as np
 
 from rt_scratch.errors import UserError
+from rt_scratch.run.folder import whole
 from rt_scratch.run.log import read_log
 
 
-def plot_loss(folder: Path) -> bool:
-    """loss.png from log.csv; False when matplotlib is not installed."""
+def plot_loss(folder: Path) -> None:
+    """loss.png from log.csv, where matplotlib is installed."""
+    os.environ["MPLBACKEND"] = "agg"  # that of another environment would not import
     try:
-        import matplotlib
-        matplotlib.use("agg")
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure
     except ImportError:
-        return False
+        return
     rows = read_log(folder)
-    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
     for split, style in (("train", "-"), ("valid", "o-")):
         points = [(int(r["step"]), float(r["score"])) for r in rows if r["split"] == split]
         if points:
@@ -29,9 +32,8 @@ def plot_loss(folder: Path) -> bool:
     axes.set(xlabel="optimizer step", ylabel=unit, yscale="log" if "ppl" in unit else "linear")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(folder / "loss.png", dpi=150)
-    plt.close(figure)
-    return True
+    with whole(folder / "loss.png") as file:
+        figure.savefig(file, format="png", dpi=150)
 
 
 def pillow():
@@ -43,16 +45,39 @@ def pillow():
     return Image
 
 
-def save_images(pixels, path: Path) -> None:
-    """Write images (n, P, P, 3) as one PNG grid, as square as can be."""
-    n, size = pixels.shape[:2]
-    columns = int(np.ceil(np.sqrt(n)))
-    grid = np.zeros((-(-n // columns) * size, columns * size, 3), np.uint8)
-    for i, picture in enumerate(pixels):
-        y, x = i // columns * size, i % columns * size
-        grid[y : y + size, x : x + size] = picture
+def read_picture(path: Path, size: int):
+    """A picture as (size, size, 3) uint8; UserError where Pillow cannot read it."""
+    Image = pillow()
     try:
-        pillow().fromarray(grid).save(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {path}: {error}; give a .png in a folder that exists") \
-            from error
+        with Image.open(path) as picture:
+            return np.asarray(picture.convert("RGB").resize((size, size)))
+    except Exception as error:  # a damaged file raises nearly anything
+        raise UserError(f"{path}: not an image that Pillow reads ({error})") from None
+
+
+@contextlib.contextmanager
+def picture(path: Path):
+    """write(images (n, P, P, 3)): into one picture at `path`, as square as can be.
+
+    UserError where there can be no such picture, found before anything is drawn for it.
+    """
+    Image = pillow()
+    kind = Image.registered_extensions().get(path.suffix.lower())
+
+    def write(pixels):
+        n, size = pixels.shape[:2]
+        columns = int(np.ceil(np.sqrt(n)))
+        grid = np.zeros((-(-n // columns) * size, columns * size, 3), np.uint8)
+        for i, one in enumerate(pixels):
+            y, x = i // columns * size, i % columns * size
+            grid[y : y + size, x : x + size] = one
+        Image.fromarray(grid).save(file, kind)
+
+    try:
+        if kind not in Image.SAVE:
+            raise ValueError(f"{path.suffix or 'no suffix'} is no kind of picture")
+        with whole(path) as file:
+            yield write
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; give a "
+                        ".png in a folder that exists") from error

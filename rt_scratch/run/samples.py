@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,50 +13,61 @@ from rt_scratch.data import Codec, Dataset
 from rt_scratch.decode import generate
 from rt_scratch.dispatch import array_module
 from rt_scratch.errors import UserError
-from rt_scratch.run.pictures import pillow, save_images
+from rt_scratch.run.pictures import picture
 from rt_scratch.step import State
 
 
 class Text:
-    """One sample as it grows, up to and including the stop text or the id that ends a text.
+    """One sample as it grows: a prompt, and what follows up to and including the stop text.
 
-    Bytes that are not UTF-8, also those cut at the end, show as a replacement sign. prompt: the ids
-    that it goes on from.
+    Or up to the id that ends a text. Prompt and sample are decoded as one, so a character may begin
+    in one and end in the other. Bytes that are not UTF-8, also those cut at the end, show as a
+    replacement sign. With `raw` a byte is a character of Latin-1, which gives the bytes back.
     """
 
-    def __init__(self, codec: Codec, stop: str = "", prompt=()):
-        self._codec, self._stop = codec, stop
-        self._ids = list(prompt) if codec.joins else []
-        self._shown = len(codec.decode(self._ids))
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self.text, self.stopped = "", False
+    def __init__(self, codec: Codec, stop: str = "", prompt=(), raw: bool = False):
+        self._codec, self._ids, self._shown = codec, [], 0
+        self._pieces, self._recent = [], ""
+        self._letters = codecs.getincrementaldecoder("latin-1" if raw else "utf-8")("replace")
+        self._stop, self.stopped = "", False
+        self._grow(self._letters.decode(self._decode(prompt)))
+        self._stop = os.fsencode(stop).decode("latin-1") if raw else stop
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(self._pieces)
 
     def add(self, tokens) -> str:
         """What the tokens add to the text."""
-        new = self._grow(self._utf8.decode(self._new(tokens)))
+        new = self._grow(self._letters.decode(self._decode(tokens)))
         self.stopped |= self._codec.end in tokens
         return new
 
-    def _new(self, tokens):
+    def _decode(self, tokens):
         if not self._codec.joins:
             return self._codec.decode(tokens)
-        self._ids += np.asarray(tokens).tolist()
+        self._ids += np.asarray(tokens, int).tolist()
         new = self._codec.decode(self._ids)[self._shown :]
         self._shown += len(new)
         return new
 
     def end(self) -> str:
         """What is left of a character that was cut."""
-        return self._grow(self._utf8.decode(b"", True))
+        return self._grow(self._letters.decode(b"", True))
 
     def _grow(self, new):
         if self.stopped:
             return ""
-        start, self.text = len(self.text), self.text + new
-        if self._stop and self._stop in self.text:
-            self.stopped = True
-            self.text = self.text[: self.text.index(self._stop) + len(self._stop)]
-        return self.text[start:]
+        if self._stop:
+            before, searched = self._recent, self._recent + new
+            at = searched.find(self._stop)
+            if at >= 0:
+                self.stopped = True
+                new = new[: at + len(self._stop) - len(before)]
+            self._recent = searched[-len(self._stop) :]
+        self._pieces.append(new)
+        return new
 
 
 def draw(state: State, model: ModelConfig, given, label: int | None = None, **settings):
@@ -83,12 +95,9 @@ def show_sample(state: State, dataset: Dataset, model: ModelConfig, seed: int, f
     """What the model draws now: a few lines of text, or a PNG in the run folder."""
     rng = np.random.default_rng([seed, state.step])
     if model.kind == "image":
-        try:
-            pillow()
-        except UserError as error:
-            return f"no picture: {error}"
         path = folder / f"sample-{state.step}.png"
-        save_images(draw(state, model, np.zeros((n_images, 0), np.int64), rng=rng), path)
+        with picture(path) as write:
+            write(draw(state, model, np.zeros((n_images, 0), np.int64), rng=rng))
         return f"sample: {path}"
     text = Text(dataset.codec)
     for token in generate(state.params, state.centroids, model, n_tokens, rng=rng,
