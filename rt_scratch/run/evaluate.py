@@ -60,8 +60,8 @@ def evaluate_causally(state: State, dataset: Dataset, model: ModelConfig, split:
     total = _count(dataset, model, split)
     limit = min(limit or total, total)
     nats, n, n_words = 0.0, 0.0, 0
-    for ids, weights, index in eval_windows(dataset.splits[split], model.seq_len, CAUSAL_WINDOWS,
-                                            0, limit, model.pad_id):
+    for ids, weights, index in eval_windows(dataset.splits[split], model.seq_len,
+                                            min(CAUSAL_WINDOWS, limit), 0, limit, model.pad_id):
         labels = xp.asarray(dataset.labels[split][index]) if model.n_classes else None
         ids = xp.asarray(ids)
         logits, memory = decode.prefill(
