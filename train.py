@@ -13,7 +13,6 @@ try:
     import contextlib
     import dataclasses
     import math
-    import warnings
     from pathlib import Path
     from shlex import quote
 
@@ -54,7 +53,7 @@ def work(args, world):
         state, progress = checkpoint.restore(plan.saved, xp, for_training=args.resume)
     else:
         state, progress = new_state(model, train, xp), checkpoint.Progress()
-    world.check_same(software(xp) | plan.config["model"] | plan.config["train"]
+    world.check_same(lambda: software(xp) | plan.config["model"] | plan.config["train"]
                      | {"data": plan.dataset.protocol, "state": checksum(state.arrays)})
     world = world.on(xp)
     if args.evaluate:
@@ -64,8 +63,7 @@ def work(args, world):
         raise UserError(f"--batch {train.batch}: {world.size} processes need at least one window "
                         "each per step")
     try:
-        with (open_folder(plan, world) as run, warnings.catch_warnings()):
-            warnings.simplefilter("ignore", RuntimeWarning)  # the loss tells of divergence
+        with open_folder(plan, world) as run:
             fit(plan, run, state, progress, args.stop_after or train.steps, xp, dtype, world)
     except MemoryError as error:
         raise UserError(
@@ -116,7 +114,7 @@ def fit(plan, run, state, progress, last, xp, dtype, world):
                 stop.asked |= not bar.show(row, clock.here())
             stopping = world.any(stop.asked)
             if due(done) and not stopping:
-                world.check_same({f"state after step {done}": checksum(state.arrays)})
+                world.check_same(state_facts(state))
                 if run:
                     checkpoint.save_into(run, "last.npz", state, progress, clock.total())
                 progress = score(plan, run, state, progress, row, clock, bar, stop, world)
@@ -132,6 +130,11 @@ def fit(plan, run, state, progress, last, xp, dtype, world):
         with harmless(folder / "loss.png"):
             plot_loss(folder)
     say(f"done: {folder}  (sample from it: python sample.py {quote(str(folder))})")
+
+
+def state_facts(state):
+    """What all processes must have alike after a step."""
+    return lambda: {f"state after step {state.step}": checksum(state.arrays)}
 
 
 def score(plan, run, state, progress, row, clock, bar, stop, world):
@@ -158,8 +161,9 @@ def score(plan, run, state, progress, row, clock, bar, stop, world):
     for name in ("best.npz", "last.npz") if better else ("last.npz",):
         checkpoint.save_into(run, name, state, progress, clock.total())
     sample = ""
-    with harmless("the sample"), clock.aside(), stop.at_once():
-        sample = show_sample(state, dataset, model, train.seed, folder)
+    if not stop.asked:
+        with harmless("the sample"), clock.aside(), stop.at_once():
+            sample = show_sample(state, dataset, model, train.seed, folder)
     stop.asked |= not bar.say(f"step {state.step}  {valid.line}\n{log.cluster_line(row)}{sample}")
     return progress
 

@@ -82,6 +82,9 @@ class ModelConfig:
     commitment: float = _field(1e-4, "beta, weight of the commitment loss", least=0)
     seed_random: int = _field(0, "seed of the memberships of random heads", least=0)
     init_gain: float = _field(1.0, "gain of the uniform initialiser (released: 0.2)", least=0)
+    init_out_scale: float = _field(
+        1.0, "factor of the last matrix of each sublayer at the start (released: 1); 0: every "
+             "block begins as the identity", least=0)
     # dropout
     embed_dropout: float = _dropout("dropout on token embeddings")
     attention_dropout: float = _dropout("dropout on attention weights")
@@ -167,9 +170,10 @@ class TrainConfig:
     steps: int = _field(2400, "optimizer steps", least=1)
     optimizer: str = _field("adamw", "optimizer", OPTIMIZERS)
     lr: float = _field(3e-3, "peak learning rate")
-    schedule: str = _field("cosine", "cosine: linear warm-up, then to 10 %%; constant: linear "
-                                     "warm-up; rsqrt: the released one, flat for warmup steps, "
-                                     "then lr sqrt(warmup / step)", SCHEDULES)
+    schedule: str = _field("cosine", "linear: linear warm-up, then to 0; cosine: the same, then to "
+                                     "10 %%; constant: the same, then flat; rsqrt: the released "
+                                     "one, flat for warmup steps, then lr sqrt(warmup / step)",
+                           SCHEDULES)
     warmup: int = _field(50, "warm-up steps (see schedule)", least=0)
     weight_decay: float = _field(0.0, "decoupled decay (adamw), L2 loss (adafactor)", least=0)
     clip: float = _field(1.0, "largest global norm of the gradient; 0: no clipping", least=0)

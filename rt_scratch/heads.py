@@ -366,11 +366,11 @@ KINDS = {
         lambda cfg: cfg.seq_len),
     "causal": Kind(
         "routing", CAUSAL, causal_forward, routing_backward, cluster_store, cluster_fill,
-        causal_step, lambda cfg: 2 * cfg.window),
+        causal_step, lambda cfg: 3 * -(-cfg.window // 2)),
     "topk": Kind(
         "routing", TOPK, topk_forward, routing_backward, topk_store, topk_fill, topk_step,
         lambda cfg: cfg.n_clusters * cfg.window ** 2 / cfg.seq_len),
     "random": Kind(
         "routing", RANDOM, random_forward, routing_backward, cluster_store, cluster_fill,
-        random_step, lambda cfg: 2 * cfg.window),
+        random_step, lambda cfg: 3 * -(-cfg.window // 2)),
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import groupby
 from typing import NamedTuple
 
 from rt_scratch.dispatch import accelerated, array_module
@@ -46,13 +47,26 @@ def constant(step: int, lr: float, warmup: int, total: int) -> float:
     return lr * (step + 1) / warmup if step < warmup else lr
 
 
+def _progress(step, warmup, total):
+    """x from 0 at the end of the warm-up to 1 at the end of the run."""
+    return min(1.0, max(step - warmup, 0) / max(1, total - warmup))
+
+
 def cosine(step: int, lr: float, warmup: int, total: int) -> float:
     """Linear warm-up over w steps, then lr (0.1 + 0.45 (1 + cos(pi x))), x from 0 to 1."""
-    x = min(1.0, max(step - warmup, 0) / max(1, total - warmup))
+    x = _progress(step, warmup, total)
     return constant(step, lr, warmup, total) * (0.1 + 0.45 * (1 + math.cos(math.pi * x)))
 
 
-SCHEDULES = {"cosine": cosine, "constant": constant, "rsqrt": rsqrt}
+def linear(step: int, lr: float, warmup: int, total: int) -> float:
+    """Linear warm-up over w steps, then lr (1 - x): to zero at the last step.
+
+    docs/derivations.md (2).
+    """
+    return constant(step, lr, warmup, total) * (1 - _progress(step, warmup, total))
+
+
+SCHEDULES = {"linear": linear, "cosine": cosine, "constant": constant, "rsqrt": rsqrt}
 
 
 def learning_rate(step: int, schedule: str, lr: float, warmup: int, total: int) -> float:
@@ -111,6 +125,88 @@ def adamw_update(flat, grads, state, table, lr, step, *, beta1=0.9, beta2=0.99, 
     v += (1 - beta2) * (grads * grads - v)
     unbiased = m / (1 - beta1 ** (step + 1)), v / (1 - beta2 ** (step + 1))
     flat -= lr * unbiased[0] / (array_module(flat).sqrt(unbiased[1]) + eps)
+
+
+# --------------------------------------------------------------------------------------- Muon
+
+MOMENTUM = 0.95
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # steep at 0, then within about 0.3 of 1
+
+
+def orthogonalized(leaf) -> bool:
+    """True for the matrices of the blocks, whose update Muon makes orthogonal.
+
+    AdamW takes the rest: vectors, tables of relative positions, embedding and output layer.
+    """
+    return (len(leaf.shape) == 2 and leaf.name.startswith("layers.")
+            and "_rel_" not in leaf.name)
+
+
+def muon_init(flat, table) -> dict:
+    """m, momentum of matrices and first moment of the rest; v, second moments of the rest alone."""
+    xp = array_module(flat)
+    rest = sum(leaf.stop - leaf.start for leaf in table if not orthogonalized(leaf))
+    return {"m": xp.zeros_like(flat), "v": xp.zeros(rest, flat.dtype)}
+
+
+@accelerated
+def muon_update(flat, grads, state, table, lr, step, *, weight_decay=0.0) -> None:
+    """One step of Muon (Jordan et al. 2024) for the matrices of the blocks, step = 0, 1, ...
+
+    m <- 0.95 m + g,   x = (g + 0.95 m) / |g + 0.95 m|            (Nesterov's form; Frobenius norm)
+    five times:  a = x x^T,   x <- 3.4445 x + (-4.7750 a + 2.0315 a a) x          (Newton-Schulz)
+    w <- w - lr weight_decay w - lr 0.2 sqrt(max(rows, columns)) x
+
+    The iteration keeps the singular vectors and moves every singular value near 1, roughly: from
+    0.7 to 1.2. The factor of x gives the update the root mean square usual for AdamW, 0.2, so that
+    one learning rate serves both (Liu et al. 2025). All other leaves: AdamW, see `orthogonalized`.
+    docs/derivations.md (63) to (65).
+    """
+    adamw_of_the_rest(flat, grads, state, table, lr, step, weight_decay)
+    for leaf in filter(orthogonalized, table):
+        w, g, m = (z[leaf.start : leaf.stop].reshape(leaf.shape)
+                   for z in (flat, grads, state["m"]))
+        m *= MOMENTUM
+        m += g
+        x = newton_schulz(g + MOMENTUM * m)
+        w *= 1 - lr * weight_decay
+        w -= lr * update_scale(leaf) * x
+
+
+def newton_schulz(x):
+    """An (almost) orthogonal matrix with the singular vectors of x (..., R, C).
+
+    docs/derivations.md (64).
+    """
+    xp = array_module(x)
+    if x.shape[-2] > x.shape[-1]:  # a = x x^T as small as can be
+        return newton_schulz(x.swapaxes(-1, -2)).swapaxes(-1, -2)
+    norm = xp.sqrt((x * x).sum((-2, -1), keepdims=True))
+    x = x / xp.maximum(norm, xp.finfo(x.dtype).tiny)
+    for _ in range(5):
+        a = x @ x.swapaxes(-1, -2)
+        x = NEWTON_SCHULZ[0] * x + (NEWTON_SCHULZ[1] * a + NEWTON_SCHULZ[2] * (a @ a)) @ x
+    return x
+
+
+def update_scale(leaf) -> float:
+    """0.2 sqrt(max(rows, columns)): what an orthogonal update is multiplied by."""
+    return 0.2 * math.sqrt(max(leaf.shape))
+
+
+def adamw_of_the_rest(flat, grads, state, table, lr, step, weight_decay) -> None:
+    """AdamW for the leaves that Muon leaves out, one run of neighbours at a time."""
+    done = 0
+    for skipped, leaves in groupby(table, orthogonalized):
+        if skipped:
+            continue
+        leaves = list(leaves)
+        first, last = leaves[0].start, leaves[-1].stop
+        own = {"m": state["m"][first:last], "v": state["v"][done : done + last - first]}
+        moved = [z._replace(start=z.start - first, stop=z.stop - first) for z in leaves]
+        adamw_update(flat[first:last], grads[first:last], own, moved, lr, step,
+                     weight_decay=weight_decay)
+        done += last - first
 
 
 # ---------------------------------------------------------------------------------- Adafactor
@@ -193,9 +289,11 @@ def is_bias(leaf) -> bool:
 class Optimizer(NamedTuple):
     init: Callable
     update: Callable
+    copies: int = 0  # state in buffers of the size of the parameters, for the estimate of memory
 
 
 OPTIMIZERS = {
-    "adamw": Optimizer(adamw_init, adamw_update),
-    "adafactor": Optimizer(adafactor_init, adafactor_update),
+    "adamw": Optimizer(adamw_init, adamw_update, 2),
+    "muon": Optimizer(muon_init, muon_update, 1),
+    "adafactor": Optimizer(adafactor_init, adafactor_update, 0),
 }

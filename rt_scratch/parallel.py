@@ -17,6 +17,7 @@ import sys
 import time
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -74,8 +75,8 @@ class World:
         """
         return function()
 
-    def check_same(self, facts: dict) -> None:
-        """UserError that names a process, and a fact that it sees otherwise than most."""
+    def check_same(self, facts: Callable[[], dict]) -> None:
+        """UserError that names a process, and which of facts() it sees otherwise than most."""
 
 
 SINGLE = World()  # one process
@@ -184,7 +185,7 @@ class MpiWorld(World):
         return result
 
     def check_same(self, facts):
-        own = {name: str(value) for name, value in facts.items()}
+        own = {name: str(value) for name, value in facts().items()}
         everyone = self._world.allgather((socket.gethostname(), own))
         for name in own:
             seen = [there[name] for _, there in everyone]

@@ -104,13 +104,16 @@ def init_parameters(cfg: ModelConfig, xp, dtype, seed: int):
 
     Released initialisers: matrices and tables uniform with variance gain / average of fan-in and
     fan-out, image positions N(0, 1 / sqrt(3 C)), biases 0, LayerNorm 1 and 0. The released gain is
-    0.2. Each leaf draws from a stream of its own, keyed by its name.
+    0.2. Each leaf draws from a stream of its own, keyed by its name. The last matrix of attention
+    and of the feed-forward layer is then multiplied by `init_out_scale`.
     """
     table = parameter_table(cfg)
     flat = xp.empty(table[-1].stop, dtype)
     for leaf in table:
         rng = Generator(Philox(key=[seed, zlib.crc32(leaf.name.encode())]))
         values = INITIALISERS[leaf.init](rng, leaf.shape, cfg.init_gain)
+        if leaf.name.endswith((".attention.w_o", ".ffn.w_out")):
+            values *= cfg.init_out_scale
         flat[leaf.start : leaf.stop] = xp.asarray(values.astype(dtype).reshape(-1))
     return flat, table
 

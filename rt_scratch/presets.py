@@ -1,7 +1,8 @@
 """Presets: the fields in which each dataset's recipes differ from the defaults of config.py.
 
-`released` is what the authors' code sets, `paper` where the paper says something else, `small` is
-ours and fits a laptop. A flag given on the command line wins over the preset.
+`released` is what the authors' code sets, for other lengths `released-12k` and `released-1k`, for
+their baselines without routing `released-local`; `paper` where the paper says something else;
+`small` is ours and fits a laptop. A flag given on the command line wins over the preset.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ PRESETS: dict[str, dict[str, dict]] = {
             _RELEASED_TEXT, seq_len=4096, n_layers=14, width=1024, embed_width=256,
             ffn_width=3072, n_local_heads=8, n_routing_heads=8, n_clusters=8, window=512,
             block=256, lookback=1, local_max_distance=513, routing_max_distance=513,
-            embed_dropout=0.4, attention_dropout=0.4, ffn_dropout=0.4, residual_dropout=0.4,
-            target_dropout=0.25, weight_decay=2e-5),
+            embed_dropout=0.4, attention_dropout=0.4, ffn_dropout=0.4, target_dropout=0.25,
+            weight_decay=2e-5),
         "small": dict(_SMALL, embed_width=64, steps=1200),
     },
     "pg19": {
@@ -65,6 +66,16 @@ PRESETS: dict[str, dict[str, dict]] = {
             local_max_distance=192, routing_max_distance=96, steps=1000),
     },
 }
+PRESETS["wikitext103"]["released-1k"] = dict(
+    PRESETS["wikitext103"]["released"], seq_len=1024, n_layers=20, n_clusters=2, target_dropout=0.2)
+PRESETS["enwik8"]["released-local"] = dict(
+    PRESETS["enwik8"]["released"], n_layers=22, n_local_heads=8, n_routing_heads=0,
+    attention_dropout=0.4, ffn_dropout=0.4)
+PRESETS["wikitext103"]["released-local"] = dict(
+    PRESETS["wikitext103"]["released"], n_local_heads=16, n_routing_heads=0)
+PRESETS["pg19"]["released-local"] = dict(
+    PRESETS["pg19"]["released"], n_layers=24, n_local_heads=8, n_routing_heads=0,
+    routing_layers=())
 PRESETS["enwik8"]["paper"] = dict(PRESETS["enwik8"]["released"], n_clusters=32, window=256)
 PRESETS["wikitext103"]["paper"] = dict(
     PRESETS["wikitext103"]["released"], n_layers=10, n_clusters=16, window=256)

@@ -237,8 +237,8 @@ SortedCache = namedtuple("SortedCache", "local order back")
 def sorted_attention(q, k, v, rel_k, rel_v, route: Route, rule: Rule, dropped=None):
     """Local attention over the sequence sorted by (cluster, time).
 
-    With blocks of W and one block of lookback, a query's block window holds the W members of its
-    cluster up to and including itself; the mask leaves same cluster and rank distance < W.
+    With blocks of W / 2 and two blocks of lookback, a query's block window holds the W members of
+    its cluster up to and including itself; the mask leaves same cluster and rank distance < W.
     docs/derivations.md (44), (45).
     """
     xp = array_module(q)
@@ -246,8 +246,8 @@ def sorted_attention(q, k, v, rel_k, rel_v, route: Route, rule: Rule, dropped=No
     segments = xp.take_along_axis(route.winner, order, axis=2)
     queries = gather(q, order)
     o, cache = local_attention(queries, queries if k is q else gather(k, order), gather(v, order),
-                               rel_k, rel_v, rule.window, 1, rule.scale, segments, rule.window,
-                               dropped)
+                               rel_k, rel_v, -(-rule.window // 2), 2, rule.scale, segments,
+                               rule.window, dropped)
     back, none = inverse(order), xp.zeros((), q.dtype)
     return gather(o, back), SortedCache(cache, order, back), Coverage(none, none)
 

@@ -36,8 +36,8 @@ def parallel(function, items) -> list:
 
 
 def busy() -> bool:
-    """True inside `parallel`."""
-    return getattr(_here, "busy", False)
+    """True inside `parallel`, and where `limit` leaves one thread: all cores are at work then."""
+    return _most == 1 or getattr(_here, "busy", False)
 
 
 def tiles(n: int, size: int) -> list[slice]:

@@ -33,15 +33,15 @@ def but(**changes):
     (LOCAL, 6 * 156 + 28 * 2 * 4),                          # a block and the one before: 4 keys
     (but(lookback=0), 6 * 156 + 28 * 2 * 2),
     (but(attention="full"), 6 * 156 + 28 * 2 * 8),          # all of T
-    (but(attention="routing"), 6 * 148 + 28 * (4 + 4)),     # causal: 2 W = 4; and a local head
-    (but(attention="routing", share_qk=False), 6 * 156 + 28 * (4 + 4)),
-    (but(attention="routing", routing="random"), 6 * 148 + 28 * (4 + 4)),
+    (but(attention="routing"), 6 * 148 + 28 * (3 + 4)),     # causal: 3 W / 2 = 3; and a local head
+    (but(attention="routing", share_qk=False), 6 * 156 + 28 * (3 + 4)),
+    (but(attention="routing", routing="random"), 6 * 148 + 28 * (3 + 4)),
     (but(attention="routing", routing="topk"), 6 * 148 + 28 * (1.5 + 4)),  # K W^2 / T = 12 / 8
     (but(attention="routing", n_layers=2, full_layers=(0,)),
      # embedding and output 56, a full layer 64 + 36, a mixed one 56 + 36
-     6 * (56 + 100 + 92) + 28 * (2 * 8 + 4 + 4)),
+     6 * (56 + 100 + 92) + 28 * (2 * 8 + 3 + 4)),
     (but(attention="routing", n_layers=3, routing_layers=(-1,)),
-     6 * (56 + 2 * 100 + 92) + 28 * (2 * 2 * 4 + 4 + 4)),
+     6 * (56 + 2 * 100 + 92) + 28 * (2 * 2 * 4 + 3 + 4)),
     (but(ffn="swiglu"), 6 * 156 + 28 * 2 * 4),
     (but(ffn="relu"), 6 * 144 + 28 * 2 * 4),                # two matrices of 12; biases: no product
     # E 5: embed.w and output.w_embed 20 each; tied, the table 10 x 5 is the output matrix
@@ -90,6 +90,7 @@ def recipe(**changes):
 @pytest.mark.parametrize("cfg, train, entries", [
     (LOCAL, recipe(batch=2), 5 * N + 49 * 16),
     (LOCAL, recipe(batch=2, optimizer="adafactor"), 3 * N + 49 * 16),
+    (LOCAL, recipe(batch=2, optimizer="muon"), 4 * N + 49 * 16),  # second moments of few
     (LOCAL, recipe(batch=2, parts=1), 4 * N + 49 * 16),
     (LOCAL, recipe(batch=8, parts=4), 7 * N + 49 * 64),
     (LOCAL, recipe(batch=1, parts=2), 4 * N + 49 * 8),      # no more parts than windows
@@ -111,7 +112,7 @@ def test_step_bytes(cfg, train, entries, precision, size):
     ({}, {}), ({"n_layers": 8}, {}), ({}, {"recompute": True}), ({}, {"accumulate": 3}),
     ({"attention": "full"}, {"optimizer": "adafactor"})], ids=str)
 def test_step_bytes_against_a_step(changes, recipe):
-    """What NumPy holds at its most is between the estimate and twice that."""
+    """What NumPy holds at its most is about the estimate, and never above twice that."""
     model = ModelConfig(**dict(seq_len=256, width=64, ffn_width=128, n_layers=4) | changes)
     train = TrainConfig(**recipe)
     ids = np.random.default_rng(0).integers(0, 256, (train.batch * train.accumulate, 256))
@@ -122,4 +123,4 @@ def test_step_bytes_against_a_step(changes, recipe):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert 0.95 < peak / step_bytes(model, train) < 2
+    assert 0.8 < peak / step_bytes(model, train) < 2

@@ -20,7 +20,8 @@ from rt_scratch.parameters import parameter_table
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Pieces so small that the arrays here are cut into many."""
-    for name, value in (("PIECE", 64), ("ROWS", 3), ("COLUMNS", 2), ("LOGITS", 40)):
+    for name, value in (("PIECE", 64), ("ATTENTION", 64), ("ROWS", 3), ("COLUMNS", 2),
+                        ("LOGITS", 40)):
         monkeypatch.setattr(cpu, name, value)
 
 
@@ -166,17 +167,19 @@ def test_scatter_sum(t, n_clusters, window, d, dtype, seed):
          1e-10 if dtype == "float64" else 1e-5)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 @given(sizes, seeds)
-def test_adamw(steps, seed):
+def test_optimizer(name, steps, seed):
     rng = np.random.default_rng(seed)
     table = parameter_table(SMALL)
     flat = rng.normal(size=table[-1].stop)
     own, plain = flat.copy(), flat.copy()
-    states = [optim.adamw_init(flat, table) for _ in "ab"]
+    init, update, _ = optim.OPTIMIZERS[name]
+    states = [init(flat, table) for _ in "ab"]
     for i in range(min(steps, 3)):
         grads = rng.normal(size=flat.shape)
-        cpu.adamw_update(own, grads, states[0], table, 0.1, i, weight_decay=0.2)
-        optim.adamw_update.reference(plain, grads, states[1], table, 0.1, i, weight_decay=0.2)
+        cpu.TWINS[f"optim.{name}_update"](own, grads, states[0], table, 0.1, i, weight_decay=0.2)
+        update.reference(plain, grads, states[1], table, 0.1, i, weight_decay=0.2)
     same(own, plain)
     same(list(states[0].values()), list(states[1].values()))
 

@@ -483,7 +483,9 @@ class Leaf(NamedTuple):
 
 
 SHAPES = {"a.w": (6, 10), "a.bias": (7,), "heads": (2, 3, 4), "rows": (1, 5, 1, 6), "scalar": (),
-          "b.w": (1100, 20), "b.gain": (1100,), "wide": (2, 1100), "b.b_in": (5,), "small": (3, 4)}
+          "b.w": (1100, 20), "b.gain": (1100,),
+          "layers.0.w_in": (6, 40), "layers.1.w_in": (6, 40), "layers.0.w_out": (40, 6),
+          "layers.0.local_rel_k": (5, 4), "wide": (2, 1100), "b.b_in": (5,), "small": (3, 4)}
 
 
 def flat_buffer():
@@ -498,10 +500,10 @@ def flat_buffer():
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
 def test_optimizer(twins, name, decay):
     """Matrices, stacks of matrices, vectors and scalars in one buffer, three steps."""
-    init, update = optim.OPTIMIZERS[name]
+    init, update, _ = optim.OPTIMIZERS[name]
     update = getattr(update, "reference", update)
     flat, table = flat_buffer()
     runs = [(x, init(x, table)) for x in (flat, flat.astype(np.float64), flat.copy())]

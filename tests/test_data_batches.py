@@ -115,8 +115,14 @@ def test_some_windows_are_spread_evenly():
     assert tokens[:3, 0].tolist() == [1, 31, 61]
     assert index[:3].tolist() == [0, 3, 6]
     assert weights.sum() == 30
-    weights = sum(w.sum() for _, w, _ in eval_windows(text, 10, 4, stride=2, limit=3))
-    assert weights == 14
+    index, scored = [], []  # window 0, whose first tokens have no context, is left out
+    for tokens, weights, windows in eval_windows(text, 10, 4, stride=2, limit=3):
+        index += windows[weights.any(1)].tolist()
+        scored += tokens[weights > 0].tolist()
+    assert index == [1, 16, 31]
+    assert scored == [11, 12, 41, 42, 71, 72]
+    for limit, n in ((0, 100), (46, 100), (45, 90), (1, 2)):
+        assert sum(w.sum() for _, w, _ in eval_windows(text, 10, 4, 2, limit)) == n
     assert sum(w.sum() for _, w, _ in eval_windows(text, 10, 4, limit=1000)) == 100
     assert count_windows(text[:0], 10) == 0
     assert list(eval_windows(text[:0], 10, 2)) == []

@@ -1,6 +1,7 @@
 """The cache: made once, whole or not at all, remade when a source or the recipe changes."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -69,7 +70,7 @@ def test_touched_files_are_recognised_by_their_checksum(maker):
     assert content(maker()) == b"abcde"
     assert maker.built == 1
     about = json.loads((maker.folder / "rt_cache" / "set" / "cache.json").read_text())
-    assert about["sources"][0]["mtime_ns"] == 10 ** 9  # so the next look is quick again
+    assert about["sources"][0]["times"][0] == 10 ** 9  # so the next look is quick again
 
 
 def test_another_folder_with_the_same_times_is_another_source(maker):
@@ -147,9 +148,10 @@ def test_remade_when_something_changed(maker, change, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["short array", "no array", "not an array", "another array",
-                                    "vocabulary", "no vocabulary", "json", "other json",
-                                    "no json"])
-def test_damaged_cache_is_remade(maker, damage):
+                                    "empty array", "zeros", "pipe", "vocabulary", "no vocabulary",
+                                    "json", "other json", "no json", "empty json", "pipe for json",
+                                    "other number", "no folder"])
+def test_damaged_cache_is_remade(maker, damage, capsys):
     maker()
     path = maker.folder / "rt_cache" / "set"
     if damage == "short array":
@@ -160,6 +162,24 @@ def test_damaged_cache_is_remade(maker, damage):
         (path / "train.npy").write_bytes(b"text")
     if damage == "another array":
         np.save(path / "train.npy", np.zeros(4, np.uint16))
+    if damage == "empty array":
+        (path / "train.npy").write_bytes(b"")
+    if damage == "zeros":  # as it may be after a crash: the right size, and nothing in it
+        whole = (path / "train.npy").read_bytes()
+        (path / "train.npy").write_bytes(whole[:128] + bytes(len(whole) - 128))
+    if damage in ("pipe", "pipe for json"):
+        file = path / ("train.npy" if damage == "pipe" else "cache.json")
+        file.unlink()
+        os.mkfifo(file)
+    if damage == "empty json":
+        (path / "cache.json").write_text("")
+    if damage == "other number":  # what was said of the data counts like the data
+        text = (path / "cache.json").read_text()
+        assert text.count('"built": 1') == 1
+        (path / "cache.json").write_text(text.replace('"built": 1', '"built": 3'))
+    if damage == "no folder":
+        shutil.rmtree(path)
+        path.write_bytes(b"")
     if damage == "vocabulary":
         (path / "vocab.txt").write_text("wordz")
     if damage == "no vocabulary":
@@ -170,8 +190,13 @@ def test_damaged_cache_is_remade(maker, damage):
         (path / "cache.json").write_text("[]")
     if damage == "no json":
         (path / "cache.json").unlink()
+    capsys.readouterr()
     assert content(maker()) == b"abcde"
     assert maker.built == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "what is there is" in said
+    assert os.listdir(path.parent) == ["set"]
+    assert maker().info == {"built": 2}
 
 
 @pytest.mark.parametrize("fail", [OSError(errno.ENOSPC, "No space left on device"),
@@ -210,16 +235,94 @@ def test_really_no_space(maker):
     assert os.listdir(maker.folder / "rt_cache") == []
 
 
-def test_abandoned_work_is_removed_and_live_work_is_not(maker):
+def test_abandoned_work_is_removed_and_live_work_is_not(maker, monkeypatch):
+    """By its lock; without locks, by its age."""
     root = maker.folder / "rt_cache"
-    for name in ("set.tmp-1", "set.tmp-2", "other.tmp-3"):
-        (root / name).mkdir(parents=True)
-        (root / name / "train.npy").write_bytes(b"x")
+
+    def leave():
+        for name in ("set.tmp-1", "set.tmp-2", "other.tmp-3"):
+            (root / name).mkdir(parents=True, exist_ok=True)
+            (root / name / "train.npy").write_bytes(b"x")
+        (root / "set").mkdir(exist_ok=True)
+        (root / "set" / "cache.json.tmp-4").write_bytes(b"x")
+        (root / "set.tmp-5").write_bytes(b"not even a folder")
+
+    leave()
+    handle = os.open(root / "set.tmp-2", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    maker()
+    assert sorted(os.listdir(root)) == ["set", "set.tmp-2"]
+    os.close(handle)  # as when its process is killed
+    assert maker.built == 1 and content(maker()) == b"abcde"
+    assert os.listdir(root) == ["set"]
+    assert sorted(os.listdir(root / "set")) == ["cache.json", "train.npy", "vocab.txt"]
+    monkeypatch.setattr(cache, "fcntl", None)
+    leave()
     long_ago = time.time() - 2 * cache.ABANDONED
     for path in (root / "set.tmp-1" / "train.npy", root / "set.tmp-1", root / "set.tmp-2"):
         os.utime(path, (long_ago, long_ago))
     maker()
-    assert sorted(os.listdir(root)) == ["other.tmp-3", "set", "set.tmp-2"]
+    assert sorted(os.listdir(root)) == ["other.tmp-3", "set", "set.tmp-2", "set.tmp-5"]
+
+
+def test_killed_encodings_leave_nothing_after_the_next(maker):
+    root = maker.folder / "rt_cache"
+    for _ in range(3):
+        child = os.fork()
+        if child == 0:
+            maker(fail=EndsTheProcess())
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert len(os.listdir(root)) == 1  # each removes what the one before it left
+    assert content(maker()) == b"abcde"
+    assert os.listdir(root) == ["set"]
+
+
+class EndsTheProcess(Exception):
+    """Does so where it would be raised: nothing is tidied up."""
+
+    def __bool__(self):
+        os._exit(9)
+
+
+def test_the_same_pid_on_two_machines(maker, monkeypatch):
+    """Two containers that share a folder: neither writes into the other's work, nor through a
+    link in its place."""
+    root = maker.folder / "rt_cache"
+    root.mkdir()
+    (maker.folder.parent / "mine").mkdir()
+    names = iter(["taken", "linked", "free", "free too"])
+    monkeypatch.setattr(cache.secrets, "token_hex", lambda n: next(names))
+    monkeypatch.setattr(cache.os, "getpid", lambda: 1)
+    monkeypatch.setattr(cache.platform, "node", lambda: "box")
+    (root / "set.tmp-box-1-taken").mkdir()
+    handle = os.open(root / "set.tmp-box-1-taken", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)  # the other's, live
+    (root / "set.tmp-box-1-linked").symlink_to(maker.folder.parent / "mine")
+    for _ in range(2):
+        with pytest.raises(UserError, match="tmp-box-1-(taken|linked): File exists"):
+            maker()
+    assert content(maker()) == b"abcde"
+    os.close(handle)
+    assert os.listdir(maker.folder.parent / "mine") == []
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_many_at_once(maker, stale):
+    """All get the whole data, whoever is first."""
+    if stale:
+        maker({"v": 0})
+    children = []
+    for _ in range(8):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                code = int(content(maker()) != b"abcde")
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(c, 0)[1]) for c in children] == [0] * 8
+    assert os.listdir(maker.folder / "rt_cache") == ["set"]
 
 
 def test_folder_marked_read_only_is_left_alone(maker, tmp_path):

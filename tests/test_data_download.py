@@ -1,12 +1,14 @@
 """Downloads, from a server on 127.0.0.1 that cuts connections, lies and refuses."""
 
 import base64
+import contextlib
 import hashlib
 import http.server
 import json
 import os
 import shutil
 import threading
+import time
 import urllib.parse
 from types import SimpleNamespace
 
@@ -36,6 +38,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if status := behave.get("status") or (404 if content is None else None):
             self.send_error(status)
             return
+        if behave.get("slow_head"):
+            with contextlib.suppress(OSError):
+                for byte in b"HTTP/1.1 200 OK\r\nX: " + b"x" * 300:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(0.01)
+            self.close_connection = True
+            return
         first = 0
         if wanted and server.ranges:
             first = int(wanted.removeprefix("bytes=").removesuffix("-"))
@@ -47,10 +56,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             self.send_response(200)
         body = content[first:]
-        if not behave.get("no_length"):
-            self.send_header("Content-Length", str(len(body)))
+        if behave.get("chunked"):
+            self.send_header("Transfer-Encoding", "chunked")
+            body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+        elif not behave.get("no_length") and not behave.get("endless"):
+            self.send_header("Content-Length", behave.get("length", str(len(body))))
         self.end_headers()
-        self.wfile.write(body[: behave.get("cut", len(body))])
+        with contextlib.suppress(OSError):  # the other side may have seen enough
+            for byte in body[:1000] if behave.get("slow") else ():
+                self.wfile.write(bytes([byte]))
+                self.wfile.flush()
+                time.sleep(0.01)
+            self.wfile.write(body[: behave.get("cut", len(body))])
+            while behave.get("endless"):
+                self.wfile.write(CONTENT)
         self.close_connection = True
 
     def log_message(self, *_):
@@ -90,12 +109,10 @@ def test_plain_download_says_the_size_first(server, tmp_path, capsys):
     assert "already here and right" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("known", [dict(), dict(size=None), dict(digest=None),
-                                   dict(size=None, digest=None)])
 @pytest.mark.parametrize("algorithm", ["sha256", "md5"])
-def test_cut_connections_are_resumed(server, tmp_path, known, algorithm):
+def test_cut_connections_are_resumed(server, tmp_path, algorithm):
     server.behaviour = [{"cut": 30_000}, {"hang_up": True}, {"cut": 5_000}, {"status": 503}]
-    path = download.fetch(source(server, algorithm=algorithm, **known), tmp_path)
+    path = download.fetch(source(server, algorithm=algorithm), tmp_path)
     assert path.read_bytes() == CONTENT
     assert os.listdir(tmp_path) == ["file"]
     assert [r for _, r in server.requests] == [
@@ -123,46 +140,88 @@ def test_server_without_ranges(server, tmp_path):
 
 @pytest.mark.parametrize("part", [CONTENT, CONTENT + b"too much", b"?" * len(CONTENT), b""])
 def test_odd_parts(server, tmp_path, part):
-    """A part that is whole is kept without a request; one that is wrong is not kept at all."""
+    """A part that is whole is kept without a request; one that is wrong is fetched again, once."""
     (tmp_path / "file.part").write_bytes(part)
-    wrong = part.startswith(b"?")
-    if wrong:
-        with pytest.raises(UserError, match="sha256 is"):
-            download.fetch(source(server), tmp_path)
-        assert os.listdir(tmp_path) == []
     assert download.fetch(source(server), tmp_path).read_bytes() == CONTENT
-    assert len(server.requests) == {CONTENT: 0}.get(part, 2 if b"much" in part else 1)
+    assert server.requests == ([] if part == CONTENT else [("/file", None)])
 
 
-def test_whole_part_of_unknown_size(server, tmp_path):
-    (tmp_path / "file.part").write_bytes(CONTENT)
-    assert download.fetch(source(server, size=None), tmp_path).read_bytes() == CONTENT
+@pytest.mark.parametrize("part", [b"<html>a page</html>", b"?" * 50_000])
+def test_a_wrong_part_does_not_spoil_the_download_for_good(server, tmp_path, part):
+    """The end is fetched, the checksum fails, and the whole file comes again."""
+    (tmp_path / "file.part").write_bytes(part)
+    assert download.fetch(source(server), tmp_path).read_bytes() == CONTENT
+    assert server.requests == [("/file", f"bytes={len(part)}-"), ("/file", None)]
+    server.files["/file"] = b"?" + CONTENT[1:]  # now the server has it wrong too: no third time
     (tmp_path / "file").rename(tmp_path / "file.part")
-    with open(tmp_path / "file.part", "ab") as f:
-        f.write(b"too much")
-    assert download.fetch(source(server, size=None), tmp_path).read_bytes() == CONTENT
+    (tmp_path / "file.part").write_bytes(part)
+    server.requests.clear()
+    with pytest.raises(UserError, match="sha256 is"):
+        download.fetch(source(server), tmp_path)
+    assert server.requests == [("/file", f"bytes={len(part)}-"), ("/file", None)]
+    assert os.listdir(tmp_path) == []
 
 
-def test_size_nobody_knows(server, tmp_path, capsys):
-    server.behaviour = [{"no_length": True}]
-    path = download.fetch(source(server, size=None), tmp_path)
-    assert path.read_bytes() == CONTENT
-    assert "unknown size" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("bytes_served, message", [
-    (b"!" + CONTENT[1:], "sha256 is"), (CONTENT[:-1], "server stopped|bytes, not"),
-    (CONTENT + b"x", "bytes, not"), (b"<html>log in</html>", "server stopped|bytes, not")])
-def test_wrong_bytes_are_not_kept(server, tmp_path, bytes_served, message):
+@pytest.mark.parametrize("bytes_served, message, requests", [
+    (b"!" + CONTENT[1:], "sha256 is", 1), (CONTENT[:-1], "another file: '102399' bytes", 1),
+    (CONTENT + b"x", "another file: '102401' bytes", 1),
+    (b"<html>log in</html>", "another file: '19' bytes to come, not 102,400", 1)])
+def test_wrong_bytes_are_not_kept(server, tmp_path, bytes_served, message, requests):
+    """A page of another size, whatever its status, is not even read."""
     server.files["/file"] = bytes_served
     with pytest.raises(UserError, match=message):
         download.fetch(source(server), tmp_path)
-    assert "file" not in os.listdir(tmp_path)
-    server.files["/file"] = CONTENT  # whatever part was left does not spoil the next try for good
+    assert len(server.requests) == requests
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("how", ["no length", "chunked", "with its length"])
+def test_a_wrong_page_at_the_first_address_does_not_hide_the_mirror(server, tmp_path, how):
+    server.files["/parked"] = b"<html>this domain is for sale</html>"
+    server.ranges = False  # such a server gives the page, whatever it is asked for
+    behave = {"no length": {"no_length": True}, "chunked": {"chunked": True}}.get(how, {})
+    tries = 2 if how == "no length" else 1  # a second look tells a short file from a cut one
+    server.behaviour = [behave] * tries
+    urls = [server.url + "/parked", server.url + "/file"]
+    assert download.fetch(source(server, urls=urls), tmp_path).read_bytes() == CONTENT
+    assert server.requests[tries:] == [("/file", None)]  # nothing was kept of that page
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("behave", [{"no_length": True}, {"length": "abc"}, {"length": "-5"},
+                                    {"length": "1" * 5000}, {"endless": True}])
+def test_lengths_that_are_none(server, tmp_path, behave):
+    """What comes is read up to the documented size, and no further."""
+    server.behaviour = [behave]
+    fine = "length" not in behave
     try:
-        assert download.fetch(source(server), tmp_path).read_bytes() == CONTENT
-    except UserError:
-        assert download.fetch(source(server), tmp_path).read_bytes() == CONTENT
+        assert download.fetch(source(server), tmp_path).read_bytes() == CONTENT and fine
+    except UserError as e:
+        assert "another file" in str(e) and len(str(e)) < 300 and not fine
+    assert os.listdir(tmp_path) == ["file"] * fine
+
+
+def test_a_byte_now_and_then_is_no_download(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "PATIENCE", 0.1)
+    monkeypatch.setattr(download, "TRIES", 2)
+    server.behaviour = [{"slow": True}] * 2
+    with pytest.raises(UserError, match="slower than 1000 bytes per second, 2 times"):
+        download.fetch(source(server), tmp_path)
+    server.behaviour = [{"slow_head": True}] * 2
+    with pytest.raises(UserError, match="no reply in 0.1 seconds, 2 times"):
+        download.fetch(source(server), tmp_path)
+    assert download.fetch(source(server), tmp_path).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_part_that_is_no_file(server, tmp_path, kind):
+    (tmp_path / "mine").write_bytes(b"precious")
+    if kind == "link":
+        (tmp_path / "file.part").symlink_to(tmp_path / "mine")
+    else:
+        os.mkfifo(tmp_path / "file.part")
+    assert download.fetch(source(server), tmp_path).read_bytes() == CONTENT
+    assert (tmp_path / "mine").read_bytes() == b"precious"
 
 
 def test_missing_file_is_not_asked_for_again(server, tmp_path):
@@ -251,7 +310,7 @@ def bucket(server, monkeypatch):
     monkeypatch.setattr(pg19, "ADDRESS", f"{server.url}/get/")
     metadata = server.files["/get/metadata.csv"]
     monkeypatch.setattr(pg19, "METADATA", Source(
-        "metadata.csv", (f"{server.url}/get/metadata.csv",), None,
+        "metadata.csv", (f"{server.url}/get/metadata.csv",), len(metadata),
         f"sha256:{hashlib.sha256(metadata).hexdigest()}"))
     server.books = books
     return server
@@ -283,9 +342,12 @@ def test_pg19_one_wrong_book(bucket, tmp_path):
     assert files_below(tmp_path).keys() == {"metadata.csv", *bucket.books}
 
 
-@pytest.mark.parametrize("answer", [b"<html>", b"[]", b'{"items": [{"name": "train/1.txt"}]}',
-                                    b"{}"])
-def test_pg19_listing_that_is_none(bucket, tmp_path, answer):
+@pytest.mark.parametrize("answer", [
+    b"<html>", b"[]", b'{"items": [{"name": "train/1.txt"}]}', b"{}", b"[" * 100_000,
+    b'{"items": [], "nextPageToken": "again and again"}', b" " * 2_000_000])
+def test_pg19_listing_that_is_none(bucket, tmp_path, answer, monkeypatch):
+    monkeypatch.setattr(pg19, "MAX_PAGES", 20)
+    monkeypatch.setattr(download, "MAX_LIST", 1_000_000)
     bucket.files["/list"] = answer
     with pytest.raises(UserError, match="list"):
         fetch("pg19", tmp_path)

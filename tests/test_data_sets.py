@@ -3,18 +3,26 @@
 import hashlib
 import io
 import json
+import math
+import os
 import re
+import shlex
+import shutil
+import struct
 import sys
 import tarfile
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
 
-from rt_scratch.data import cifar10, enwik8, imagenet64, load, open_codec, pg19
+from rt_scratch.data import cifar10, enwik8, imagenet64, load, open_codec, pg19, score
 from rt_scratch.data import wikitext103 as wikitext
 from rt_scratch.data.__main__ import main
+from rt_scratch.data.batches import eval_windows
 from rt_scratch.data.codecs import train_subwords
+from rt_scratch.data.dataset import words_scored
 from rt_scratch.data.images import interleave
 from rt_scratch.errors import UserError
 
@@ -114,12 +122,92 @@ def test_paths_in_archives_do_not_matter(tmp_path, wiki_bytes):
         "enwik8.zip", "cache.json", "train.npy", "valid.npy", "test.npy"}
 
 
-@pytest.mark.parametrize("name", ["enwik8", "wikitext103", "pg19", "cifar10", "imagenet64"])
-def test_data_that_are_not_there(tmp_path, name):
-    with pytest.raises(UserError, match="--data-dir"):
-        main([name])  # data/NAME does not exist
-    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
-        main([name, "--data-dir", str(tmp_path)])
+NEEDED = {  # file, where it comes from, its size
+    "enwik8": ("enwik8", "http://mattmahoney.net/dc/enwik8.zip", "36.4 MB"),
+    "wikitext103": ("wiki.train.tokens", "https://wikitext.smerity.com/wikitext-103-v1.zip",
+                    "190.2 MB"),
+    "pg19": ("ID.txt", "https://storage.googleapis.com/deepmind-gutenberg/", "11,739.7 MB"),
+    "cifar10": ("cifar-10-binary.tar.gz",
+                "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "170.1 MB"),
+    "imagenet64": ("ImageNet 64x64", "https://image-net.org/download.php", "14.1 GB")}
+
+
+@pytest.mark.parametrize("name", NEEDED)
+@pytest.mark.parametrize("folder", ["no such", "an empty one", "a file.zip", None])
+def test_data_that_are_not_there(tmp_path, name, folder):
+    """Which file, whence, how large, and the command to get it, whole."""
+    (tmp_path / "an empty one").mkdir()
+    zipped(tmp_path / "a file.zip", x=b"x")
+    arguments = [name] + (["--data-dir", str(tmp_path / folder)] if folder else [])
+    with pytest.raises(UserError) as e:
+        main(arguments)
+    said = str(e.value)
+    assert said.startswith(f"{tmp_path / folder if folder else f'data/{name}'}: ")
+    assert all(part in said for part in NEEDED[name]) and "\n" not in said
+    assert "--data-dir" in said
+    if name != "imagenet64":
+        place = {"a file.zip": tmp_path, None: None}.get(folder, folder and tmp_path / folder)
+        at = f" --data-dir {shlex.quote(str(place))}" if place else ""
+        assert f"`python -m rt_scratch.data {name} --download{at}` fetches it" in said
+
+
+@pytest.mark.parametrize("name, file, sentence", [
+    ("wikitext103", "wiki.train.raw", "this is the raw edition"),
+    ("wikitext103", "wikitext-103-raw-v1.zip", "this is the raw edition"),
+    ("wikitext103", "wikitext-103-raw/wiki.train.raw", "this is the raw edition"),
+    ("cifar10", "cifar-10-python.tar.gz", "made of pickles, which are never read"),
+    ("cifar10", "cifar-10-batches-py/data_batch_1", "made of pickles, which are never read"),
+    ("cifar10", "data_batch_1.mat", "for Matlab"),
+    ("imagenet64", "train_data_batch_1", "made of pickles, which are never read"),
+    ("imagenet64", "Imagenet64_val.zip", "made of pickles, which are never read")])
+def test_another_edition(tmp_path, name, file, sentence):
+    """Also where it is named itself."""
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_bytes(b"x")
+    for at in (tmp_path, tmp_path / file):
+        if at == tmp_path or at.parent == tmp_path:
+            with pytest.raises(UserError, match=sentence) as e:
+                load(name, at)
+            assert NEEDED[name][1] in str(e.value)
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_the_one_file_of_three(tmp_path, split):
+    make_wikitext(tmp_path)
+    (tmp_path / f"wiki.{split}.tokens").unlink()
+    with pytest.raises(UserError, match=f": no wiki.{split}.tokens here; wikitext-103-v1.zip"):
+        load("wikitext103", tmp_path)
+
+
+def test_the_protocol_tells_the_tokens(tmp_path, cifar_files, imagenet):
+    """Other tokens or labels of the same number are other data."""
+    pytest.importorskip("tokenizers")
+
+    def changes(name, folder, change, **more):
+        before = load(name, folder, **more).protocol
+        assert re.search(r"sha256 [0-9a-f]{12}$", before)
+        change(folder)
+        after = load(name, folder, **more).protocol
+        return before[:-12] == after[:-12] and before[-12:] != after[-12:]
+
+    for name in ("c", "i", "w", "p"):
+        (tmp_path / name).mkdir()
+    write_cifar(tmp_path / "c", cifar_files)
+    cifar_files["data_batch_3.bin"][7, 0] ^= 1  # one label
+    assert changes("cifar10", tmp_path / "c", lambda folder: write_cifar(folder, cifar_files))
+    for name, (images, labels) in imagenet.items():
+        (tmp_path / "i" / name).write_bytes(npz_batch(images, labels))
+    swapped = npz_batch(imagenet["val_data.npz"][0][:7], imagenet["val_data.npz"][1][:7])
+    assert changes("imagenet64", tmp_path / "i",
+                   lambda folder: (folder / "train_data_batch_1.npz").write_bytes(swapped))
+    make_pg19(tmp_path / "p")
+    book = tmp_path / "p" / "train" / "10.txt"
+    assert changes("pg19", tmp_path / "p", vocab_size=257, change=lambda folder: book.write_bytes(
+        book.read_bytes().swapcase()))
+    make_wikitext(tmp_path / "w")
+    old, new = "tokens sha256 ", load("wikitext103", tmp_path / "w").protocol
+    make_wikitext(tmp_path / "w", valid=b" \n cat the \n")
+    assert old in new and new[-12:] != load("wikitext103", tmp_path / "w").protocol[-12:]
 
 
 def test_command_line(tmp_path, wiki_bytes, capsys):
@@ -178,7 +266,7 @@ def test_wikitext_codec(tmp_path):
     assert data.codec.encode(b"").tolist() == []
     assert data.codec.encode(b"\xff\n").tolist() == [6, 0]
     assert data.codec.decode(data.codec.encode(b"the cat\n")) == b"the cat \n"
-    _, _, encode, decode = open_codec("words", data.codec.file)
+    _, _, encode, decode, *_ = open_codec("words", data.codec.file)
     assert encode(TRAIN).tolist() == data.splits["train"].tolist()
     assert decode([1, 0]) == b"the \n"
 
@@ -233,6 +321,37 @@ def test_wikitext_many_words_take_wider_integers(tmp_path):
     assert load("wikitext103", tmp_path).splits["train"].dtype == np.uint16
 
 
+def test_archives_are_read_no_further_than_expected(tmp_path, monkeypatch, wiki_bytes):
+    (tmp_path / "w").mkdir()
+    zipped(tmp_path / "w" / "wikitext-103-v1.zip", **{
+        f"wiki.{s}.tokens": b"the cat\n" * 100 for s in ("train", "valid", "test")})
+    assert len(load("wikitext103", tmp_path / "w").splits["train"]) == 300
+    shutil.rmtree(tmp_path / "w" / "rt_cache")
+    monkeypatch.setattr(wikitext, "MAX_FILE", 799)
+    with pytest.raises(UserError, match="unpacks to 800 bytes, more than the 799"):
+        load("wikitext103", tmp_path / "w")
+    make_wikitext(tmp_path / "l", train=b"x" * 1000)
+    monkeypatch.setattr(wikitext, "MAX_LINE", 900)
+    with pytest.raises(UserError, match="a line of more than 900 bytes"):
+        load("wikitext103", tmp_path / "l")
+    zipped(tmp_path / "enwik8.zip", enwik8=wiki_bytes + bytes(10 ** 7))
+    read = []
+    monkeypatch.setattr(enwik8, "chunks", lambda f: (read.append(c) or c for c in iter(
+        lambda: f.read(700), b"")))
+    with pytest.raises(UserError, match="3,500 bytes or more of text; enwik8 has 3,000"):
+        load("enwik8", tmp_path)
+    assert len(read) == 5
+
+
+def test_a_member_that_is_listed_twice(tmp_path, wiki_bytes):
+    with pytest.warns(UserWarning, match="Duplicate"), \
+            zipfile.ZipFile(tmp_path / "enwik8.zip", "w") as z:
+        z.writestr("enwik8", wiki_bytes)
+        z.writestr("enwik8", b"something else")
+    with pytest.raises(UserError, match="enwik8.zip: holds enwik8 twice"):
+        load("enwik8", tmp_path)
+
+
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
 def test_wikitext_with_an_empty_split(tmp_path, split):
     make_wikitext(tmp_path, **{split: b""})
@@ -247,6 +366,14 @@ def test_wikitext_vocabulary_that_is_none(tmp_path):
         open_codec("words", tmp_path / "vocab.txt")
     with pytest.raises(UserError, match="not a list of words"):
         open_codec("words")
+
+
+def test_wikitext_vocabulary_cut_short(tmp_path):
+    (tmp_path / "vocab.txt").write_bytes(b"<eos>\n<unk>\nthe")
+    codec = open_codec("words", tmp_path / "vocab.txt")
+    assert codec.decode([2, 0]) == b"the \n"
+    with pytest.raises(UserError, match="has 3 words, none for id 3"):
+        codec.decode([2, 3])
 
 
 # -------------------------------------------------------------------------------------- PG-19
@@ -351,7 +478,7 @@ def test_subwords_keep_every_byte(subwords):
     from hypothesis import given
     from hypothesis import strategies as st
 
-    _, _, encode, decode = open_codec("subwords", subwords)
+    _, _, encode, decode, *_ = open_codec("subwords", subwords)
 
     @given(st.one_of(st.binary(max_size=60), st.text(max_size=40).map(str.encode),
                      st.lists(st.sampled_from([b" ", b"\r\n", b"the", b"\n", b"it's", b"\t", b"9",
@@ -383,6 +510,66 @@ def test_tokenizer_file_that_is_none(tmp_path):
         open_codec("subwords")
     with pytest.raises(UserError, match="missing; a run folder"):
         open_codec("subwords", tmp_path / "missing.json")
+
+
+def test_foreign_tokenizers(tmp_path, subwords):
+    """Of whole words, of characters beyond a byte, without some bytes, with text of its own."""
+    tokenizers = pytest.importorskip("tokenizers")
+    mine = json.loads(subwords.read_text())
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"the": 0, "[UNK]": 1}, "[UNK]"))
+    greek, poor, holes = (json.loads(subwords.read_text()) for _ in range(3))
+    greek["model"]["vocab"]["\u03b1"] = len(greek["model"]["vocab"])
+    poor["model"]["vocab"].pop("\u00ff")
+    holes["model"]["vocab"]["a lot"] = 10 ** 9
+    lower = mine | {"normalizer": {"type": "Lowercase"}}
+    for other in (json.loads(words.to_str()), greek, poor, holes, lower):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(other))
+        with pytest.raises(UserError, match="of another kind|not a tokenizer file"):
+            open_codec("subwords", tmp_path / "tokenizer.json")
+
+
+def test_words_of_windows(tmp_path):
+    """Any windows that make up the split have its words between them, wherever they are cut."""
+    pytest.importorskip("tokenizers")
+    from hypothesis import given
+    from hypothesis import strategies as st
+
+    odd = "non\u00a0breaking  em\u2003space \u3000 wide\u0085next\x1cfile".encode()
+    make_pg19(tmp_path, test={5: BOOK.encode() * 2, 6: odd, 7: b"  ", 8: b"end", 9: AWKWARD,
+                              10: b"x" * 200, 11: b"begin again"})
+    data = load("pg19", tmp_path, vocab_size=300)
+
+    @given(st.lists(st.integers(0, len(data.splits["test"])), max_size=9))
+    def holds(cuts):
+        cuts = [0, *sorted(cuts), len(data.splits["test"])]
+        assert sum(data.words("test", i, j) for i, j in zip(cuts, cuts[1:], strict=False)) == (
+            data.units["test"])
+
+    holds()
+    for split, tokens in data.splits.items():
+        for t, batch, stride in ((7, 3, 0), (64, 2, 0), (32, 4, 5)):
+            assert sum(words_scored(data, split, weights, index, stride or t) for _, weights, index
+                       in eval_windows(tokens, t, batch, stride)) == data.units[split]
+    text = data.codec.decode(data.splits["valid"][1:])
+    assert data.words("valid", 0, len(data.splits["valid"])) == len(text.decode().split())
+    half = len(data.splits["valid"]) // 2  # a window that starts at a word has that text's words
+    while not data.codec.decode(data.splits["valid"][half : half + 1]).startswith(b" "):
+        half += 1
+    assert data.words("valid", half, len(data.splits["valid"])) == len(
+        data.codec.decode(data.splits["valid"][half:]).decode().split())
+
+
+def test_part_of_a_split_is_scored_by_its_own_words(tmp_path):
+    """Short words, then long ones: the same nats per word, whichever half is scored."""
+    pytest.importorskip("tokenizers")
+    make_pg19(tmp_path, test={1: b"a b c d " * 100, 2: b"abcdefg " * 100})
+    data = load("pg19", tmp_path, vocab_size=257)
+    for window, words in ((0, 400), (1, 100)):
+        batches = eval_windows(data.splits["test"], 801, 1)
+        _, weights, index = list(batches)[window]
+        n_words = words_scored(data, "test", weights, index, 801)
+        assert n_words == words
+        assert score(words * math.log(9), 801, data, "test", n_words) == pytest.approx(9)
 
 
 # ----------------------------------------------------------------------------------- CIFAR-10
@@ -476,7 +663,116 @@ def test_cifar10_bad_files(tmp_path, cifar_files):
         with pytest.raises(UserError, match=f"data_batch_3.bin .*{message}"):
             load("cifar10", tmp_path)
     (tmp_path / "test_batch.bin").unlink()
-    with pytest.raises(UserError, match="binary version, not the one for Python"):
+    with pytest.raises(UserError, match=": no test_batch.bin here; cifar-10-binary.tar.gz"):
+        load("cifar10", tmp_path)
+    for name in cifar10.TRAIN:
+        (tmp_path / name).unlink()
+    write_cifar(tmp_path, {"test_batch.bin": cifar_files["test_batch.bin"]})
+    with pytest.raises(UserError, match=": no data_batch_1.bin ... data_batch_5.bin here"):
+        load("cifar10", tmp_path)
+
+
+def test_cifar10_is_official_only_if_its_checksums_are(tmp_path, cifar_files, monkeypatch):
+    write_cifar(tmp_path, cifar_files)
+    assert "NOT VERIFIED: data_batch_1.bin" in load("cifar10", tmp_path).protocol
+    for name, records in cifar_files.items():
+        monkeypatch.setitem(cifar10.OFFICIAL, name, hashlib.sha256(bytes(records)).hexdigest())
+    assert "verified by the sha256 of the files" in load("cifar10", tmp_path).protocol
+    (tmp_path / "test_batch.bin").write_bytes(bytes(cifar_files["data_batch_1.bin"]))
+    assert "NOT VERIFIED: test_batch.bin;" in load("cifar10", tmp_path).protocol
+
+
+class Hostile:
+    """Members that a tar of CIFAR-10 should not have, each to be added to a good one."""
+
+    def second(tar, name):
+        add(tar, name, b"something else")
+
+    def link_loop(tar, name):
+        add(tar, name, kind=tarfile.SYMTYPE, link=name)
+
+    def hard_link_loop(tar, name):
+        add(tar, "a", kind=tarfile.LNKTYPE, link="b")
+        add(tar, "b", kind=tarfile.LNKTYPE, link="a")
+
+    def device(tar, name):
+        add(tar, name, kind=tarfile.CHRTYPE)
+
+    def pipe(tar, name):
+        add(tar, name, kind=tarfile.FIFOTYPE)
+
+    def folder(tar, name):
+        add(tar, name, kind=tarfile.DIRTYPE)
+
+    def sparse(tar, name):
+        add(tar, name, kind=tarfile.GNUTYPE_SPARSE)
+
+    def negative_size(tar, name):
+        header = bytearray(tarfile.TarInfo("x").tobuf(tarfile.GNU_FORMAT))
+        header[124:136] = b"\xff" * 10 + struct.pack(">h", -1024)  # back to this very header
+        header[148:156] = b"        "
+        header[148:156] = b"%06o\0 " % sum(header)
+        tar.fileobj.write(header)
+        tar.offset += len(header)
+
+    def sparse_map(tar, name):
+        info = tarfile.TarInfo(name)
+        info.pax_headers = {"GNU.sparse.map": "1,2,three", "GNU.sparse.size": "many"}
+        tar.addfile(info)
+
+    def sparse_map_1(tar, name):
+        info = tarfile.TarInfo(name)
+        info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
+        tar.addfile(info)
+
+    def bad_pax_number(tar, name):
+        info = tarfile.TarInfo("x")
+        info.pax_headers = {"size": "-3", "mtime": "yesterday"}
+        tar.addfile(info)
+
+    def many_headers(tar, name):
+        long = tarfile.TarInfo("././@LongLink")
+        long.type, long.size = tarfile.GNUTYPE_LONGNAME, 5
+        for _ in range(3000):
+            tar.fileobj.write(long.tobuf(tarfile.GNU_FORMAT) + b"name\0".ljust(512, b"\0"))
+            tar.offset += 1024
+
+
+def add(tar, name, content=b"", kind=tarfile.REGTYPE, link=""):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, link, len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("how", [n for n in vars(Hostile) if not n.startswith("_")])
+@pytest.mark.parametrize("first", [True, False])
+def test_hostile_tars(tmp_path, cifar_files, how, first):
+    """Either the right images or one line; what was found is what is read."""
+    write_cifar(tmp_path, cifar_files)
+    want = load("cifar10", tmp_path).splits["test"].tobytes()
+    (tmp_path / "t").mkdir()
+    with tarfile.open(tmp_path / "t" / "cifar-10-binary.tar.gz", "w:gz") as tar:
+        if first:
+            getattr(Hostile, how)(tar, "test_batch.bin")
+        for name, records in cifar_files.items():
+            add(tar, f"cifar-10-batches-bin/{name}", bytes(records))
+        if not first:
+            getattr(Hostile, how)(tar, "test_batch.bin")
+    try:
+        assert load("cifar10", tmp_path / "t").splits["test"].tobytes() == want
+    except UserError as e:
+        assert "\n" not in str(e) and re.search("damaged|twice|--download", str(e))
+    assert no_leftovers(tmp_path)
+
+
+def test_a_tar_that_unpacks_to_more_than_it_should(tmp_path, monkeypatch, cifar_files):
+    monkeypatch.setattr("rt_scratch.data.files.MAX_TAR", 3 * 10 ** 6)
+    tar_of(tmp_path / "cifar-10-binary.tar.gz", {
+        **{name: bytes(records) for name, records in cifar_files.items()}})
+    assert len(load("cifar10", tmp_path).splits["test"]) == 20
+    tar_of(tmp_path / "cifar-10-binary.tar.gz", {
+        "zeros": bytes(6 * 10 ** 6), **{n: bytes(r) for n, r in cifar_files.items()}})
+    with pytest.raises(UserError, match="more than 3,000,000 bytes"):
         load("cifar10", tmp_path)
 
 
@@ -510,8 +806,9 @@ def imagenet(monkeypatch):
                             ("train_data_batch_10.npz", 3), ("val_data.npz", 8))}
 
 
-def check_imagenet(data, train, test):
-    held = np.arange(len(train)) % 4 == 3
+def check_imagenet(data, train, test, held=None):
+    if held is None:
+        held = np.arange(len(train)) % 4 == 3
     for split, images in (("train", train[~held]), ("valid", train[held]), ("test", test)):
         pixels = images.reshape(-1, 3, 64, 64).transpose(0, 2, 3, 1)
         assert (data.splits[split].reshape(-1, 64, 64, 3) == pixels).all()
@@ -556,7 +853,14 @@ def test_imagenet_counts_are_asserted(tmp_path, imagenet, monkeypatch):
     (lambda x, y: npz_batch(x.astype(float), y), "float64"),
     (lambda x, y: npz_batch(x, y[:-1]), "uint8"),
     (lambda x, y: npz_batch(x, y + 1000), "1 to 1000"),
-    (lambda x, y: npz_batch(x, np.array(y.tolist(), object)), "(?i)pickle|object"),
+    (lambda x, y: npz_batch(x, y.reshape(-1, 1)), r"labels are int64\(8, 1\)"),
+    (lambda x, y: npz_batch(x, y[0]), r"labels are int64\(\)"),
+    (lambda x, y: npz_batch(x, y.astype(float)), r"labels are float64\(8,\)"),
+    (lambda x, y: npz_batch(np.asfortranarray(x), y), "order of columns"),
+    (lambda x, y: zip_bytes({"labels.npy": npy_header("(10 ** 12,)".replace("10 ** 12", str(
+        10 ** 12)), "<i8"), "data.npy": b""}), r"labels are int64\(1000000000000,\)"),
+    (lambda x, y: zip_bytes({"labels.npy": npy_header("(8,)", "<i8") + bytes(9) * 8}), "more than"),
+    (lambda x, y: npz_batch(x, np.array(y.tolist(), object)), "labels are object"),
     (lambda x, y: npz_batch(x, y)[:-500], "damaged"),
     (lambda x, y: b"a text file where images are expected", "damaged"),
     (lambda x, y: zip_bytes({"other.npy": b"x"}), "labels.npy"),
@@ -570,6 +874,11 @@ def test_imagenet_bad_npz(tmp_path, imagenet, batch, message):
     assert no_leftovers(tmp_path)
 
 
+def npy_header(shape, dtype):
+    text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}}}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
+
+
 def zip_bytes(members):
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as z:
@@ -578,11 +887,12 @@ def zip_bytes(members):
     return out.getvalue()
 
 
-def png(pixels):
+def png(pixels, **options):
     from PIL import Image
 
     out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(out, "PNG", **options)
     return out.getvalue()
 
 
@@ -603,8 +913,13 @@ def test_imagenet_png(tmp_path, imagenet, packed):
             (tmp_path / name).mkdir()
             for path, content in members.items():
                 (tmp_path / path).write_bytes(content)
+            (tmp_path / name / "._0000000.png").write_bytes(b"what macOS keeps beside it")
+            os.mkfifo(tmp_path / name / "pipe.png")
     data = load("imagenet64", tmp_path)
-    check_imagenet(data, train, test)
+    held = np.array([int(hashlib.sha256(b"%07d.png" % i).hexdigest()[:16], 16) % 4 == 0
+                     for i in range(7)])
+    assert 0 < held.sum() < 7
+    check_imagenet(data, train, test, held)
     assert data.labels is None
     assert data.n_classes == 0
     assert "older PNG version" in data.protocol
@@ -612,6 +927,100 @@ def test_imagenet_png(tmp_path, imagenet, packed):
     (tmp_path / "train_data_batch_1.npz").write_bytes(npz_batch(*imagenet["val_data.npz"]))
     with pytest.raises(UserError, match="both versions"):
         load("imagenet64", tmp_path)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_imagenet_png_holds_out_by_name(tmp_path, imagenet, order):
+    """The same pictures, in whatever order a tar has them."""
+    pytest.importorskip("PIL")
+    images = np.concatenate([images for images, _ in imagenet.values()])
+    members = list(png_members(images, "./a/train_64x64").items())[::order]
+    members.insert(0, ("./a/train_64x64/._0000001.png", b"x"))
+    tar_of(tmp_path / "train_64x64.tar", dict(members), "w")
+    tar_of(tmp_path / "valid_64x64.tar", dict(members[1:4]), "w")
+    data = load("imagenet64", tmp_path)
+    held = {i for i in range(len(images))
+            if int(hashlib.sha256(b"%07d.png" % i).hexdigest()[:16], 16) % 4 == 0}
+    pixels = images.reshape(-1, 3, 64, 64).transpose(0, 2, 3, 1).reshape(len(images), -1)
+    assert {row.tobytes() for row in data.splits["valid"]} == {pixels[i].tobytes() for i in held}
+    assert len(data.splits["train"]) == len(images) - len(held)
+    assert "1 image in 4, by a hash of its file's name" in data.protocol
+    assert "NOT VERIFIED: train_64x64.tar, valid_64x64.tar" in data.protocol
+
+
+def test_imagenet_is_official_only_if_its_checksums_are(tmp_path, imagenet, monkeypatch):
+    pytest.importorskip("PIL")
+    members = png_members(imagenet["val_data.npz"][0], "v")
+    for name in ("train_64x64.tar", "valid_64x64.tar"):
+        tar_of(tmp_path / name, members, "w")
+        monkeypatch.setitem(imagenet64.OFFICIAL, name,
+                            hashlib.sha256((tmp_path / name).read_bytes()).hexdigest())
+    assert "verified by the sha256 of the archives" in load("imagenet64", tmp_path).protocol
+
+
+def kinds_of_pictures():
+    """name: (file, what a viewer shows (64, 64, 3))"""
+    from PIL import Image
+
+    ramp = np.arange(64 * 64, dtype=np.int64).reshape(64, 64)
+    grey = (ramp * 16).astype(np.uint16)
+    colours = np.stack([ramp % 256, ramp // 16, ramp % 7 * 30], -1).astype(np.uint8)
+    alpha = np.where(ramp % 2, 255, 0).astype(np.uint8)
+    clear = np.where(ramp[..., None] % 2, colours, 255)
+    palette = Image.fromarray((ramp % 3).astype(np.uint8), "P")
+    palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    three = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned: the camera's right is up
+    shown = {0: [255, 255, 255], 1: three[1], 2: three[2]}
+    return {
+        "16 bit": (png(grey), np.repeat(np.rint(grey / 257)[..., None], 3, -1)),
+        "8 bit": (png((ramp % 256).astype(np.uint8)), np.repeat((ramp % 256)[..., None], 3, -1)),
+        "1 bit": (png(Image.fromarray(ramp % 2 == 1)),
+                  np.repeat((ramp % 2 * 255)[..., None], 3, -1)),
+        "transparent": (png(np.dstack([colours, alpha])), clear),
+        "grey, transparent": (png(Image.fromarray(np.dstack([colours[..., 0], alpha]), "LA")),
+                              np.where(ramp[..., None] % 2, colours[..., :1], 255).repeat(3, -1)),
+        "palette": (png(palette), three[ramp % 3]),
+        "palette, transparent": (png(palette, transparency=0), np.array(
+            [shown[i] for i in (ramp % 3).reshape(-1)]).reshape(64, 64, 3)),
+        "turned": (png(colours, exif=exif), np.rot90(colours, -1)),
+        "plain": (png(colours), colours)}
+
+
+def test_kinds_of_png(tmp_path, monkeypatch):
+    pytest.importorskip("PIL")
+    monkeypatch.setattr(imagenet64, "HOLD_OUT", 2)
+    pictures = kinds_of_pictures()
+    names = [f"{i}.png" for i in range(100)]
+    files = {name: content for name, (content, _) in zip(names, pictures.values(), strict=False)}
+    tar_of(tmp_path / "valid_64x64.tar", files, "w")
+    tar_of(tmp_path / "train_64x64.tar", files, "w")
+    data = load("imagenet64", tmp_path)
+    for (name, (_, want)), row in zip(pictures.items(), data.splits["test"], strict=True):
+        assert (row.reshape(64, 64, 3) == want).all(), name
+
+
+def chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(
+        ">I", zlib.crc32(kind + content))
+
+
+def test_pictures_that_would_unpack_to_gigabytes(tmp_path):
+    pytest.importorskip("PIL")
+    good = png(np.zeros((64, 64, 3), np.uint8))
+    tar_of(tmp_path / "valid_64x64.tar", {"a.png": good}, "w")
+    start, rest, zeros = good[:33], good[33:], b"x\0\0" + zlib.compress(bytes(10 ** 8))
+    huge = chunk(b"IHDR", struct.pack(">IIBBBBB", 10 ** 5, 10 ** 5, 8, 2, 0, 0, 0))
+    for bad in (good[:8] + huge + rest, start + chunk(b"iCCP", zeros) + rest,
+                start + chunk(b"zTXt", zeros) + rest, good + bytes(2 * 10 ** 6), good[:-20],
+                good.replace(b"IEND", b"IENX")):
+        tar_of(tmp_path / "train_64x64.tar", {"a.png": bad, "b.png": bad}, "w")
+        try:
+            data = load("imagenet64", tmp_path)
+            assert not any(split.any() for split in data.splits.values())
+        except UserError as e:
+            assert "\n" not in str(e)
 
 
 def test_imagenet_bad_png(tmp_path, imagenet):

@@ -1,12 +1,18 @@
 """stdlib and own text files: splits, units, scores, and what the user may get wrong."""
 
+import bz2
+import codecs
+import gzip
+import lzma
 import math
+import os
 
 import numpy as np
 import pytest
 
-from rt_scratch.data import DATASETS, load, open_codec, outline, score
+from rt_scratch.data import DATASETS, load, open_codec, outline, score, text
 from rt_scratch.data import stdlib as stdlib_module
+from rt_scratch.data.batches import random_windows
 from rt_scratch.errors import UserError
 
 
@@ -47,8 +53,8 @@ def test_stdlib_holds_out_whole_files(tmp_path):
                 if stdlib_module.split_of(p) == split]
         assert [line for line in part if line] == [
             b"x = " + p.split("mod")[1].removesuffix(".py").encode() for p in want]
-        text = data.codec.decode(data.splits[split])
-        assert text.count(b"\n\n") == len(want) - 1  # a newline between two files
+        joined = data.codec.decode(data.splits[split])
+        assert joined.count(b"\n\n") == len(want) - 1  # a newline between two files
 
 
 def test_stdlib_split_never_changes():
@@ -97,9 +103,121 @@ def test_bad_text_file(tmp_path, content, message):
         load(str(path))
 
 
-def test_folder_is_not_text(tmp_path):
-    with pytest.raises(UserError, match="folder"):
-        load(str(tmp_path))
+def write_folder(root, n=40):
+    for i in range(n):
+        (root / f"part{i % 3}").mkdir(parents=True, exist_ok=True)
+        (root / f"part{i % 3}" / f"{i}.txt").write_bytes(b"%03d" % i * (5 + i))
+    (root / ".git").mkdir(parents=True)
+    (root / ".git" / "hidden").write_bytes(b"HIDDEN")
+    (root / "empty.txt").write_bytes(b"")
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_folder_holds_out_whole_files(tmp_path, in_memory, monkeypatch):
+    if not in_memory:
+        monkeypatch.setattr(text, "IN_MEMORY", 1000)
+        monkeypatch.setattr("rt_scratch.data.files.CHUNK", 10)
+    write_folder(tmp_path / "mine")
+    for _ in range(2):
+        data = load(str(tmp_path / "mine"))
+        files = {split: tokens.tobytes().split(b"\n") for split, tokens in data.splits.items()}
+        assert {split: len(part) for split, part in files.items()} == {
+            "train": 36, "valid": 2, "test": 2}
+        assert sorted(sum(files.values(), [])) == [b"%03d" % i * (5 + i) for i in range(40)]
+        assert all(isinstance(t, np.memmap) != in_memory for t in data.splits.values())
+        assert (data.name, data.unit) == ("mine", "bits/byte")
+        assert "whole held-out files of a folder" in data.protocol
+    held = files["valid"] + files["test"]
+    assert load(str(tmp_path / "mine") + "/").protocol == data.protocol
+    (tmp_path / "mine" / "part0" / "0.txt").write_bytes(b"other")
+    assert load(str(tmp_path / "mine")).protocol != data.protocol
+    again = load(str(tmp_path / "mine")).splits
+    if b"000" * 5 not in held:
+        assert again["valid"].tobytes().split(b"\n") + again["test"].tobytes().split(b"\n") == held
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_folder_of_next_to_no_files(tmp_path, n):
+    write_folder(tmp_path / "mine", n)
+    with pytest.raises(UserError, match=f"a folder with {n} files"):
+        load(str(tmp_path / "mine"))
+
+
+def test_folder_with_a_pipe_in_it(tmp_path):
+    write_folder(tmp_path / "mine")
+    before = load(str(tmp_path / "mine")).protocol
+    os.mkfifo(tmp_path / "mine" / "pipe")
+    (tmp_path / "mine" / "loop").symlink_to(tmp_path / "mine")
+    (tmp_path / "mine" / "gone").symlink_to(tmp_path / "nothing")
+    assert load(str(tmp_path / "mine")).protocol == before
+
+
+PACKED = {
+    "gunzip -k": gzip.compress, "bunzip2 -k": bz2.compress, "unxz -k": lzma.compress,
+    "unzstd": lambda t: b"\x28\xb5\x2f\xfd" + t, "unzip": lambda t: b"PK\x03\x04" + t,
+    "iconv -f UTF-16": lambda t: t.decode().encode("utf-16"),
+    "iconv -f UTF-16 -t": lambda t: codecs.BOM_UTF16_BE + t.decode().encode("utf-16-be"),
+    "iconv -f UTF-32": lambda t: t.decode().encode("utf-32")}
+
+
+@pytest.mark.parametrize("command", PACKED)
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_what_is_no_text_yet(tmp_path, command, in_folder):
+    """Each by its first bytes, whatever it is called; alone or in a folder."""
+    write_folder(tmp_path / "my books")
+    path = tmp_path / "my books" / "it's.txt"
+    path.write_bytes(PACKED[command](b"what is in it " * 50))
+    with pytest.raises(UserError, match=f"it's.txt: .*{command}.* '.*it'") as e:
+        load(str(path.parent if in_folder else path))
+    assert "\n" not in str(e.value)
+
+
+def test_text_that_only_looks_packed(tmp_path):
+    for content in (b"BZh what a name " * 10, b"PK is short for " * 10, b"\xfe" * 500,
+                    b"\xef\xbb\xbfa mark of UTF-8 " * 10):
+        (tmp_path / "a.txt").write_bytes(content)
+        assert load(str(tmp_path / "a.txt")).splits["train"].tobytes() == content[
+            : len(content) * 9 // 10]
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda path: os.mkfifo(path), "a pipe or a device"),
+    (lambda path: path.symlink_to("/dev/zero"), "a pipe or a device"),
+    (lambda path: path.symlink_to("/dev/null"), "a pipe or a device"),
+    (lambda path: path.symlink_to(path), "no such file")])
+def test_no_ordinary_file(tmp_path, make, message):
+    make(tmp_path / "a.txt")
+    with pytest.raises(UserError, match=message):
+        load(str(tmp_path / "a.txt"))
+
+
+def test_pattern(tmp_path):
+    with pytest.raises(UserError, match="give the folder that holds them"):
+        load(str(tmp_path / "*.txt"))
+    (tmp_path / "*.txt").write_bytes(b"x" * 200)  # an odd name, but a name
+    assert load(str(tmp_path / "*.txt")).name == "*.txt"
+
+
+@pytest.mark.parametrize("change", [lambda p: os.truncate(p, 4096), lambda p: os.utime(p, (1, 1)),
+                                    lambda p: p.unlink(), lambda p: p.write_bytes(b"?" * 500_000)])
+def test_text_that_changes_while_it_is_used(tmp_path, change, monkeypatch):
+    """A short one was read at once; of a long one, a change is seen before the next look."""
+    path = tmp_path / "a.txt"
+    for in_memory in (10 ** 9, 1000):
+        monkeypatch.setattr(text, "IN_MEMORY", in_memory)
+        content = bytes(np.random.default_rng(0).integers(0, 256, 500_000, np.uint8))
+        path.write_bytes(content)
+        os.utime(path, (5, 5))
+        data = load(str(path))
+        batch = random_windows(data.splits["train"], 100, 4, 0, 0)
+        assert all(bytes(row.astype(np.uint8)) in content for row in batch)
+        change(path)
+        if in_memory > 1000:
+            assert b"".join(t.tobytes() for t in data.splits.values()) == content
+        else:
+            assert isinstance(data.splits["train"], np.memmap)
+            with pytest.raises(UserError, match="a.txt: changed while it was read"):
+                random_windows(data.splits["train"], 100, 4, 0, 1)
 
 
 def test_unreadable_text_file(tmp_path, monkeypatch):
@@ -107,7 +225,7 @@ def test_unreadable_text_file(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     (tmp_path / "my.txt").write_bytes(b"x" * 1000)
-    monkeypatch.setattr(np, "memmap", forbidden)  # chmod would not stop root
+    monkeypatch.setattr("pathlib.Path.read_bytes", forbidden)  # chmod would not stop root
     with pytest.raises(UserError, match=r"my.txt: cannot be read \(Permission denied\)"):
         load(str(tmp_path / "my.txt"))
 
@@ -160,12 +278,13 @@ def test_scores(tmp_path):
     words = data._replace(unit="ppl/word", units={"train": 300})
     assert score(300 * math.log(5), 900, words, "train") == pytest.approx(5)
     assert score(100 * math.log(5), 300, words, "train") == pytest.approx(5)  # a third of it
+    assert score(60 * math.log(5), 300, words, "train", n_words=60) == pytest.approx(5)
     assert math.isnan(score(math.nan, 900, words, "train"))
     assert score(1e9, 900, words, "train") == math.inf
 
 
 def test_codec_of_bytes():
-    name, file, encode, decode = open_codec("bytes")
+    name, file, encode, decode, *_ = open_codec("bytes")
     assert (name, file) == ("bytes", None)
     everything = bytes(range(256))
     assert encode(everything).tolist() == list(range(256))

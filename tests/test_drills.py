@@ -124,13 +124,13 @@ MOMENTUM = Optimizer(lambda flat, table: {"m": array_module(flat).zeros_like(fla
                      momentum_update)
 
 
-def linear_decay(step, lr, warmup, total):
-    """From lr to 0 in a straight line."""
-    return lr * (1 - step / total)
+def quadratic(step, lr, warmup, total):
+    """From lr to 0 along a parabola."""
+    return lr * (1 - step / total) ** 2
 
 
 ROWS = [(FEED_FORWARDS, "squared", SQUARED), (KINDS, "dilated", DILATED),
-        (OPTIMIZERS, "momentum", MOMENTUM), (SCHEDULES, "linear", linear_decay)]
+        (OPTIMIZERS, "momentum", MOMENTUM), (SCHEDULES, "quadratic", quadratic)]
 
 
 @pytest.fixture(autouse=True)
@@ -180,7 +180,7 @@ def test_the_cost_of_a_new_row():
 
 def test_an_optimizer_and_a_schedule():
     m = setup(SMALL)
-    recipe = TrainConfig(optimizer="momentum", schedule="linear", lr=0.1, steps=4, clip=0.0,
+    recipe = TrainConfig(optimizer="momentum", schedule="quadratic", lr=0.1, steps=4, clip=0.0,
                          weight_decay=0.5, precision="float64").validate()
     state = step.new_state(SMALL, recipe, np)._replace(flat=m.flat.copy(), centroids=m.centroids)
     flat, momentum, grads = m.flat.copy(), 0, np.empty_like(m.flat)
@@ -188,9 +188,9 @@ def test_an_optimizer_and_a_schedule():
         parts = [(m.ids, None)]
         expected = step.gradients(state, grads, parts, SMALL, recipe)
         momentum = 0.9 * momentum + grads
-        flat -= 0.1 * (1 - i / 4) * (momentum + 0.5 * flat)
+        flat -= 0.1 * (1 - i / 4) ** 2 * (momentum + 0.5 * flat)
         state, result = step.train_step(state, grads, parts, SMALL, recipe)
-        assert result.lr == 0.1 * (1 - i / 4) and result.nats == expected.nats
+        assert result.lr == 0.1 * (1 - i / 4) ** 2 and result.nats == expected.nats
         np.testing.assert_allclose(state.flat, flat, rtol=1e-12)
 
 
@@ -198,9 +198,9 @@ def test_all_rows_through_the_scripts(tmp_path, capsys):
     """New names are choices of train.py's flags; a run with them resumes exactly and samples."""
     text = tmp_path / "text.txt"
     text.write_bytes(bytes(range(97, 117)) * 100)
-    flags = ("--attention dilated --ffn squared --optimizer momentum --schedule linear --lr 0.03 "
-             "--device cpu --seq-len 16 --n-layers 1 --width 8 --ffn-width 8 --block 4 --batch 2 "
-             "--eval-windows 2 --steps 4 --eval-every 2").split()
+    flags = ("--attention dilated --ffn squared --optimizer momentum --schedule quadratic "
+             "--lr 0.03 --device cpu --seq-len 16 --n-layers 1 --width 8 --ffn-width 8 --block 4 "
+             "--batch 2 --eval-windows 2 --steps 4 --eval-every 2").split()
     train.main([str(text), *flags, "--out", str(tmp_path / "a")])
     train.main([str(text), *flags, "--out", str(tmp_path / "b"), "--stop-after", "2"])
     train.main(["--resume", "--device", "cpu", "--out", str(tmp_path / "b")])
@@ -217,8 +217,8 @@ def test_all_rows_through_the_scripts(tmp_path, capsys):
     (ModelConfig, "ffn", "geglu, swiglu, relu, squared"),
     (ModelConfig, "attention", "routing, local, full, dilated"),
     (ModelConfig, "routing", "causal, topk, random"),
-    (TrainConfig, "optimizer", "adamw, adafactor, momentum"),
-    (TrainConfig, "schedule", "cosine, constant, rsqrt, linear")])
+    (TrainConfig, "optimizer", "adamw, muon, adafactor, momentum"),
+    (TrainConfig, "schedule", "linear, cosine, constant, rsqrt, quadratic")])
 def test_an_unknown_name_is_refused(cls, field, choices):
     """The choices are those of the table now, rows that were added included."""
     with pytest.raises(UserError, match=f"--{field} nonsense: choose from {choices}$"):

@@ -280,9 +280,16 @@ def released_gradients(flat, table, cfg, variables):
 def test_convert_names_what_is_wrong():
     variables = Golden("E1").below("w/")
     for change, word in (
-            (lambda v: v.pop("emb_dense/bias"), "lack emb_dense/bias"),
-            (lambda v: v.update(surplus=np.zeros(2)), "have surplus"),
-            (lambda v: v.update({"emb_dense/kernel": np.zeros((4, 4))}), "emb_dense/kernel")):
+            (lambda v: v.pop("emb_dense/bias"), "lack emb_dense/bias$"),
+            (lambda v: [v.pop(n) for n in ("emb_dense/bias", "final_dense_2/bias")],
+             "lack emb_dense/bias, final_dense_2/bias$"),
+            (lambda v: v.update(surplus=np.zeros(2), more=np.zeros(())),
+             "no place for surplus, more$"),
+            (lambda v: v.update({"emb_dense/kernel": np.zeros((4, 4)),
+                                 "emb_dense/bias": np.zeros(3)}),
+             r"emb_dense/kernel \(4, 4\), needed \(32, 32\); emb_dense/bias \(3,\), needed"),
+            (lambda v: v.update({"emb_dense/bias": np.full(32, np.nan)}),
+             "emb_dense/bias has values that are not finite")):
         wrong = dict(variables)
         change(wrong)
         with pytest.raises(UserError, match=word):

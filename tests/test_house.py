@@ -23,9 +23,10 @@ FLOORS = [floor.split() for floor in (  # a module imports from lower floors, or
     "config",
     "parameters",
     "model",
-    "step decode released kernels",
+    "step decode kernels tf_checkpoint",
     "device",
     "run",
+    "released",
     "__init__",
     "train sample",
 )]

@@ -8,8 +8,10 @@ from helpers.models import NOISE, SMALL, check_gradient, setup
 from helpers.strategies import configs, lengths, normal, seeds, widths
 from hypothesis import assume, given
 
-from rt_scratch import model
+from rt_scratch import dispatch, model
+from rt_scratch.kernels import cpu
 from rt_scratch.layers import normalize
+from rt_scratch.parameters import views
 from rt_scratch.routing import CAUSAL, MEAN_FLOOR, TOPK, Rule, routing_attention
 
 
@@ -117,18 +119,31 @@ def test_padding_is_not_scored():
     assert model.target_weights(SMALL, ids, "float32").all()
 
 
-@pytest.mark.parametrize("routing", ["causal", "topk"])
-def test_float32_stays_float32(routing):
-    m = setup(dataclasses.replace(SMALL, routing=routing), dtype="float32")
+@pytest.mark.parametrize("twins", [False, True])
+@pytest.mark.parametrize("changes", [
+    dict(routing="causal"), dict(routing="topk", ffn="relu", share_qk=False),
+    dict(routing="random", ffn="swiglu", norm="post", timing_signal=True),
+    dict(kind="image", image_size=3, seq_len=27, vocab_size=256, n_classes=3)], ids=str)
+def test_float32_stays_float32(changes, twins, monkeypatch):
+    """With every dropout on, by the plain functions and by the twins: no wide array is promoted."""
+    if twins:
+        for name, function in cpu.TWINS.items():
+            monkeypatch.setitem(dispatch.twins[name], "numpy", (function, None))
+    rates = dict.fromkeys(("embed_dropout", "attention_dropout", "ffn_dropout",
+                           "residual_dropout"), 0.2)
+    m = setup(dataclasses.replace(SMALL, **rates, **changes).validate(), dtype="float32")
     loss, cache, report = m.loss(noise=NOISE)
-    assert loss.dtype == np.float32
-    assert m.logits().dtype == np.float32
+    assert loss.dtype == m.logits().dtype == np.float32
     assert all(x.counts.dtype == np.float32 for x in report.memberships.values())
-    for block in cache.forward.blocks:
-        assert wide_float64(block) == 0, "a wide array was promoted"
+    assert promoted(cache) == 0
+    grads = views(np.zeros_like(m.flat), m.table)
+    for i, block in enumerate(cache.forward.blocks):
+        dy = np.ones((*m.ids.shape, m.cfg.width), "float32")
+        assert model.block_backward(dy, 0.1, block, grads["layers"][i]).dtype == np.float32
 
 
-def wide_float64(cache):
-    if isinstance(cache, tuple):
-        return sum(wide_float64(x) for x in cache)
-    return int(getattr(cache, "dtype", None) == np.float64)
+def promoted(tree):
+    """How many arrays of float64 are in it, numbers aside."""
+    if isinstance(tree, tuple | list):
+        return sum(map(promoted, tree))
+    return int(getattr(tree, "dtype", None) == np.float64 and np.ndim(tree) > 0)

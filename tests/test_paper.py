@@ -22,9 +22,10 @@ T, D, K, W = 64, 16, 8, 8  # K = W = sqrt(T)
 
 @pytest.fixture
 def head():
-    """Queries (1, 1, T, D) and centroids (1, K, D) of one head."""
+    """Queries (1, 1, T, D) and centroids (1, K, D) of one head, these of different lengths."""
     rng = np.random.default_rng(0)
-    return 3 * rng.normal(size=(1, 1, T, D)), normalize(rng.normal(size=(1, K, D)))[0]
+    mu = normalize(rng.normal(size=(1, K, D)))[0] * rng.uniform(0.5, 1.5, (1, K, 1))
+    return 3 * rng.normal(size=(1, 1, T, D)), mu
 
 
 def attend(q, mu, mode, window=W):

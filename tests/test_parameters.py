@@ -32,6 +32,8 @@ def test_initial_values():
     w = leaves["layers.0.ffn.w_gate"]
     bound = np.sqrt(3 * 0.2 / ((96 + 64) / 2))
     assert 0.98 * bound < np.abs(w).max() <= bound and abs(w.mean()) < bound / 30
+    for other in ("layers.0.ffn.w_value", "layers.1.ffn.w_gate"):  # a stream for each leaf
+        assert (w != leaves[other]).any()
     assert (leaves["norm.gain"] == 1).all() and (leaves["norm.bias"] == 0).all()
     image = dataclasses.replace(SMALL, kind="image", image_size=32, seq_len=3072, vocab_size=256)
     flat, table = init_parameters(image, np, "float32", 7)

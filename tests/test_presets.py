@@ -38,7 +38,8 @@ def test_one_step(dataset, name, tmp_path):
     state, result = train_step(start, np.empty_like(before), [(ids, None)], model, recipe)
     assert np.isfinite(result.nats) and np.isfinite(state.flat).all() and state.step == 1
     assert all((state.flat != before)[leaf.start : leaf.stop].any() for leaf in state.table)
-    assert set(mu) == {i for i in range(model.n_layers) if model.routing_heads(i)} != set()
+    assert set(mu) == {i for i in range(model.n_layers) if model.routing_heads(i)}
+    assert bool(mu) == (name != "released-local")
     assert all((state.centroids[i].mu != mu[i]).any() for i in mu)
 
 
@@ -57,9 +58,32 @@ def test_where_the_paper_differs():
     assert changed("enwik8") == {"n_clusters": 32, "window": 256}
     assert changed("wikitext103") == {"n_layers": 10, "n_clusters": 16, "window": 256}
     assert changed("pg19") == {"routing_layers": (-2, -1)}
-    with pytest.raises(UserError, match="pg19 has released, small, paper"):
+    with pytest.raises(UserError, match="pg19 has released, small, released-local, paper"):
         preset("pg19", "large")
     assert preset("some.txt", "small") == {}
+
+
+DROPOUTS = ("embed_dropout", "attention_dropout", "ffn_dropout", "residual_dropout",
+            "target_dropout")
+
+
+@pytest.mark.parametrize("dataset, name, length, layers, heads, clusters, dropouts", [
+    ("enwik8", "released", 8192, 12, (4, 4), 16, (0, 0, 0, 0.1, 0)),
+    ("enwik8", "released-12k", 12288, 12, (4, 4), 48, (0, 0, 0, 0.1, 0)),
+    ("enwik8", "released-local", 8192, 22, (8, 0), None, (0, 0.4, 0.4, 0.1, 0)),
+    ("wikitext103", "released", 4096, 14, (8, 8), 8, (0.4, 0.4, 0.4, 0.1, 0.25)),
+    ("wikitext103", "released-1k", 1024, 20, (8, 8), 2, (0.4, 0.4, 0.4, 0.1, 0.2)),
+    ("wikitext103", "released-local", 4096, 14, (16, 0), None, (0.4, 0.4, 0.4, 0.1, 0.25)),
+    ("pg19", "released", 8192, 22, (6, 2), 16, (0, 0, 0, 0.1, 0)),
+    ("pg19", "released-local", 8192, 24, (8, 0), None, (0, 0, 0, 0.1, 0))])
+def test_released_text_recipes(dataset, name, length, layers, heads, clusters, dropouts, tmp_path):
+    model, recipe = planned(dataset, name, tmp_path)
+    fields = {f.name: getattr(c, f.name) for c in (model, recipe) for f in dataclasses.fields(c)}
+    assert (model.seq_len, model.n_layers) == (length, layers)
+    assert (model.n_local_heads, model.n_routing_heads) == heads
+    assert clusters in (None, model.n_clusters)
+    assert tuple(fields[f] for f in DROPOUTS) == dropouts
+    assert fields["weight_decay"] == (2e-5 if dataset == "wikitext103" else 0)
 
 
 def test_fields_exist():

@@ -5,10 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from helpers import strictxp
 from helpers.models import SMALL, setup
 
 from rt_scratch import model, step, threads
 from rt_scratch.config import TrainConfig
+from rt_scratch.optim import OPTIMIZERS, LossScale
 from rt_scratch.parallel import World
 
 
@@ -85,7 +87,7 @@ def test_windows_draw_different_dropout():
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("accumulate, parts", [(1, 1), (1, 2), (3, 2)])
-def test_cut(size, accumulate, parts):
+def test_cut_between_processes(size, accumulate, parts):
     """All processes together take every window once, in order, each about as many."""
     m = setup(dataclasses.replace(SMALL, pad_id=0), batch=8)
     m.ids[0, :9] = 0
@@ -110,3 +112,88 @@ def test_an_error_in_a_part_is_raised():
     m.ids[1, 3] = SMALL.vocab_size + 5
     with pytest.raises(IndexError):
         run(m, (1, 1))
+
+
+# ------------------------------------------------------------------------------- the whole step
+
+RECIPE = TrainConfig(precision="float64", parts=2, steps=10, warmup=3, clip=0.05,
+                     weight_decay=0.1)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+@pytest.mark.parametrize("routing", ["causal", "random"])
+def test_train_step(routing, clip, optimizer):
+    """Gradients, clipping, the rate of the step, the update, the centroids: each once, in order."""
+    cfg = dataclasses.replace(SMALL, routing=routing)
+    recipe = dataclasses.replace(RECIPE, clip=clip, optimizer=optimizer).validate()
+    m = setup(cfg, batch=4)
+    state = step.new_state(cfg, recipe, np)._replace(flat=m.flat.copy(), step=1)
+    by_hand, expected = state.flat.copy(), OPTIMIZERS[optimizer].init(state.flat, state.table)
+    parts, grads = step.cut(m.ids, None, cfg, recipe, np), np.empty_like(m.flat)
+    counted = step.gradients(state, grads, parts, cfg, recipe)
+    norm = np.sqrt((grads * grads).sum())
+    assert norm > 0.05
+    g = grads * (0.05 / norm if clip else 1)
+    OPTIMIZERS[optimizer].update(by_hand, g, expected, state.table, 3e-3 * 2 / 3, 1,
+                                 weight_decay=0.1)
+    after, result = step.train_step(state, grads, parts, cfg, recipe)
+    np.testing.assert_allclose(after.flat, by_hand, rtol=1e-12)
+    for name, value in expected.items():
+        np.testing.assert_allclose(after.optimizer[name], value, rtol=1e-9, atol=1e-30)
+    assert (after.step, after.scale, result.applied) == (2, state.scale, True)
+    assert result.nats == counted.nats
+    np.testing.assert_allclose([result.norm, result.lr], [norm, 2e-3])
+    moved = step.move_centroids(state.centroids, counted.memberships, cfg)
+    for i, c in moved.items():
+        for a, b, start in zip(after.centroids[i], c, state.centroids[i], strict=True):
+            np.testing.assert_array_equal(a, b)
+            assert (a != start).any() == (routing == "causal")
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_an_overflow_leaves_the_step_out():
+    """fp16: nothing moves but the count of steps, and the loss scale is halved; then it goes on."""
+    recipe = dataclasses.replace(RECIPE, precision="fp16")
+    state = step.new_state(SMALL, recipe, np)
+    assert state.scale == (2.0**16, 0)
+    m = setup(SMALL, batch=4)
+    parts, grads = step.cut(m.ids, None, SMALL, recipe, np), np.empty_like(state.flat)
+    before, bad = state.flat.copy(), state.flat.copy()
+    bad[5] = np.inf
+    after, result = step.train_step(state._replace(flat=bad), grads, parts, SMALL, recipe)
+    assert not result.applied and not np.isfinite(result.norm)
+    assert after.scale == (2.0**15, 0) and after.step == 1
+    assert after.centroids is state.centroids and not after.optimizer["m"].any()
+    after, result = step.train_step(after._replace(flat=before.copy()), grads, parts, SMALL, recipe)
+    assert result.applied and after.scale == (2.0**15, 1) and (after.flat != before).any()
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**16])
+def test_the_loss_scale_changes_no_bit(scale):
+    """A power of two: gradients come back as they were, and the loss is that of no scale."""
+    m = setup(dataclasses.replace(SMALL, commitment=0.25), dtype="float32")
+    ends = []
+    for value in (1.0, scale):
+        grads = np.empty_like(m.flat)
+        parts = [step.Part(m.ids, None, m.weights, 0, 1.0)]
+        told = step.gradients(m.state(scale=LossScale(value, 0)), grads, parts, m.cfg,
+                              TrainConfig())
+        ends.append((told.nats, grads))
+    assert ends[0][0] == ends[1][0]
+    np.testing.assert_array_equal(ends[0][1], ends[1][1])
+
+
+@pytest.mark.parametrize("windows, accumulate, parts, sizes", [
+    (8, 1, 2, [4, 4]), (8, 2, 2, [2] * 4), (7, 2, 2, [2, 2, 2, 1]), (1, 1, 4, [1]),
+    (3, 1, 4, [1] * 3), (6, 3, 1, [2] * 3)])
+def test_cut(windows, accumulate, parts, sizes):
+    """In order, none twice, none left out; on a device --parts does not count."""
+    ids, labels = np.arange(windows * 5).reshape(windows, 5), np.arange(windows)
+    recipe = TrainConfig(accumulate=accumulate, parts=parts)
+    cuts = step.cut(ids, labels, SMALL, recipe, np)
+    assert [len(part.ids) for part in cuts] == [len(part.labels) for part in cuts] == sizes
+    np.testing.assert_array_equal(np.concatenate([part.ids for part in cuts]), ids)
+    np.testing.assert_array_equal(np.concatenate([part.labels for part in cuts]), labels)
+    assert all(part.labels is None for part in step.cut(ids, None, SMALL, recipe, np))
+    assert len(step.cut(ids, labels, SMALL, recipe, strictxp)) == min(windows, accumulate)

@@ -82,6 +82,7 @@ def test_it_learns(text, tmp_path):
 
 OPTIONS = {
     "adamw": [],
+    "muon": ["--optimizer", "muon"],
     "adafactor": ["--optimizer", "adafactor", "--schedule", "rsqrt", "--weight-decay", "0.01"],
     "dropout": ["--residual-dropout", "0.2", "--attention-dropout", "0.2", "--accumulate", "2"],
     "topk": ["--routing", "topk", "--recompute", "--parts", "1"],

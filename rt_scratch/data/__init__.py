@@ -8,8 +8,16 @@ cifar10, imagenet64 (with images.py); files.py, cache.py and download.py are plu
 """
 
 from rt_scratch.data.codecs import CODECS, Codec, open_codec
-from rt_scratch.data.dataset import Dataset, score
-from rt_scratch.data.table import DATASETS, fetch, load, outline, present, saved_codec
+from rt_scratch.data.dataset import Dataset, score, tokens_per_word
+from rt_scratch.data.table import (
+    DATASETS,
+    fetch,
+    given_codec,
+    load,
+    outline,
+    present,
+    saved_codec,
+)
 
-__all__ = ["CODECS", "DATASETS", "Codec", "Dataset", "fetch", "load", "open_codec", "outline",
-           "present", "saved_codec", "score"]
+__all__ = ["CODECS", "DATASETS", "Codec", "Dataset", "fetch", "given_codec", "load", "open_codec",
+           "outline", "present", "saved_codec", "score", "tokens_per_word"]

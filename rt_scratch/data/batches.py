@@ -53,13 +53,15 @@ def training_batch(dataset: Dataset, n_tokens: int, batch: int, seed: int, step:
     """
     split = dataset.splits["train"]
     if dataset.kind == "text":
-        return random_windows(split, n_tokens, batch, seed, step), None
+        hop = n_tokens if dataset.aligned else 1
+        return random_windows(split, n_tokens, batch, seed, step, hop), None
     ids, index = shuffled_images(split, batch, seed, drawn)
     return ids, dataset.labels["train"][index] if dataset.labels else None
 
 
-def eval_windows(split: np.ndarray, n_tokens: int, batch: int, stride: int = 0,
-                 limit: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def eval_windows(
+    split: np.ndarray, n_tokens: int, batch: int, stride: int = 0, limit: int = 0, pad_id: int = -1,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Batches of tokens (B, T) int32, weights (B, T) float32: 1 where the token is scored, else 0,
     and the number of each row's window in the split (B,).
 
@@ -68,8 +70,9 @@ def eval_windows(split: np.ndarray, n_tokens: int, batch: int, stride: int = 0,
     has at least T - stride tokens of context. Either way each token is scored once. A last window
     that the text does not fill is a batch of its own, at its own length: padding would compete
     with its tokens for the clusters of mode `topk`. Images (N, T): one per row, `stride` unused.
-    All other batches have B rows; spare rows have weight 0. `limit`: only so many windows, evenly
-    spread over the split (0: all).
+    All other batches have B rows; spare rows have weight 0, as tokens `pad_id` have (-1: none).
+    `limit`: only so many windows, evenly spread over the split (0: all); the first window with
+    stride < T is then left out, because its tokens have less context than the others.
     """
     if split.ndim == 2 and split.shape[1] != n_tokens:
         raise UserError(f"images have {split.shape[1]} values, --seq-len is {n_tokens}")
@@ -78,8 +81,8 @@ def eval_windows(split: np.ndarray, n_tokens: int, batch: int, stride: int = 0,
         raise UserError(f"--stride {stride}: must be from 1 to --seq-len {n_tokens}")
     total = count_windows(split, n_tokens, stride)
     n_windows = min(limit or total, total)
-    chosen = range(total) if n_windows == total else [
-        i * total // n_windows for i in range(n_windows)]
+    first = int(split.ndim == 1 and stride < n_tokens and n_windows < total)
+    chosen = [first + i * (total - first) // n_windows for i in range(n_windows)]
     full = [w for w in chosen if split.ndim == 2 or w * stride + n_tokens <= len(split)]
     groups = [(full[i : i + batch], batch, n_tokens) for i in range(0, len(full), batch)]
     groups += [([w], 1, len(split) - w * stride) for w in chosen[len(full) :]]
@@ -95,7 +98,7 @@ def eval_windows(split: np.ndarray, n_tokens: int, batch: int, stride: int = 0,
                 part = split[window * stride : window * stride + n_tokens]
                 scored_from = n_tokens - stride if window else 0
             tokens[row, : len(part)] = part
-            weights[row, scored_from : len(part)] = 1
+            weights[row, scored_from : len(part)] = np.asarray(part[scored_from:]) != pad_id
         yield tokens, weights, index
 
 

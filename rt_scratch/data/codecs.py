@@ -4,12 +4,13 @@ The name of a codec and its file are all that is needed to open it again, so a r
 both and `sample.py` shows exactly what training shows. A dataset with an alphabet of its own adds
 its function to the table from its own module, under its own name:
 
-    CODECS["mine"] = alphabet       # alphabet(file) -> (encode, decode)
+    CODECS["mine"] = alphabet       # alphabet(file) -> (encode, decode), see Codec
     data = Dataset(..., codec=open_codec("mine", file))
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rt_scratch.data.cache import smallest_type
+from rt_scratch.data.released_subwords import RELEASED, released_codec
 from rt_scratch.errors import UserError
 
 EOS, UNK = b"<eos>", b"<unk>"  # the words that stand for a newline and for all unknown words
@@ -31,12 +33,14 @@ MIN_VOCAB = 1 + 256  # boundary and bytes
 
 
 class Codec(NamedTuple):
-    """An open codec. decode(a + b) = decode(a) + decode(b), so text can be shown as it grows."""
+    """An open codec. decode(a + b) begins with decode(a), so text can be shown as it grows."""
 
     name: str                              # its row in CODECS
     file: Path | None                      # its alphabet; None where it needs none
     encode: Callable[[bytes], np.ndarray]  # text to ids (n,)
     decode: Callable[[np.ndarray], bytes]  # ids (n,) to text
+    joins: bool = False                    # False: and it ends with decode(b)
+    end: int = -1                          # the id after which there is no more text; -1: none
 
     def to_config(self) -> dict[str, str | None]:
         """What config.json says of a codec; its file is copied into the run folder."""
@@ -77,7 +81,11 @@ def word_codec(file: Path):
         return np.array(tokens, smallest_type(len(words)))
 
     def decode(tokens) -> bytes:
-        return b"".join([shown[t] for t in np.asarray(tokens).tolist()])
+        tokens = np.asarray(tokens)
+        if tokens.size and tokens.max() >= len(shown):
+            raise UserError(f"{file}: has {len(shown):,} words, none for id {tokens.max():,}; it "
+                            "was cut short, or belongs to other data")
+        return b"".join([shown[t] for t in tokens.tolist()])
 
     return encode, decode
 
@@ -89,19 +97,27 @@ def subword_codec(file: Path):
     """
     tokenizer = _open_tokenizer(file)
     vocab = tokenizer.get_vocab(with_added_tokens=False)
-    shown = {i + 1: piece.encode("latin-1") for piece, i in vocab.items()}
+    dtype = smallest_type(len(vocab) + 1)
 
     def encode(text: bytes) -> np.ndarray:
         ids = tokenizer.encode(text.decode("latin-1"), add_special_tokens=False).ids
-        return np.array([i + 1 for i in ids], smallest_type(len(vocab) + 1))
+        return np.array([i + 1 for i in ids], dtype)
 
     def decode(tokens) -> bytes:
         return b"".join([shown.get(t, b"") for t in np.asarray(tokens).tolist()])
 
-    return encode, decode
+    every_byte = bytes(range(256))
+    try:
+        shown = {i + 1: piece.encode("latin-1") for piece, i in vocab.items()}
+        if decode(encode(every_byte)) == every_byte and max(shown) == len(vocab):
+            return encode, decode
+    except Exception:  # the library raises no narrower type
+        pass
+    raise UserError(f"{file}: a tokenizer of another kind: it does not keep every byte of a text")
 
 
-CODECS = {"bytes": byte_codec, "words": word_codec, "subwords": subword_codec}
+CODECS = {"bytes": byte_codec, "words": word_codec, "subwords": subword_codec,
+          RELEASED: released_codec}
 
 
 def train_subwords(texts: Iterable[bytes], vocab_size: int, path: Path) -> None:
@@ -120,7 +136,7 @@ def train_subwords(texts: Iterable[bytes], vocab_size: int, path: Path) -> None:
     tokenizer = lib.Tokenizer(lib.models.BPE())
     tokenizer.pre_tokenizer = lib.pre_tokenizers.Split(lib.Regex(PIECES), "isolated")
     trainer = lib.trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, min_frequency=2, show_progress=False,
+        vocab_size=vocab_size - 1, min_frequency=2, show_progress=sys.stderr.isatty(),
         initial_alphabet=[chr(b) for b in range(256)])
     tokenizer.train_from_iterator((t.decode("latin-1") for t in texts), trainer)
     path.write_text(tokenizer.to_str(), encoding="utf-8")

@@ -29,7 +29,7 @@ def load(folder: Path) -> Dataset:
     """From `enwik8` or `enwik8.zip`; UserError unless it is exactly the official text."""
     found = find(folder, ["enwik8"], archives=["enwik8.zip"])
     if not found:
-        raise missing(folder, "enwik8", "enwik8 or enwik8.zip")
+        raise missing(folder, "enwik8, alone or in enwik8.zip", SOURCE.origin(), dataset="enwik8")
     location = found["enwik8"]
     recipe = {"sizes": SIZES, "sha256": SHA256}
     data = cached(folder, "enwik8", "enwik8", recipe, [location.path],
@@ -40,7 +40,7 @@ def load(folder: Path) -> Dataset:
 
 
 def _cut(location, new):
-    digest, at = hashlib.sha256(), 0
+    digest, at, expected = hashlib.sha256(), 0, sum(SIZES.values())
     with ExitStack() as stack:
         files = {split: stack.enter_context(ArrayFile(new / f"{split}.npy", np.uint8))
                  for split in SIZES}
@@ -53,10 +53,12 @@ def _cut(location, new):
                 part = chunk[max(first - at, 0) : max(end - at, 0)]
                 files[split].append(np.frombuffer(part, np.uint8))
             at += len(chunk)
-    expected = sum(SIZES.values())
+            if at > expected:
+                break
     if at != expected:
-        raise UserError(f"{location.path}: {at:,} bytes of text; enwik8 has {expected:,}. To use "
-                        "another text, give its unpacked file instead of the name enwik8")
+        more = "or more " if at > expected else ""
+        raise UserError(f"{location.path}: {at:,} bytes {more}of text; enwik8 has {expected:,}. To "
+                        "use another text, give its unpacked file instead of the name enwik8")
     if digest.hexdigest() != SHA256:
         raise UserError(f"{location.path}: not the official enwik8, its sha256 is "
                         f"{digest.hexdigest()[:12]}..., not {SHA256[:12]}...; fetch it again")

@@ -1,8 +1,8 @@
-"""What the image datasets share: colour order, and a valid split taken from train."""
+"""What the image datasets share: colour order, and how their arrays are written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -20,15 +20,28 @@ def interleave(planes: np.ndarray) -> np.ndarray:
     return planes.reshape(n, 3, t // 3).swapaxes(1, 2).reshape(n, t)
 
 
-def write_images(new: Path, batches: Iterable[tuple[str, np.ndarray, np.ndarray | None]],
-                 width: int, n_classes: int, every: int) -> dict[str, int]:
-    """Write batches of ('train' or 'test', pixels (k, width), labels (k,) or None) as arrays.
+Batch = tuple[str, np.ndarray, np.ndarray | None]  # split, pixels (k, T), labels (k,) or None
 
-    The official data have no third split: image i of train goes to valid where i mod `every` is
-    every - 1, which is the same share of each class whatever their order. Returns the
-    counts; UserError when a split is empty.
+
+def hold_out(batches: Iterable[Batch], every: int) -> Iterator[Batch]:
+    """Batches with a third split, which the official data do not have.
+
+    Image i of train goes to valid where i mod `every` is every - 1, which is the same share of
+    each class whatever their order.
     """
     seen = 0
+    for split, pixels, labels in batches:
+        if split == "train":
+            held = (seen + np.arange(len(pixels))) % every == every - 1
+            seen += len(pixels)
+            yield "valid", pixels[held], None if labels is None else labels[held]
+            pixels, labels = pixels[~held], None if labels is None else labels[~held]
+        yield split, pixels, labels
+
+
+def write_images(new: Path, batches: Iterable[Batch], width: int,
+                 n_classes: int) -> dict[str, int]:
+    """Write batches as arrays; returns the counts by split. UserError when a split is empty."""
     with ExitStack() as stack:
         def array(name, dtype, row_shape=()):
             return stack.enter_context(ArrayFile(new / f"{name}.npy", dtype, row_shape))
@@ -38,21 +51,14 @@ def write_images(new: Path, batches: Iterable[tuple[str, np.ndarray, np.ndarray 
         for split, pixels, labels in batches:
             if labels is not None and not labels_of:
                 labels_of = {s: array(f"labels_{s}", smallest_type(n_classes)) for s in SPLITS}
-            if split == "train":
-                held = (seen + np.arange(len(pixels))) % every == every - 1
-                seen += len(pixels)
-                parts = {"train": ~held, "valid": held}
-            else:
-                parts = {split: slice(None)}
-            for name, rows in parts.items():
-                pixels_of[name].append(pixels[rows])
-                if labels is not None:
-                    labels_of[name].append(labels[rows])
+            pixels_of[split].append(pixels)
+            if labels is not None:
+                labels_of[split].append(labels)
     counts = {split: file.n for split, file in pixels_of.items()}
     for split, n in counts.items():
         if n == 0:
-            raise UserError(f"no images for {split}: the files hold {seen} images of train, "
-                            f"{counts['test']} of test")
+            raise UserError(f"no images for {split}: the files hold {counts['train']} of train, "
+                            f"{counts['valid']} held out of it, {counts['test']} of test")
     return counts
 
 

@@ -7,15 +7,14 @@ text itself differs between Python versions: the protocol names version and chec
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import sysconfig
 from pathlib import Path
 
-import numpy as np
-
-from rt_scratch.data.dataset import Dataset, byte_dataset
+from rt_scratch.data.dataset import Dataset
+from rt_scratch.data.files import bucket
+from rt_scratch.data.text import whole_files
 from rt_scratch.errors import UserError
 
 # Not the library (packages), not code a person wrote (generated tables and help texts), or tests.
@@ -37,18 +36,9 @@ def load(folder: Path | None = None, root: Path | None = None) -> Dataset:
         raise UserError(f"{root}: only {len(paths)} .py files of the standard library (a zipped or "
                         "embedded Python?); give a text file instead: train.py FILE")
     for path in paths:
-        try:
-            parts[split_of(path)].append((root / path).read_bytes())
-        except OSError as e:
-            raise UserError(f"{root / path}: cannot be read ({e.strerror})") from e
-    texts = {split: b"\n".join(files) for split, files in parts.items()}
-    digest = hashlib.sha256(b"".join(texts.values())).hexdigest()
-    counts = ", ".join(f"{split} {len(text):,} bytes in {len(parts[split])} files"
-                       for split, text in texts.items())
-    protocol = (f"bits per byte on whole held-out files of the Python {platform.python_version()} "
-                f"standard library; {counts}; sha256 {digest[:12]}")
-    return byte_dataset("stdlib", {s: np.frombuffer(t, np.uint8) for s, t in texts.items()},
-                        protocol)
+        parts[split_of(path)].append(path)
+    return whole_files("stdlib", root, parts,
+                       f"the Python {platform.python_version()} standard library")
 
 
 def source_files(root: Path) -> list[str]:
@@ -63,5 +53,4 @@ def source_files(root: Path) -> list[str]:
 
 def split_of(path: str) -> str:
     """'valid' for 5 % of all paths, 'test' for 5 %, else 'train'."""
-    bucket = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") % 20
-    return {0: "valid", 1: "test"}.get(bucket, "train")
+    return {0: "valid", 1: "test"}.get(bucket(path, 20), "train")

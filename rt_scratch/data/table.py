@@ -9,6 +9,7 @@ from typing import NamedTuple
 from rt_scratch.data.codecs import Codec, open_codec
 from rt_scratch.data.dataset import Dataset
 from rt_scratch.data.download import fetch as fetch_source
+from rt_scratch.data.released_subwords import RELEASED
 from rt_scratch.data.text import load as load_text
 from rt_scratch.errors import UserError
 
@@ -34,22 +35,32 @@ DATASETS = {  # the name is also that of its module in this folder
 OLD_CODECS = {"": "bytes", ".txt": "words", ".json": "subwords"}
 
 
-def load(name: str, data_dir: str | Path | None = None, vocab_size: int = 0) -> Dataset:
-    """The dataset `name` of the table, or any file as text.
+def load(name: str, data_dir: str | Path | None = None, vocab_size: int = 0,
+         codec: Codec | None = None, seq_len: int = 0) -> Dataset:
+    """The dataset `name` of the table, or any file or folder of files as text.
 
     data_dir: folder with the official files; default data/NAME. Encoded copies go to its
     rt_cache/, or to data/NAME/rt_cache/ when data_dir cannot be written.
     vocab_size: V for a dataset whose subwords are trained here (pg19), 0 for its default; for the
     others a V that is not theirs is a UserError, as is everything the user can fix. A file named
     like a dataset is reached as ./NAME.
+    codec: of a run whose subwords were made elsewhere (`given_codec`), instead of the dataset's
+    own; seq_len: T of that run, into whose sequences the text is packed.
     """
-    if name in DATASETS:
+    if codec is not None:
+        if name not in DATASETS or not hasattr(_module(name), "load_packed"):
+            raise UserError(f"{name}: cannot be prepared in the subwords of {codec.file}")
+        data = _module(name).load_packed(_folder(name, data_dir), codec, seq_len)
+    elif name in DATASETS:
         row = DATASETS[name]
         chosen = [vocab_size or row.vocab_size] if row.chooses_vocab else []
         data = _module(name).load(_folder(name, data_dir), *chosen)
     elif data_dir is not None:
         raise UserError(f"--data-dir {data_dir}: not used with a text file ({name})")
     elif not Path(name).exists():
+        if set(name) & set("*?["):
+            raise UserError(f"{name}: no such file; to train on several files, give the folder "
+                            "that holds them and nothing else")
         raise UserError(f"{name}: no such file, and no such dataset; datasets are "
                         f"{', '.join(DATASETS)}")
     else:
@@ -99,6 +110,12 @@ def saved_codec(config: dict, folder: Path) -> Codec:
     if name in DATASETS:
         _module(name)  # adds its own codec to CODECS
     return open_codec(name, folder / Path(file).name if file else None)
+
+
+def given_codec(config: dict, folder: Path) -> Codec | None:
+    """The codec of a run folder if its dataset is encoded with it; None: the dataset makes its own.
+    """
+    return saved_codec(config, folder) if config.get("codec") == RELEASED else None
 
 
 def _module(name):

@@ -42,17 +42,25 @@ OFFICIAL = {  # sha1 of the files
     "0418625c8b4da6e4b5c7a0b9e78d4ae8f7ee5422": "WikiText-2 valid",
     "c7b8ce0aa086fb34dab808c5c49224211eb2b172": "WikiText-2 test",
 }
+RAW = "this is the raw edition; its words are cut in the other one"
+RAWS = {pattern: RAW for pattern in ("wiki.*.raw", "wikitext-*-raw*")}
 PIECE = 1 << 20  # tokens kept in memory before they are written
+MAX_FILE = 10 ** 9  # bytes that a file in an archive may have; train has 541 million
+MAX_LINE = 1 << 24  # bytes; an article's longest paragraph has a few thousand
 
 
 def load(folder: Path) -> Dataset:
     """From the three files or the official zip; UserError on missing files and empty splits."""
+    nearest = {}
     for location in LOCATIONS:
         found = find(folder, list(FILES.values()), **location)
         if len(found) == len(FILES):
             break
+        nearest = max(nearest, found, key=len)
     else:
-        raise missing(folder, "wikitext103", f"{', '.join(FILES.values())} or {SOURCE.name}")
+        absent = ", ".join(name for name in FILES.values() if name not in nearest)
+        raise missing(folder, absent if nearest else f"{absent} (or {SOURCE.name} with them)",
+                      SOURCE.origin(), RAWS, dataset="wikitext103")
     recipe = {"line": EOS.decode(), "unknown": UNK.decode(), "order": "frequency, bytes"}
     data = cached(folder, "wikitext103", "wikitext103", recipe,
                   {f.path for f in found.values()}, lambda new: _encode(found, new))
@@ -62,7 +70,8 @@ def load(folder: Path) -> Dataset:
         f"({OFFICIAL.get(sha1, f'not a WikiText-103 file, sha1 {sha1[:12]}')})"
         for split, sha1 in data.info["sha1"].items())
     protocol = (f"perplexity per word-level token, end-of-line tokens counted; {counts}; "
-                f"V {data.info['words']:,} of train, sha256 {digest_of(codec.file)[:12]}")
+                f"V {data.info['words']:,} of train, sha256 {digest_of(codec.file)[:12]}; tokens "
+                f"sha256 {data.sha256[:12]}")
     return Dataset("wikitext103", "text", data.info["words"], "ppl/token", data.arrays, protocol,
                    codec=codec)
 
@@ -96,8 +105,11 @@ def _encode(found, new):
 
 def _lines(location, what):
     """Lines of a file, their newline included."""
-    with (opened(location) as stream,
+    with (opened(location, MAX_FILE) as stream,
           tqdm(unit="B", unit_scale=True, desc=what, disable=None) as bar):
-        for line in stream:
+        while line := stream.readline(MAX_LINE + 1):
+            if len(line) > MAX_LINE:
+                raise UserError(f"{location.path}: a line of more than {MAX_LINE:,} bytes; this is "
+                                "no WikiText")
             bar.update(len(line))
             yield line

@@ -13,7 +13,7 @@ import math
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from rt_scratch.attention import AttendCache, LocalCache, clipped_reach, distance_index
+from rt_scratch.attention import AttendCache, LocalCache, clipped_reach
 from rt_scratch.dispatch import first_array
 from rt_scratch.dropout import dropout_mask, first_entry
 from rt_scratch.layers import (
@@ -26,13 +26,20 @@ from rt_scratch.layers import (
     LayerNormCache,
     LinearCache,
     NormalizeCache,
-    segment_sum,
+)
+from rt_scratch.optim import (
+    MOMENTUM,
+    NEWTON_SCHULZ,
+    adamw_of_the_rest,
+    orthogonalized,
+    update_scale,
 )
 from rt_scratch.threads import busy, parallel, tiles
 
-PIECE = 1 << 17      # entries of an array that element-wise work takes at a time
+PIECE = 1 << 18      # entries of an array that element-wise work takes at a time
 ROWS = 1024        # rows per matrix product that a thread takes
 COLUMNS = 256      # columns of a weight gradient that a thread takes
+ATTENTION = 1 << 17   # attention weights that a thread takes at a time
 LOGITS = 1 << 21     # logits alive at a time in the output layer
 
 
@@ -475,6 +482,14 @@ def _outer(x, y):
 
 
 # ---------------------------------------------------------------------------- local attention
+#
+# The blocks of all heads that a thread works on stand one behind the other as one long sequence, so
+# that few array operations serve many small heads. Keys and values lie transposed where a product
+# wants them so. Relative products are computed only for distances that are seen and not clipped;
+# they come in a buffer whose other columns always hold HIDDEN, so adding them is also the mask.
+
+HIDDEN = -1e30  # a logit whose weight is 0; finite, so that products with it are no NaN
+
 
 def local_attention(q, k, v, rel_k, rel_v, block, lookback, scale, segments=None, window=None,
                     dropped=None):
@@ -484,121 +499,233 @@ def local_attention(q, k, v, rel_k, rel_v, block, lookback, scale, segments=None
     drop = _Drop(dropped, (b, h, cut.n, cut.size))
     o = np.empty((b, h, t, v.shape[-1]), q.dtype)
     lse = np.empty((b, h, cut.n, reach.block, 1), q.dtype)
+    ones = np.ones((cut.n_keys, 1), q.dtype)
 
-    def head(i):
-        at = divmod(i, h)
-        own_q, own_k, own_v = cut.queries(q[at] * scale), cut.keys(k[at]), cut.keys(v[at])
-        out = np.empty((cut.n, reach.block, v.shape[-1]), q.dtype)
-        for r in cut.pieces:
-            _attend(own_q[r], cut.windows(own_k, r), cut.windows(own_v, r), cut.tables,
-                    cut.hidden(r, at), drop, (i * cut.n + r.start) * cut.size, out[r],
-                    lse[at][r])
-        o[at] = out.reshape(-1, out.shape[-1])[:t]
+    def heads(share):
+        own = _Heads(cut, share, q, k, scale)
+        own_v, own_lse = own.keys(v[share]), np.empty((*own.q.shape[:2], 1), q.dtype)
+        out = np.empty((*own.q.shape[:2], v.shape[-1]), q.dtype)
+        bounded = own.bounded()
+        for r in own.pieces:
+            p = own.logits(r)                                        # (G, S, N)
+            top = 0 if bounded else p.max(-1, keepdims=True)
+            if not bounded:
+                p -= top
+            np.exp(p, out=p)
+            total = (p.reshape(-1, cut.n_keys) @ ones).reshape(*p.shape[:2], 1)
+            drop(p, (own.first * cut.n + r.start) * cut.size)
+            np.matmul(p, own.windows(own_v, r), out=out[r])
+            if rel_k is not None:
+                out[r] += (own.by_distance(p) @ cut.rel_v).reshape(out[r].shape)
+            out[r] /= total
+            np.log(total, out=own_lse[r])
+            own_lse[r] += top
+        o[share] = own.tokens(out)
+        lse[share] = own_lse.reshape(lse[share].shape)
 
-    parallel(head, range(b * h))
+    parallel(heads, _shares(b, h))
     return o, LocalCache(q, k, v, rel_k, rel_v, reach, scale, dropped, lse)
 
 
 def local_attention_backward(do, cache):
     q, k, v, rel_k, rel_v, reach, scale, dropped, lse = cache
-    b, h, t, d = q.shape
-    cut = _Cut(t, reach, rel_k, rel_v, q.dtype)
-    drop = _Drop(dropped, (b, h, cut.n, cut.size))
+    cut = _Cut(q.shape[2], reach, rel_k, rel_v, q.dtype)
+    drop = _Drop(dropped, (*q.shape[:2], cut.n, cut.size))
     dq, dk, dv = (np.empty(z.shape, q.dtype) for z in (q, k, v))
-    drel = None if rel_k is None else np.zeros((b * h, 2, len(cut.tables[0]) - 1, d), q.dtype)
+    shares = _shares(*q.shape[:2])
+    drel = None if rel_k is None else np.zeros((2, len(shares), *cut.rel_k.shape), q.dtype)
 
-    def head(i):
-        at = divmod(i, h)
-        own_q, own_k, own_v = cut.queries(q[at] * scale), cut.keys(k[at]), cut.keys(v[at])
-        own_do = cut.queries(do[at])
-        own_dq, own_dk, own_dv = (np.zeros_like(z) for z in (own_q, own_k, own_v))
-        for r in cut.pieces:
-            windows = cut.windows(own_k, r), cut.windows(own_v, r)
-            grads = [np.empty(z.shape, q.dtype) for z in windows]
-            _attend_backward(own_do[r], own_q[r], *windows, cut.tables, cut.hidden(r, at), drop,
-                             (i * cut.n + r.start) * cut.size, lse[at][r], own_dq[r], *grads,
-                             None if drel is None else drel[i])
-            cut.add_windows(own_dk, grads[0], r)
-            cut.add_windows(own_dv, grads[1], r)
-        np.multiply(own_dq.reshape(-1, d)[:t], scale, out=dq[at])
+    def heads(i):
+        share = shares[i]
+        own = _Heads(cut, share, q, k, scale)
+        own_k, own_vt = own.keys(k[share]), own.transposed(v[share])
+        own_do, own_lse = own.blocks(do[share]), lse[share].reshape(*own.q.shape[:2], 1)
+        own_dq, own_dk = np.empty_like(own.q), np.zeros_like(own_k)
+        own_dv = np.zeros((len(own_k), v.shape[-1]), q.dtype)
+        for r in own.pieces:
+            p = own.logits(r)
+            p -= own_lse[r]
+            np.exp(p, out=p)
+            dp = own_do[r] @ own.windows_transposed(own_vt, r)
+            if rel_k is not None:
+                dp += own.by_key(own_do[r], cut.rel_vt)
+            used = p
+            if dropped:
+                used = drop.mask(p, (own.first * cut.n + r.start) * cut.size)
+                dp *= used
+                used *= p
+            own.add_windows(own_dv, used.swapaxes(-1, -2) @ own_do[r], r)
+            if rel_k is not None:
+                drel[1, i] += own.by_distance(used).T @ _rows(own_do[r])
+            dp -= np.einsum("gij,gij->gi", p, dp)[..., None]
+            dp *= p
+            np.matmul(dp, own.windows(own_k, r), out=own_dq[r])
+            own.add_windows(own_dk, dp.swapaxes(-1, -2) @ own.q[r], r)
+            if rel_k is not None:
+                by_distance = own.by_distance(dp)
+                own_dq[r] += (by_distance @ cut.rel_k).reshape(own_dq[r].shape)
+                drel[0, i] += by_distance.T @ _rows(own.q[r])
         first = cut.lookback * cut.block
-        dk[at], dv[at] = own_dk[first : first + t], own_dv[first : first + t]
+        np.multiply(own.tokens(own_dq), scale, out=dq[share])
+        dk[share], dv[share] = own.tokens(own_dk[first:]), own.tokens(own_dv[first:])
 
-    parallel(head, range(b * h))
+    parallel(heads, range(len(shares)))
     if drel is None:
         return dq, dk, dv, None, None
-    index = distance_index(rel_k, 1 - cut.n_keys, 0)
-    sums = drel.sum(0)
-    return dq, dk, dv, *(segment_sum(rows, index, len(rel_k)) for rows in sums)
+    drel_k, drel_v = np.zeros_like(rel_k), np.zeros_like(rel_v)
+    drel_k[cut.rows], drel_v[cut.rows] = drel.sum(1)
+    return dq, dk, dv, drel_k, drel_v
+
+
+def _shares(b, h):
+    """The heads that a thread works on at a time: all where other threads are at work already."""
+    if busy():
+        return [(slice(0, b), slice(0, h))]
+    return [(slice(i, i + 1), slice(j, j + 1)) for i in range(b) for j in range(h)]
+
+
+def _rows(x):
+    return x.reshape(-1, x.shape[-1])
 
 
 class _Cut:
-    """How a sequence of T tokens is cut into blocks, and the pieces of blocks worked on at a time.
+    """How T tokens are cut into n blocks of S, and which of their N keys the queries see.
 
-    Windows of keys are views of one padded copy per head; masks are made for a piece at a time.
+    By distance, column p of N stands for distance p + 1 - N; columns from `seen` on are seen, those
+    from `near` on are not clipped and have the rows `rows` of the tables.
     """
 
     def __init__(self, t, reach, rel_k, rel_v, dtype):
-        self.block, self.lookback, self.segments, self.window = reach
+        self.block, self.lookback, self.segments, window = reach
         self.t, self.n = t, -(-t // self.block)
         self.n_keys = (self.lookback + 1) * self.block
         self.size = self.block * self.n_keys
-        self.pieces = tiles(self.n, PIECE // self.size)
-        self.tables = None
-        if rel_k is not None:
-            rows = distance_index(rel_k, 1 - self.n_keys, 0)
-            self.tables = _padded_tables(rel_k[rows], rel_v[rows])
-        distance = (np.arange(self.n_keys) - self.lookback * self.block
-                    - np.arange(self.block)[:, None])
-        seen = distance <= 0
-        if self.window is not None:
-            seen &= distance > -self.window
-        self.bias = np.where(seen, 0, -np.inf).astype(dtype)
+        window = min(window or self.n_keys, self.n_keys)
+        self.seen, self.rel_k = self.n_keys - window, None
+        if rel_k is None:
+            distance = np.arange(self.n_keys) - self.lookback * self.block \
+                - np.arange(self.block)[:, None]
+            hidden = (distance > 0) | (distance <= -window)
+            self.bias = np.where(hidden, HIDDEN, 0).astype(dtype)    # (S, N)
+            return
+        m = len(rel_k) // 2
+        self.near = self.n_keys - min(window, m + 1)
+        self.rows = slice(m + 1 + self.near - self.n_keys, m + 1)
+        self.rel_k, self.rel_v = rel_k[self.rows], rel_v[self.rows]  # (N - near, D)
+        self.rel_kt, self.rel_vt = (np.ascontiguousarray(x.T) for x in (self.rel_k, self.rel_v))
 
-    def queries(self, x):
-        """(T, D) -> (n, S, D), filled up with zeros."""
-        if self.n * self.block > self.t:
-            x = np.concatenate([x, np.zeros((self.n * self.block - self.t, x.shape[1]), x.dtype)])
-        return np.ascontiguousarray(x).reshape(self.n, self.block, -1)
+
+class _Heads:
+    """The blocks of a share of the heads, one head behind the other, worked on in pieces."""
+
+    def __init__(self, cut, share, q, k, scale):
+        self.cut, self.heads = cut, q[share].shape[:2]
+        self.first = share[0].start * q.shape[1] + share[1].start    # its first head
+        self.q = self.blocks(q[share])                               # (heads n, S, D)
+        self.q *= scale
+        self.kt = self.transposed(k[share])
+        self.pieces = tiles(len(self.q), ATTENTION // cut.size)
+        rows = self.pieces[0].stop * cut.block
+        if cut.rel_k is not None:
+            self._wide = np.full((rows, cut.n_keys + cut.block - 1), HIDDEN, q.dtype)
+            self._spread = np.zeros_like(self._wide)
+        if cut.segments is not None:
+            front = cut.lookback * cut.block
+            self._segments = np.zeros(front + len(self.q) * cut.block, np.uint16)
+            self._segments[front:].reshape(*self.heads, -1)[..., : cut.t] = cut.segments[share]
+
+    def blocks(self, x):
+        """(b, h, T, D) -> (b h n, S, D) in a new array, filled up with zeros."""
+        cut, out = self.cut, np.empty((*self.heads, self.cut.n * self.cut.block, x.shape[-1]),
+                                      x.dtype)
+        out[:, :, cut.t :] = 0
+        out[:, :, : cut.t] = x
+        return out.reshape(-1, cut.block, x.shape[-1])
+
+    def tokens(self, x):
+        """The inverse of `blocks`: (..., D) -> (b, h, T, D)."""
+        return x.reshape(*self.heads, -1, x.shape[-1])[:, :, : self.cut.t]
 
     def keys(self, x):
-        """(T, D) -> ((lookback + n) S, D), zeros in front and behind."""
-        padded = np.zeros(((self.lookback + self.n) * self.block, x.shape[1]), x.dtype)
-        first = self.lookback * self.block
-        padded[first : first + self.t] = x
-        return padded
+        """(b, h, T, D) -> ((lookback + b h n) S, D), zeros in front and behind each head."""
+        return np.concatenate([np.zeros((self.cut.lookback * self.cut.block, x.shape[-1]), x.dtype),
+                               _rows(self.blocks(x))])
 
-    def windows(self, padded, r):
-        """The keys that blocks r may see, (G, N, ...), a view."""
-        step = padded.strides[0]
-        return as_strided(padded[r.start * self.block :],
-                          (r.stop - r.start, self.n_keys, *padded.shape[1:]),
-                          (self.block * step, step, *padded.strides[1:]))
+    def transposed(self, x):
+        """(b, h, T, D) -> `keys` transposed, (D, ...)."""
+        front, size = self.cut.lookback * self.cut.block, self.cut.n * self.cut.block
+        total = front + math.prod(self.heads) * size
+        out = np.empty((x.shape[-1], total + 16), x.dtype)  # 16: rows that do not share cache lines
+        out[:, :front] = 0
+        tokens = out[:, front:total].reshape(-1, *self.heads, size)
+        tokens[..., self.cut.t :] = 0
+        tokens[..., : self.cut.t] = x.transpose(3, 0, 1, 2)
+        return out
 
-    def add_windows(self, padded, grads, r):
-        """Adds gradients (G, N, D) of windows to the positions they are views of."""
-        for i in range(self.lookback + 1):
-            first = (r.start + i) * self.block
-            rows = padded[first : first + (r.stop - r.start) * self.block]
-            rows += grads[:, i * self.block : (i + 1) * self.block].reshape(rows.shape)
+    def windows(self, x, r):
+        """What blocks r may see of x (from `keys`): (G, N, ...), a view."""
+        step = self.cut.block * x.strides[0]
+        return np.ndarray((r.stop - r.start, self.cut.n_keys, *x.shape[1:]), x.dtype, x,
+                          r.start * step, (step, *x.strides))
 
-    def hidden(self, r, at):
-        """0 where a query of the blocks r may look, else -inf: (S, N) or (G, S, N)."""
-        early = r.start < self.lookback  # windows that begin before the text
-        if not early and self.segments is None:
-            return self.bias
-        bias = np.repeat(self.bias[None], r.stop - r.start, axis=0)
-        if early:
-            for i in range(r.start, min(r.stop, self.lookback)):
-                bias[i - r.start, :, : (self.lookback - i) * self.block] = -np.inf
-        if self.segments is not None:
-            own = self.segments[at].astype(np.int32)
-            seen = np.zeros((self.lookback + self.n) * self.block, np.int32)
-            seen[self.lookback * self.block :][: self.t] = own
-            queries = seen[self.lookback * self.block :].reshape(self.n, self.block)[r]
-            apart = queries[:, :, None] != self.windows(seen, r)[:, None, :]
-            np.copyto(bias, -np.inf, where=apart)
-        return bias
+    def windows_transposed(self, x, r):
+        """The same of what `transposed` returned: (G, D, N), a view."""
+        step = self.cut.block * x.itemsize
+        return np.ndarray((r.stop - r.start, len(x), self.cut.n_keys), x.dtype, x,
+                          r.start * step, (step, *x.strides))
+
+    def add_windows(self, x, grads, r):
+        """Adds gradients (G, N, D) of windows to the positions of x that they are views of."""
+        s = self.cut.block
+        for i in range(self.cut.lookback + 1):
+            rows = x[(r.start + i) * s : (r.stop + i) * s]
+            rows += grads[:, i * s : (i + 1) * s].reshape(rows.shape)
+
+    def logits(self, r):
+        """Of blocks r: (G, S, N), HIDDEN where a query may not look."""
+        cut = self.cut
+        z = self.q[r] @ self.windows_transposed(self.kt, r)
+        z += cut.bias if cut.rel_k is None else self.by_key(self.q[r], cut.rel_kt)
+        for i in range(r.start, r.stop) if cut.lookback else ():
+            before = cut.lookback - i % cut.n  # blocks of its window that are another head's
+            if before > 0:
+                z[i - r.start, :, : before * cut.block] = HIDDEN
+        if cut.segments is not None:
+            own = self._segments[cut.lookback * cut.block :].reshape(-1, cut.block)[r]
+            apart = own[:, :, None] != self.windows(self._segments, r)[:, None, :]
+            np.copyto(z, HIDDEN, where=apart)
+        return z
+
+    def bounded(self):
+        """True if |logits| stay below 60 by the lengths of vectors: exp needs no maximum then."""
+        def longest(x, axis):
+            return math.sqrt(np.einsum(x, [0, 1], x, [0, 1], [axis]).max(initial=0))
+
+        keys = longest(self.kt[:, :-16], 1)
+        if self.cut.rel_k is not None:
+            keys += longest(self.cut.rel_k, 0)
+        return longest(_rows(self.q), 0) * keys < 60  # exp(60) N is far from any overflow
+
+    def by_key(self, x, table):
+        """x (G, S, D) times the table's row of every pair's distance: (G, S, N), see `skew`."""
+        cut, wide = self.cut, self._wide[: len(x) * self.cut.block]
+        np.matmul(_rows(x), table, out=wide[:, cut.near : cut.n_keys])
+        wide[:, cut.seen : cut.near] = wide[:, cut.near, None]
+        return self._skewed(wide)
+
+    def by_distance(self, y):
+        """The transpose of `by_key`'s last step: y (G, S, N) -> (G S, N - near), a view."""
+        cut, wide = self.cut, self._spread[: len(y) * self.cut.block]
+        self._skewed(wide)[...] = y
+        if cut.seen < cut.near:
+            wide[:, cut.near] += wide[:, cut.seen : cut.near] @ np.ones(cut.near - cut.seen,
+                                                                        y.dtype)
+        return wide[:, cut.near : cut.n_keys]
+
+    def _skewed(self, wide):
+        s, columns, size = self.cut.block, wide.shape[1], wide.itemsize
+        return np.ndarray((len(wide) // s, s, self.cut.n_keys), wide.dtype, wide, (s - 1) * size,
+                          (s * columns * size, (columns - 1) * size, size))
 
 
 # ------------------------------------------------------------------------------------ routing
@@ -705,6 +832,51 @@ def adamw_update(flat, grads, state, table, lr, step, *, beta1=0.9, beta2=0.99, 
     parallel(piece, tiles(flat.size, PIECE))
 
 
+def muon_update(flat, grads, state, table, lr, step, *, weight_decay=0.0):
+    """Matrices of one shape, or of its transpose, in one stack: few calls, and each is products.
+
+    x @ x^T of one array is a symmetric product in NumPy, half the work; a is symmetric as well.
+    """
+    adamw_of_the_rest(flat, grads, state, table, lr, step, weight_decay)
+    alike = {}
+    for leaf in filter(orthogonalized, table):
+        alike.setdefault(tuple(sorted(leaf.shape)), []).append(leaf)
+
+    def piece(group):
+        shape, leaves = group
+        x = np.empty((len(leaves), *shape), flat.dtype)
+        for one, leaf in zip(x, leaves, strict=True):
+            g, m = grads[leaf.start : leaf.stop], state["m"][leaf.start : leaf.stop]
+            m *= MOMENTUM
+            m += g
+            change = (MOMENTUM * m).reshape(leaf.shape)
+            change += g.reshape(leaf.shape)
+            one[...] = _wide(change)
+            one *= 1 / max(math.sqrt(np.vdot(one, one)), np.finfo(x.dtype).tiny)
+        for _ in range(5):
+            a = x @ x.swapaxes(-1, -2)
+            b = a @ a.swapaxes(-1, -2)
+            b *= NEWTON_SCHULZ[2]
+            a *= NEWTON_SCHULZ[1]
+            b += a
+            y = b @ x
+            x *= NEWTON_SCHULZ[0]
+            x += y
+        for one, leaf in zip(x, leaves, strict=True):
+            w = _wide(flat[leaf.start : leaf.stop].reshape(leaf.shape))
+            one *= lr * update_scale(leaf)
+            w *= 1 - lr * weight_decay
+            w -= one
+
+    parallel(piece, [(shape, leaves[r]) for shape, leaves in alike.items()
+                     for r in tiles(len(leaves), PIECE // math.prod(shape))])
+
+
+def _wide(matrix):
+    """A view with at least as many columns as rows."""
+    return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+
+
 def worthwhile(*args) -> bool:
     """False for arrays so small that a single token's step is quicker without any of this."""
     return first_array(args).size >= PIECE // 8
@@ -717,5 +889,5 @@ TWINS = {f"{module}.{f.__name__}": f for module, functions in {
     "dropout": (dropout,),
     "attention": (attend, attend_backward, local_attention, local_attention_backward),
     "routing": (top_members, by_cluster, inverse, gather, scatter_sum),
-    "optim": (adamw_update,),
+    "optim": (adamw_update, muon_update),
 }.items() for f in functions}

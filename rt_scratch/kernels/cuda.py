@@ -35,7 +35,15 @@ from rt_scratch.layers import (
     LinearCache,
     NormalizeCache,
 )
-from rt_scratch.optim import DECAY_POWER, is_bias
+from rt_scratch.optim import (
+    DECAY_POWER,
+    MOMENTUM,
+    NEWTON_SCHULZ,
+    adamw_of_the_rest,
+    is_bias,
+    orthogonalized,
+    update_scale,
+)
 from rt_scratch.routing import MEAN_FLOOR, ScatterMeanCache
 
 THREADS = 256
@@ -558,6 +566,43 @@ def _leaves(xp, table):
     return xp.asarray(np.array(lines, np.int64))
 
 
+def muon_update(flat, grads, state, table, lr, step, *, weight_decay=0.0) -> None:
+    """Twin of optim.muon_update: matrices of one shape as one batch of products."""
+    xp = array_module(flat)
+    adamw_of_the_rest(flat, grads, state, table, lr, step, weight_decay)
+    alike = {}
+    for leaf in filter(orthogonalized, table):
+        alike.setdefault(leaf.shape, []).append(leaf)
+    for shape, leaves in alike.items():
+        x = xp.empty((len(leaves), *shape), flat.dtype)
+        for i, leaf in enumerate(leaves):
+            g, m = (z[leaf.start : leaf.stop].reshape(shape) for z in (grads, state["m"]))
+            m *= MOMENTUM
+            m += g
+            xp.multiply(m, MOMENTUM, out=x[i])
+            x[i] += g
+        x = _newton_schulz(x)
+        for i, leaf in enumerate(leaves):
+            w = flat[leaf.start : leaf.stop].reshape(shape)
+            w *= 1 - lr * weight_decay
+            w -= lr * update_scale(leaf) * x[i]
+
+
+def _newton_schulz(x):
+    """Twin of optim.newton_schulz, its sums inside the products."""
+    xp = array_module(x)
+    if x.shape[-2] > x.shape[-1]:
+        return _newton_schulz(_contiguous(x.swapaxes(-1, -2))).swapaxes(-1, -2)
+    norm = xp.sqrt((x * x).sum((-2, -1), keepdims=True))
+    x /= xp.maximum(norm, xp.finfo(x.dtype).tiny)
+    for _ in range(5):
+        a = matmul(x, x.swapaxes(-1, -2))
+        b = a.copy()
+        matmul(a, a, out=b, alpha=NEWTON_SCHULZ[2], beta=NEWTON_SCHULZ[1])
+        x = matmul(b, x, out=x.copy(), beta=NEWTON_SCHULZ[0])
+    return x
+
+
 ADAFACTOR_BLOCKS = 128  # BLOCKS in optim.cu
 ADAFACTOR_STRIPS = 16   # strips of rows that the sums over columns are cut into
 
@@ -613,5 +658,5 @@ TWINS = {f"{module}.{f.__name__}": f for module, functions in {
     "attention": (attend, attend_backward, local_attention, local_attention_backward),
     "kmeans": (cluster_statistics,),
     "routing": (top_members, by_cluster, inverse, gather, scatter_sum, scatter_mean),
-    "optim": (adamw_update, adafactor_update),
+    "optim": (adamw_update, muon_update, adafactor_update),
 }.items() for f in functions}

@@ -9,8 +9,9 @@ import numpy as np
 
 from rt_scratch import decode
 from rt_scratch.config import ModelConfig
-from rt_scratch.data import Dataset, score
+from rt_scratch.data import Dataset, score, tokens_per_word
 from rt_scratch.data.batches import count_windows, eval_windows
+from rt_scratch.data.dataset import words_scored
 from rt_scratch.dispatch import array_module, to_host
 from rt_scratch.errors import UserError
 from rt_scratch.model import loss
@@ -36,22 +37,23 @@ def evaluate(state: State, dataset: Dataset, model: ModelConfig, split: str, bat
     total = _count(dataset, model, split, stride)
     found = []
     for i, (ids, weights, index) in enumerate(eval_windows(
-            dataset.splits[split], model.seq_len, batch, stride, limit)):
-        found.append((0.0, 0.0))
+            dataset.splits[split], model.seq_len, batch, stride, limit, model.pad_id)):
+        found.append((0.0, 0.0, 0))
         if i % world.size != world.rank:
             continue
         labels = xp.asarray(dataset.labels[split][index]) if model.n_classes else None
         weight = xp.asarray(weights.astype(state.flat.dtype))
         (part, _), _, _ = loss(params, state.centroids, model, xp.asarray(ids), weight, labels,
                                recompute=True)
-        found[i] = float(part), float(weights.sum())
-    nats, n = _add(found, world)
+        found[i] = (float(part), float(weights.sum()),
+                    words_scored(dataset, split, weights, index, stride or model.seq_len))
+    nats, n, n_words = _add(found, world)
     seen = f"{limit} of {total} windows, evenly spread" if 0 < limit < total else "whole split"
     leak = "; TOPK ROUTING LEAKS THE FUTURE into this score" if "topk" in model.kinds() else ""
-    value = score(nats, n, dataset, split)
+    value = score(nats, n, dataset, split, n_words)
     return Score(nats / n, value, (
-        f"{split} {value:.4f} {dataset.unit}  ({seen}, {n:.0f} tokens, context {model.seq_len}, "
-        f"stride {stride or model.seq_len}, {mode(model)}{leak})"))
+        f"{split} {value:.4f} {dataset.unit}  ({seen}, {_scored(dataset, split, n)}, context "
+        f"{model.seq_len}, stride {stride or model.seq_len}, {mode(model)}{leak})"))
 
 
 def evaluate_causally(state: State, dataset: Dataset, model: ModelConfig, split: str,
@@ -67,8 +69,8 @@ def evaluate_causally(state: State, dataset: Dataset, model: ModelConfig, split:
     limit = min(limit or total, total)
     batch, found = -(-min(limit, CAUSAL_WINDOWS) // world.size), []
     for i, (ids, weights, index) in enumerate(eval_windows(
-            dataset.splits[split], model.seq_len, batch, 0, limit)):
-        found.append((0.0, 0.0))
+            dataset.splits[split], model.seq_len, batch, 0, limit, model.pad_id)):
+        found.append((0.0, 0.0, 0))
         if i % world.size != world.rank:
             continue
         nats = 0.0
@@ -83,20 +85,28 @@ def evaluate_causally(state: State, dataset: Dataset, model: ModelConfig, split:
             nats += float((weights[:, t] * (np.log(np.exp(z).sum(-1)) - hit)).sum())
             if t + 1 < ids.shape[1]:
                 logits = decode.step(params, state.centroids, model, memory, ids[:, t])
-        found[i] = nats, float(weights.sum())
-    nats, n = _add(found, world)
-    value = score(nats, n, dataset, split)
+        found[i] = (nats, float(weights.sum()),
+                    words_scored(dataset, split, weights, index, model.seq_len))
+    nats, n, n_words = _add(found, world)
+    value = score(nats, n, dataset, split, n_words)
     return Score(nats / n, value, (
         f"{split} {value:.4f} {dataset.unit}  by incremental decoding, nothing seen ahead  "
-        f"({limit} of {total} windows, evenly spread, {n:.0f} tokens, context {model.seq_len}, "
-        f"{mode(model)})"))
+        f"({limit} of {total} windows, evenly spread, {_scored(dataset, split, n)}, context "
+        f"{model.seq_len}, {mode(model)})"))
+
+
+def _scored(dataset, split, n):
+    """How many tokens were scored, of what kind, and how many make a word."""
+    per_word = f", {tokens_per_word(dataset, split):.3f} per word" if dataset.units else ""
+    return f"{n:.0f} {dataset.tokens}{per_word}"
 
 
 def _add(found, world):
-    """Sums of (nats, tokens) per batch, each found by one process, in the order of the batches."""
+    """Sums over batches of (nats, tokens, words), each found by one process, in their order."""
     found = np.array(found)
     world.sum(found)
-    return map(sum, found.T.tolist())
+    nats, n, n_words = map(sum, found.T.tolist())
+    return nats, n, int(n_words)
 
 
 def doubt(nats: float, model: ModelConfig) -> str:

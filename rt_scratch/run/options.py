@@ -62,7 +62,7 @@ def plan_run(args) -> Plan:
     plan.model.validate()
     plan.train.validate()
     if plan.dataset.splits:
-        _check_fits(plan.model, plan.dataset)
+        _check_fits(plan.model, plan.dataset, trained=not args.evaluate)
     return plan
 
 
@@ -114,12 +114,14 @@ def _saved(args, given):
         old, new = getattr(saved.train, field), getattr(train, field)
         if old != new:
             raise UserError(f"{path} has another configuration: {field} {old} there, {new} here")
-    dataset = data.load(name, location, model.vocab_size)
+    dataset = data.load(name, location, model.vocab_size, data.given_codec(before, folder),
+                        model.seq_len)
     config = _config(name, location, dataset, model, train)
+    config |= {key: before[key] for key in ("released",) if key in before}
     if before.get("codec_sha256") not in (None, config["codec_sha256"]):
         raise UserError(f"{dataset.codec.file} is not the codec that {path} was made with "
                         "(checksum): its tokens stand for other text")
-    if dataset.protocol != before["data"]:
+    if before["data"] not in (None, dataset.protocol):  # None: converted, trained elsewhere
         changed = f"trained on other data: {before['data']}"
         if args.resume:
             raise UserError(f"the run was {changed}; now there is: {dataset.protocol}")
@@ -131,7 +133,7 @@ def _saved(args, given):
 
 def _resumed(args, saved, train):
     """The checkpoint to go on from, and a line on what goes on otherwise than before."""
-    for name, last in (("stop-after", args.stop_after or train.steps), ("steps", train.steps)):
+    for name, last in (("steps", train.steps), ("stop-after", args.stop_after or train.steps)):
         if last < saved.step:
             raise UserError(f"--{name} {last}: the run has done {saved.step} steps already")
     before, now = (learning_rate(saved.step, t.schedule, t.lr, t.warmup, t.steps)
@@ -152,11 +154,11 @@ def _config(name, location, dataset, model, train):
     return describe(name, location and str(Path(location).resolve()), dataset, model, train)
 
 
-def _check_fits(model, dataset):
+def _check_fits(model, dataset, trained):
     if model.n_classes and model.n_classes != dataset.n_classes:
         raise UserError(f"--n-classes {model.n_classes}: {dataset.name} has {dataset.n_classes} "
                         "classes")
-    if model.kind == "text" and len(dataset.splits["train"]) < model.seq_len:
+    if trained and model.kind == "text" and len(dataset.splits["train"]) < model.seq_len:
         raise UserError(f"the training text has {len(dataset.splits['train'])} tokens, fewer than "
                         f"--seq-len {model.seq_len}: give a longer text or a smaller --seq-len")
 

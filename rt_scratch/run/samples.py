@@ -20,16 +20,17 @@ from rt_scratch.step import State
 class Text:
     """One sample as it grows: a prompt, and what follows up to and including the stop text.
 
-    Prompt and sample are decoded as one, so a character may begin in one and end in the other.
-    Bytes that are not UTF-8, also those cut at the end, show as a replacement sign. With `raw` a
-    byte is a character of Latin-1, which gives the bytes back.
+    Or up to the id that ends a text. Prompt and sample are decoded as one, so a character may begin
+    in one and end in the other. Bytes that are not UTF-8, also those cut at the end, show as a
+    replacement sign. With `raw` a byte is a character of Latin-1, which gives the bytes back.
     """
 
     def __init__(self, codec: Codec, stop: str = "", prompt=(), raw: bool = False):
-        self._decode, self._pieces, self._recent = codec.decode, [], ""
+        self._codec, self._ids, self._shown = codec, [], 0
+        self._pieces, self._recent = [], ""
         self._letters = codecs.getincrementaldecoder("latin-1" if raw else "utf-8")("replace")
         self._stop, self.stopped = "", False
-        self.add(prompt)
+        self._grow(self._letters.decode(self._decode(prompt)))
         self._stop = os.fsencode(stop).decode("latin-1") if raw else stop
 
     @property
@@ -39,7 +40,17 @@ class Text:
 
     def add(self, tokens) -> str:
         """What the tokens add to the text."""
-        return self._grow(self._letters.decode(self._decode(tokens)))
+        new = self._grow(self._letters.decode(self._decode(tokens)))
+        self.stopped |= self._codec.end in tokens
+        return new
+
+    def _decode(self, tokens):
+        if not self._codec.joins:
+            return self._codec.decode(tokens)
+        self._ids += np.asarray(tokens, int).tolist()
+        new = self._codec.decode(self._ids)[self._shown :]
+        self._shown += len(new)
+        return new
 
     def end(self) -> str:
         """What is left of a character that was cut."""
@@ -92,5 +103,7 @@ def show_sample(state: State, dataset: Dataset, model: ModelConfig, seed: int, f
     for token in generate(state.params, state.centroids, model, n_tokens, rng=rng,
                           temperature=0.8):
         text.add(token)
+        if text.stopped:
+            break
     text.end()
     return f"--- sample\n{text.text}\n---"

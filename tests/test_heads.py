@@ -1,0 +1,125 @@
+"""Kinds of head: how a layer divides its projections, what each kind computes, full layers."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from helpers.loops import loop_attention
+from helpers.models import NOISE, SMALL, check_decoding, check_gradient, setup
+from helpers.strategies import configs, normal, seeds
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rt_scratch.decode import Memory
+from rt_scratch.heads import KINDS, Context, key_heads, parts, random_clusters
+from rt_scratch.layers import normalize
+from rt_scratch.parameters import init_centroids
+
+
+@given(configs())
+def test_parts_divide_the_heads(cfg):
+    """Every query, value and key column belongs to one kind; shared keys have no columns."""
+    for i in range(cfg.n_layers):
+        divided = parts(cfg, i)
+        queries = [h for part in divided for h in range(part.heads.start, part.heads.stop)]
+        keys = [h for part in divided if part.keys
+                for h in range(part.keys.start, part.keys.stop)]
+        assert queries == list(range(cfg.n_heads))
+        assert keys == list(range(key_heads(cfg, i)))
+        for part, (name, n) in zip(divided, cfg.layer_heads(i), strict=True):
+            assert part.kind is KINDS[name] and part.heads.stop - part.heads.start == n
+            if part.kind.routes and cfg.share_qk:
+                assert part.keys is None
+            else:
+                assert part.keys.stop - part.keys.start == n
+
+
+def test_parts_of_a_mixed_layer():
+    cfg = dataclasses.replace(SMALL, n_routing_heads=2, n_local_heads=1)
+    assert [part[1:] for part in parts(cfg, 0)] == [(slice(0, 2), None), (slice(2, 3), slice(0, 1))]
+    apart = dataclasses.replace(cfg, share_qk=False)
+    assert [part[1:] for part in parts(apart, 0)] == [(slice(0, 2),) * 2, (slice(2, 3),) * 2]
+
+
+# What a kind sees: a query (last position) with one key per token. Values are the unit vectors, so
+# that the output shows the weights; every key of a routing head is its query.
+SCALE = {"local": 1.0, "full": 1.0, "causal": 5 ** -0.5, "topk": 1.0, "random": 5 ** -0.5}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_a_kind_computes(name):
+    """The released code scales queries of all heads before; routing heads normalise that away, and
+    topk keeps logits of length D, ours divides them by sqrt(D)."""
+    t, d = 5, 5
+    cfg = dataclasses.replace(SMALL, seq_len=t, width=3 * d, window=t, n_clusters=1, block=2,
+                              lookback=1)
+    rng = np.random.default_rng(0)
+    q, k, v = normal(rng, (1, 1, t, d)), normal(rng, (1, 1, t, d)), np.eye(t)[None, None]
+    mu = normal(rng, (1, 1, d))
+    kind = KINDS[name]
+    o, _, routed = kind.forward(q, k, v, {}, Context(cfg, 0, mu))
+    if kind.routes:
+        q, k = normalize(q)[0], normalize(k)[0]
+        assert (routed.route.winner == 0).all() and routed.membership.counts.sum() in (t, 2 * t)
+    else:
+        assert routed is None
+    first = [0, 0, 0, 0, 2] if name == "local" else [0] * t  # blocks of two, one before
+    want = loop_attention(q[0, 0], k[0, 0], v[0, 0], lambda i, j: first[i] <= j <= i, SCALE[name])
+    if name == "topk":
+        want /= 1.01  # members of one cluster: sum / (1 + 1e-2)
+    np.testing.assert_allclose(o[0, 0], want, rtol=1e-10, atol=1e-12)
+
+
+def test_random_clusters():
+    """Drawn once per position and head, by seed and layer, whatever the text; all are used."""
+    cfg = dataclasses.replace(SMALL, seq_len=200, n_clusters=4)
+    drawn = random_clusters(cfg, 1, np, 3, 200)
+    assert drawn.shape == (3, 200) and set(drawn.flat) == {0, 1, 2, 3}
+    assert np.bincount(drawn.ravel()).min() > 100
+    assert (drawn[0] != drawn[1]).any()
+    np.testing.assert_array_equal(random_clusters(cfg, 1, np, 3, 7, start=150), drawn[:, 150:157])
+    np.testing.assert_array_equal(random_clusters(cfg, 1, np, 3, 1, start=203), drawn[:, 3:4])
+    for other in (random_clusters(cfg, 0, np, 3, 200), random_clusters(
+            dataclasses.replace(cfg, seed_random=1), 1, np, 3, 200)):
+        assert (drawn != other).any()
+
+
+# ---------------------------------------------------------------------------------- full layers
+
+def test_full_layers_everywhere_are_the_full_model():
+    """The same parameters, the same bits, whichever flag says so."""
+    ends = []
+    for changes in (dict(full_layers=(0, 1)), dict(full_layers=(-1, -2)), dict(attention="full")):
+        m = setup(dataclasses.replace(SMALL, **changes).validate())
+        assert not m.centroids
+        loss, cache, _ = m.loss(noise=NOISE)
+        ends.append((m.logits(), loss, m.gradient(cache)))
+    for end in ends[1:]:
+        for a, b in zip(end, ends[0], strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@given(seeds, st.sampled_from([(0,), (-1,), (0, 1)]), st.sampled_from(["causal", "random"]),
+       st.sampled_from([True, False]), st.sampled_from([0, 5]))
+def test_hybrid(seed, full_layers, routing, share_qk, prompt):
+    """Gradient of the whole model; decoding keeps everything in full layers, rings elsewhere."""
+    cfg = dataclasses.replace(SMALL, full_layers=full_layers, routing=routing, share_qk=share_qk,
+                              n_layers=3, attention_dropout=0.2).validate()
+    m = setup(cfg, seed)
+    full = {i % 3 for i in full_layers}
+    assert set(init_centroids(cfg, np, "float64", 0)) == {0, 1, 2} - full
+    check_gradient(m, seed)
+    check_decoding(m, prompt)
+    for i, stores in enumerate(Memory(m.params, cfg, 1, 500).stores):
+        assert any(store.k.shape[-2] == 500 for store in stores) == (i in full)
+
+
+def test_a_full_layer_sees_beyond_the_block():
+    """One layer, blocks of one, no lookback: local heads see nothing else, full heads all."""
+    for changes, seen in ((dict(full_layers=(0,)), True), (dict(attention="local"), False)):
+        cfg = dataclasses.replace(SMALL, n_layers=1, block=1, lookback=0, **changes).validate()
+        m = setup(cfg)
+        ids = m.ids.copy()
+        ids[:, 0] = (ids[:, 0] + 1) % cfg.vocab_size
+        change = np.abs(m.logits(ids) - m.logits()).max((0, 2))
+        assert change[1] > 0 and (change[2:] > 0).all() == seen and (change[2:] > 0).any() == seen
