@@ -15,6 +15,7 @@ import os
 import socket
 import sys
 import time
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -139,8 +140,9 @@ class MpiWorld(World):
 
     def on(self, xp):
         if xp is not np:
-            from cupy.cuda import nccl
-
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # many lines, where one is below
+                from cupy.cuda import nccl
             if not getattr(nccl, "available", False):
                 raise UserError("several GPUs need NCCL: pip install nvidia-nccl-cu12, or cu13 as "
                                 "CuPy is")

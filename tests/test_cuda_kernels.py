@@ -771,7 +771,7 @@ def whole(cfg, dtype, fixed=None, loss_scale=1.0):
         step_module.loss = lambda *args, **options: plain_loss(*args, fixed=fixed, **options)
     try:
         result = step_module.gradients(
-            m.state(scale=LossScale(loss_scale, 0)), grads, [(m.ids, m.labels)], cfg,
+            m.state(scale=LossScale(loss_scale, 0)), grads, m.parts(), cfg,
             config.TrainConfig(), dtype)
     finally:
         if fixed is not None:

@@ -55,8 +55,7 @@ def test_health_of_a_step(routing, share_qk):
     """Counted again from the routes, token by token, over all parts of the batch."""
     cfg = dataclasses.replace(SMALL, routing=routing, share_qk=share_qk, n_clusters=7)
     m = setup(cfg, batch=3)
-    result = gradients(m.state(), np.empty_like(m.flat), [(m.ids[:2], None), (m.ids[2:], None)],
-                       cfg, TrainConfig())
+    result = gradients(m.state(), np.empty_like(m.flat), m.parts(2, 1), cfg, TrainConfig())
     shares, inside, dead = [], [], 0
     for layer in result.memberships:
         routes = [report.routes[layer] for report in result.reports]

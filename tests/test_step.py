@@ -17,10 +17,7 @@ from rt_scratch.parallel import World
 def run(m, parts, together=None):
     """(gradient, Gradients) of the batch cut into parts of these sizes, `together` at once."""
     grads = np.full_like(m.flat, np.nan)
-    ends = np.cumsum(parts)
-    cuts = [step.Part(m.ids[end - n : end], None, m.weights[end - n : end], int(end - n),
-                      n / len(m.ids)) for end, n in zip(ends, parts, strict=True)]
-    result = step.gradients(m.state(step=3), grads, cuts, m.cfg,
+    result = step.gradients(m.state(step=3), grads, m.parts(*parts), m.cfg,
                             TrainConfig(parts=together or len(parts)))
     return grads, result
 
@@ -176,8 +173,7 @@ def test_the_loss_scale_changes_no_bit(scale):
     ends = []
     for value in (1.0, scale):
         grads = np.empty_like(m.flat)
-        parts = [step.Part(m.ids, None, m.weights, 0, 1.0)]
-        told = step.gradients(m.state(scale=LossScale(value, 0)), grads, parts, m.cfg,
+        told = step.gradients(m.state(scale=LossScale(value, 0)), grads, m.parts(), m.cfg,
                               TrainConfig())
         ends.append((told.nats, grads))
     assert ends[0][0] == ends[1][0]

@@ -10,7 +10,7 @@ from rt_scratch import decode, model
 from rt_scratch.config import ModelConfig
 from rt_scratch.optim import LossScale
 from rt_scratch.parameters import init_centroids, init_parameters, views
-from rt_scratch.step import State
+from rt_scratch.step import Part, State
 
 NOISE = model.Noise(seed=3, step=5, first=2)
 SMALL = ModelConfig(
@@ -47,6 +47,15 @@ class Setup(NamedTuple):
     def logits(self, ids=None):
         ids = self.ids if ids is None else ids
         return model.logits(self.params, self.centroids, self.cfg, ids, self.labels)
+
+    def parts(self, *sizes, xp=np):
+        """The batch in parts of these sizes, or in one, as `step.cut` gives them."""
+        n = len(self.ids)
+        ends = np.cumsum(sizes or (n,)).tolist()
+        rows = [slice(end - size, end) for end, size in zip(ends, sizes or (n,), strict=True)]
+        return [Part(xp.asarray(self.ids[r]),
+                     None if self.labels is None else xp.asarray(self.labels[r]),
+                     xp.asarray(self.weights[r]), r.start, (r.stop - r.start) / n) for r in rows]
 
     def state(self, step=0, scale=LossScale(1.0, 0), optimizer=None):  # noqa: B008
         """What `step.gradients` and `step.train_step` take."""
