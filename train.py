@@ -5,10 +5,13 @@
     python train.py enwik8 --preset small    a dataset of the paper, see --help
     python train.py --resume                 continue the newest run exactly where it stopped
     python train.py enwik8 --out RUN --evaluate test
+    mpiexec -n 4 python train.py             the same run, shared by four processes
 """
 
 try:
     import argparse
+    import contextlib
+    import dataclasses
     import math
     from pathlib import Path
     from shlex import quote
@@ -18,6 +21,7 @@ try:
     from rt_scratch.data.batches import training_batch
     from rt_scratch.device import select_device, select_precision
     from rt_scratch.errors import UserError
+    from rt_scratch.parallel import checksum, software, start
     from rt_scratch.run import checkpoint, costs, log
     from rt_scratch.run.checkpoint import check_finite
     from rt_scratch.run.evaluate import CAUSAL_WINDOWS, doubt, evaluate, evaluate_causally
@@ -31,25 +35,36 @@ except KeyboardInterrupt:  # it takes a second
 
 
 def main(argv=None):
-    args = parse(argv)
-    xp, device = select_device(args.device)
-    plan = plan_run(args)
+    with start() as world:  # one process, or as many as mpiexec made
+        work(parse(argv), world)
+
+
+def work(args, world):
+    xp, device = select_device(args.device, world)
+    plan = world.in_turn(lambda: plan_run(args))
     model, train = plan.model, plan.train
     _, dtype = select_precision(train.precision, xp)  # of the network; None: of the parameters
     say(costs.describe(device, plan))
     if args.dry_run:
         return
-    costs.check_memory(model, train, xp=xp, step=not args.evaluate)
+    own = {name: -(-getattr(train, name) // world.size) for name in ("batch", "parts")}
+    costs.check_memory(model, dataclasses.replace(train, **own), xp=xp, step=not args.evaluate)
     if plan.saved:
         state, progress = checkpoint.restore(plan.saved, xp, for_training=args.resume)
     else:
         state, progress = new_state(model, train, xp), checkpoint.Progress()
+    world.check_same(lambda: software(xp) | plan.config["model"] | plan.config["train"]
+                     | {"data": plan.dataset.protocol, "state": checksum(state.arrays)})
+    world = world.on(xp)
     if args.evaluate:
-        score_split(args, state, plan)
+        score_split(args, state, plan, world)
         return
+    if train.batch * train.accumulate < world.size:
+        raise UserError(f"--batch {train.batch}: {world.size} processes need at least one window "
+                        "each per step")
     try:
-        with RunFolder(plan.folder, plan.config, plan.dataset.codec.file) as run:
-            fit(plan, run, state, progress, args.stop_after or train.steps, xp, dtype)
+        with open_folder(plan, world) as run:
+            fit(plan, run, state, progress, args.stop_after or train.steps, xp, dtype, world)
     except MemoryError as error:
         raise UserError(
             f"out of memory at --batch {train.batch} x {model.seq_len} tokens, precision "
@@ -57,8 +72,15 @@ def main(argv=None):
             "smaller --batch with --accumulate, or on a GPU --precision bf16") from error
 
 
-def fit(plan, run, state, progress, last, xp, dtype):
-    """The training loop, to step `last` or the end of the schedule."""
+def open_folder(plan, world):
+    """The run folder, for process 0 alone; the others get None."""
+    if world.rank:
+        return contextlib.nullcontext()
+    return RunFolder(plan.folder, plan.config, plan.dataset.codec.file)
+
+
+def fit(plan, run, state, progress, last, xp, dtype, world):
+    """The training loop, to step `last` or the end of the schedule; `run` is written where open."""
     folder, dataset, model, train = plan[:4]
     windows, first, last = train.batch * train.accumulate, state.step, min(last, train.steps)
     grads, clock = xp.empty_like(state.flat), log.Clock(progress.seconds)
@@ -67,15 +89,17 @@ def fit(plan, run, state, progress, last, xp, dtype):
         return step == last or (train.eval_every and step % train.eval_every == 0)
 
     with StopRequest() as stop, log.Progress(first, train.steps) as bar:
-        log.trim_log(folder, first, progress.scored)
+        if run:
+            log.trim_log(folder, first, progress.scored)
         if progress.scored < first and due(first):  # what an interrupted run had still to do
-            row = log.logged_row(folder, first)
-            progress = score(plan, run, state, progress, row, clock, bar, stop)
-        while state.step < last and not (stop.asked and state.step):
+            row = log.logged_row(folder, first) if run else {}
+            progress = score(plan, run, state, progress, row, clock, bar, stop, world)
+        stopping = world.any(stop.asked) and first  # there is nothing to save before a step
+        while state.step < last and not stopping:
             ids, labels = training_batch(dataset, model.seq_len, windows, train.seed, state.step,
                                          progress.drawn)
-            state, result = train_step(
-                state, grads, cut(ids, labels, train, xp), model, train, dtype)
+            state, result = train_step(state, grads, cut(ids, labels, model, train, xp, world),
+                                       model, train, dtype, world)
             progress = progress._replace(drawn=progress.drawn + windows)
             done = state.step
             logging = due(done) or done % train.log_every == 0
@@ -85,27 +109,41 @@ def fit(plan, run, state, progress, last, xp, dtype):
             if logging:
                 row = log.step_row(result, done, dataset, clock,
                                    windows * model.seq_len * (done - first))
-                log.append_log(folder, row)
+                if run:
+                    log.append_log(folder, row)
                 stop.asked |= not bar.show(row, clock.here())
-            if due(done) and not stop.asked:
+            stopping = world.any(stop.asked)
+            if due(done) and not stopping:
+                world.check_same(state_facts(state))
+                if run:
+                    checkpoint.save_into(run, "last.npz", state, progress, clock.total())
+                progress = score(plan, run, state, progress, row, clock, bar, stop, world)
+                stopping = world.any(stop.asked)
+        if stopping:
+            if run:
                 checkpoint.save_into(run, "last.npz", state, progress, clock.total())
-                progress = score(plan, run, state, progress, row, clock, bar, stop)
-        if stop.asked:
-            checkpoint.save_into(run, "last.npz", state, progress, clock.total())
+            world.barrier()  # nobody speaks of it before it is saved
             raise UserError(f"interrupted and saved after step {state.step}; continue with: python "
                             f"train.py --resume --out {quote(str(folder))}")
     say(doubt(progress.valid, model), end="")
-    with harmless(folder / "loss.png"):
-        plot_loss(folder)
+    if run:
+        with harmless(folder / "loss.png"):
+            plot_loss(folder)
     say(f"done: {folder}  (sample from it: python sample.py {quote(str(folder))})")
 
 
-def score(plan, run, state, progress, row, clock, bar, stop):
+def state_facts(state):
+    """What all processes must have alike after a step."""
+    return lambda: {f"state after step {state.step}": checksum(state.arrays)}
+
+
+def score(plan, run, state, progress, row, clock, bar, stop, world):
     """Score the validation split after a step that is saved, and show a sample -> Progress."""
     folder, dataset, model, train = plan[:4]
     valid = None
-    with clock.aside(), stop.at_once():
-        valid = evaluate(state, dataset, model, "valid", train.batch, limit=train.eval_windows)
+    with clock.aside(), stop.at_once() if world.size == 1 else contextlib.nullcontext():
+        valid = evaluate(state, dataset, model, "valid", train.batch, limit=train.eval_windows,
+                         world=world)
     if valid is None:  # interrupted; --resume comes back here
         return progress
     if not math.isfinite(valid.nats):
@@ -114,10 +152,12 @@ def score(plan, run, state, progress, row, clock, bar, stop):
                         f"{checkpoint.kept(folder)}; lower --lr, or set --clip 1")
     row = row | {"step": state.step, "split": "valid", "nats": valid.nats, "score": valid.value,
                  "unit": dataset.unit}
-    log.append_log(folder, row)
     better = valid.nats < progress.best
     progress = progress._replace(scored=state.step, valid=valid.nats,
                                  best=min(valid.nats, progress.best))
+    if not run:
+        return progress
+    log.append_log(folder, row)
     for name in ("best.npz", "last.npz") if better else ("last.npz",):
         checkpoint.save_into(run, name, state, progress, clock.total())
     sample = ""
@@ -128,17 +168,17 @@ def score(plan, run, state, progress, row, clock, bar, stop):
     return progress
 
 
-def score_split(args, state, plan):
+def score_split(args, state, plan, world):
     """--evaluate: print the score of a split, and with --evaluate-causally that of decoding."""
     limit = args.eval_windows
     if limit is None:
         limit = CAUSAL_WINDOWS if args.evaluate_causally else 0
     say(f"checkpoint: {plan.saved.path}, step {state.step}")
     result = evaluate(state, plan.dataset, plan.model, args.evaluate, plan.train.batch, args.stride,
-                      limit)
+                      limit, world)
     say(doubt(result.nats, plan.model) + result.line)
     if args.evaluate_causally:
-        say(evaluate_causally(state, plan.dataset, plan.model, args.evaluate, limit).line)
+        say(evaluate_causally(state, plan.dataset, plan.model, args.evaluate, limit, world).line)
 
 
 def parse(argv=None):
