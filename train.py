@@ -89,6 +89,7 @@ def fit(plan, run, state, progress, last, xp, dtype):
                 row = log.step_row(result, done, dataset, clock,
                                    windows * model.seq_len * (done - first))
                 log.append_log(folder, row)
+                log.append_clusters(folder, done, result.memberships)
                 stop.asked |= not bar.show(row, clock.here())
             if due(done) and not stop.asked:
                 checkpoint.save_into(run, "last.npz", state, progress, clock.total())

@@ -1,4 +1,4 @@
-"""A run folder: config.json, log.csv, last.npz, best.npz, loss.png, and the file of its codec."""
+"""A run folder: config.json, log.csv, clusters.csv, samples, checkpoints, and the codec's file."""
 
 from __future__ import annotations
 

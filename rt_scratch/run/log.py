@@ -19,6 +19,7 @@ from rt_scratch.step import Step
 
 COLUMNS = ("step", "split", "nats", "score", "unit", "tokens_per_s", "seconds", "lr", "grad_norm",
            "uncovered", "several", "smallest", "largest", "dead")
+HEAD_COLUMNS = ("step", "layer", "head", "largest", "dead")
 
 
 class Clock:
@@ -98,6 +99,38 @@ def append_log(folder: Path, row: dict) -> None:
             file.write(text)
 
 
+def append_clusters(folder: Path, step: int, memberships) -> None:
+    """Lines of clusters.csv: every routing head's largest share of tokens, and dead centroids.
+
+    A run that goes on from an older checkpoint writes later steps again; `read_clusters` takes the
+    last line of each.
+    """
+    path = folder / "clusters.csv"
+    rows = []
+    for layer, membership in memberships.items():
+        counts = to_host(membership.counts)                          # (H, K)
+        share = counts.max(-1) / np.maximum(counts.sum(-1), 1)
+        rows += [dict(zip(HEAD_COLUMNS, (step, layer, head, f"{share[head]:.4f}", dead),
+                          strict=True)) for head, dead in enumerate((counts == 0).sum(-1))]
+    if rows:
+        with harmless(path):
+            text = _csv(rows, header=not path.exists(), columns=HEAD_COLUMNS)
+            with path.open("a", newline="", encoding="utf-8") as file:
+                file.write(text)
+
+
+def read_clusters(folder: Path) -> dict[tuple[int, int], dict[int, tuple[float, int]]]:
+    """{(layer, head): {step: (largest share, dead centroids)}} of clusters.csv; {} without one."""
+    path, found = folder / "clusters.csv", {}
+    if not path.exists():
+        return found
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):  # the header, and lines that were cut off
+            step, layer, head, largest, dead = line.split(",")
+            found.setdefault((int(layer), int(head)), {})[int(step)] = float(largest), int(dead)
+    return found
+
+
 def read_log(folder: Path) -> list[dict]:
     """The whole lines of log.csv; none where there is no log."""
     path = folder / "log.csv"
@@ -130,9 +163,9 @@ def logged_row(folder: Path, step: int) -> dict:
     return {}
 
 
-def _csv(rows, header):
+def _csv(rows, header, columns=COLUMNS):
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS)
+    writer = csv.DictWriter(text, columns)
     if header:
         writer.writeheader()
     writer.writerows(rows)
