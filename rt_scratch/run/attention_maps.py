@@ -18,6 +18,7 @@ CHUNK = 256  # keys whose weights are computed at a time
 class Map(NamedTuple):
     """The heads of one kind in a layer, as they attend in one window."""
 
+    name: str                # of the kind
     part: Part
     queries: Any             # (H, T, D), normalised
     routed: Routed | None    # what routing heads report
@@ -54,9 +55,10 @@ def attention_maps(params, centroids, cfg: ModelConfig, ids, labels=None) -> Ite
         x, _, routed = block(x, p, cfg, layer, mu)
         context = Context(cfg, layer, mu, routed and routed.route)
         found = []
-        for part in parts(cfg, layer):
+        for (name, _), part in zip(cfg.layer_heads(layer), parts(cfg, layer), strict=True):
             own = q[:, part.heads], k[:, part.keys] if part.keys else None
-            found.append(Map(part, normalize(own[0])[0][0], routed if part.kind.routes else None,
+            found.append(Map(name, part, normalize(own[0])[0][0],
+                             routed if part.kind.routes else None,
                              (*own, p["attention"], context)))
         yield found
 
@@ -78,7 +80,7 @@ def strongest(found: Map, n: int):
         total += some.sum(-1, dtype="float64")
         here = np.where(some > 0, np.arange(first, last), -1)
         positions, weights = np.append(positions, here, -1), np.append(weights, some, -1)
-        best = np.argsort(-weights, axis=-1, kind="stable")[..., :n]
+        best = np.argpartition(-weights, n - 1, axis=-1)[..., :n]
         positions, weights = (np.take_along_axis(a, best, -1) for a in (positions, weights))
     order = np.argsort(positions, axis=-1, kind="stable")
     positions, weights = (np.take_along_axis(a, order, -1) for a in (positions, weights))
