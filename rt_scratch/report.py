@@ -37,7 +37,7 @@ from rt_scratch.run.samples import read_samples
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 LIMIT = 5_000_000     # bytes of a page
-FEWEST, MOST = 4, 256  # weights that the page keeps of a row; layers are left out before FEWEST
+FEWEST, MOST = 8, 256  # weights that the page keeps of a row, see `plan`
 POINTS = 400          # of a curve
 SAMPLES = 12          # texts or pictures
 UNIT = 65535          # weights are kept as whole numbers of 1 / UNIT
@@ -140,10 +140,9 @@ def curves(folder: Path, loaded) -> dict:
 
 def smooth(values: list[float], width: int) -> list[float]:
     """Means of the `width` values around each, of fewer near the ends."""
-    sums = np.append(0, np.cumsum(values))
-    at = np.arange(len(values))
-    first, last = np.maximum(at - width // 2, 0), np.minimum(at - width // 2 + width, len(values))
-    return ((sums[last] - sums[first]) / (last - first)).tolist()
+    values = np.array(values)
+    first = [max(i - width // 2, 0) for i in range(len(values))]
+    return [float(np.mean(values[a : i - width // 2 + width])) for i, a in enumerate(first)]
 
 
 def samples(folder: Path, loaded) -> list[dict]:
@@ -210,6 +209,8 @@ def validation_window(args, loaded):
         raise UserError(f"the validation split is not here; explore your own with {own}, or name "
                         f"its folder with --data-dir ({error})") from error
     split, number = dataset.splits["valid"], args.window or 0
+    if dataset.kind != model.kind or split.ndim == 2 and split.shape[1] != model.seq_len:
+        raise UserError(f"{config['dataset']} is not what the run was trained on: other sizes")
     total = len(split) if model.kind == "image" else -(-len(split) // model.seq_len)
     if number >= total:
         raise UserError(f"--window {number}: the validation split has 0 to {total - 1}")
@@ -239,38 +240,41 @@ def explored(loaded, ids, label, wanted, room: int) -> dict:
     """Clusters and attention weights of the window, as many as fit in `room` bytes of page."""
     model, state = loaded.model, loaded.state
     t = ids.shape[1]
-    layers, n_kept = plan(model, t, wanted, room)
+    layers, of_kind, n_kept = plan(model, t, wanted, room)
     heads, health = [], []
     for layer, maps in enumerate(attention_maps(state.params, state.centroids, model, ids, label)):
         for found in maps:
             if found.routed is not None:
                 health += head_health(layer, found, model.n_clusters)
             if layer in layers:
-                heads += packed(layer, found, min(n_kept, t))
+                heads += packed(layer, found, of_kind, min(n_kept, t))
     return {"layers": layers, "n_layers": model.n_layers, "heads": heads, "health": health,
-            "kept": n_kept}
+            "all_heads": model.n_heads * len(layers)}
 
 
-def plan(model: ModelConfig, t: int, wanted, room: int) -> tuple[list[int], int]:
-    """(layers, weights kept of a row) that fit: fewer weights first, then fewer layers.
+def plan(model: ModelConfig, t: int, wanted, room: int) -> tuple[list[int], int, int]:
+    """(layers, heads of a kind in each, weights of a row) that fit.
 
-    Without --layers these are spread evenly from the first to the last.
+    Fewer weights come first, down to FEWEST; then fewer layers, down to three; then fewer heads;
+    then fewer layers still. Layers are spread evenly from the first to the last, unless --layers
+    says which.
     """
     for i in wanted or ():
         if not -model.n_layers <= i < model.n_layers:
             raise UserError(f"--layers {i}: the layers are 0 to {model.n_layers - 1}")
     layers = sorted({i % model.n_layers for i in wanted or range(model.n_layers)})
     row, entry = 8 * 4 / 3, 4 * 4 / 3  # bytes in base64: n, seen, winner, membership; a weight
-    for n in range(len(layers), 0, -1):
-        some = [layers[i] for i in np.linspace(0, len(layers) - 1, n).round().astype(int)]
-        kept = int((room / (n * model.n_heads * t) - row) / entry)
-        if kept >= FEWEST and t <= UNIT + 1:
-            if wanted and n < len(layers):
-                break
-            return some, min(kept, MOST)
-    raise UserError(f"{len(layers) if wanted else 1} layers of {t:,} tokens do not fit in a page "
-                    f"of {LIMIT / 1e6:.0f} MB; give fewer --layers, or a shorter text with "
-                    "--prompt")
+    fewest = [len(layers)] if wanted else [min(3, len(layers)), 1]
+    for at_least in fewest if t <= UNIT else ():
+        for of_kind in (model.n_heads, 4, 2, 1):
+            for n in range(len(layers), at_least - 1, -1):
+                some = [layers[i] for i in np.linspace(0, len(layers) - 1, n).round().astype(int)]
+                heads = sum(min(of_kind, m) for i in some for _, m in model.layer_heads(i))
+                kept = int((room / (heads * t) - row) / entry)
+                if kept >= min(FEWEST, t):
+                    return some, of_kind, min(kept, MOST)
+    raise UserError(f"{fewest[-1]} layers of {t:,} tokens do not fit in a page of "
+                    f"{LIMIT / 1e6:.0f} MB; give fewer --layers, or a shorter text with --prompt")
 
 
 def head_health(layer: int, found, n_clusters: int) -> list[dict]:
@@ -290,8 +294,8 @@ def head_health(layer: int, found, n_clusters: int) -> list[dict]:
     return health
 
 
-def packed(layer: int, found, n_kept: int) -> list[dict]:
-    """Every head of a map as arrays of 16 bits in base64, row after row.
+def packed(layer: int, found, of_kind: int, n_kept: int) -> list[dict]:
+    """The first heads of a map as arrays of 16 bits in base64, row after row.
 
     n: entries of a row; positions, weights: of the entries, in units of 1 / UNIT of the row's sum;
     seen: keys with any weight. What n entries leave to 1 is the weight of the other keys, 0 where
@@ -308,7 +312,7 @@ def packed(layer: int, found, n_kept: int) -> list[dict]:
     best = units.argmax(-1)[..., None]  # takes what rounding left over, or took too much
     np.put_along_axis(units, best, np.take_along_axis(units, best, -1) + left[..., None], -1)
     heads = []
-    for h in range(len(n)):
+    for h in range(min(of_kind, len(n))):
         head = {"layer": layer, "head": found.part.heads.start + h,
                 "kind": found.name, "n": encoded(n[h]), "positions": encoded(positions[h][kept[h]]),
                 "weights": encoded(units[h][kept[h]]), "seen": encoded(seen[h])}
@@ -344,7 +348,7 @@ def parse(argv=None):
     add("--image", type=Path, help="explore this picture instead")
     add("--label", type=int, help="with --image: its class, where the model knows classes")
     add("--layers", type=layer_list, metavar="I,J,...",
-        help="layers to explore (default: all that fit in 5 MB)")
+        help="layers to explore (default: as many as fit in 5 MB)")
     add("--data-dir", help="folder with the dataset's official files")
     args = parser.parse_args(argv)
     if args.prompt is not None and args.prompt_file:
