@@ -452,6 +452,7 @@ def test_browser(runs, kind, tmp_path):
         browser.open(runs / kind / "page.html")
         scroll, client = browser.run(WIDTHS)
         assert scroll <= client
+        browser.run("page('controls').scrollIntoView()")
         browser.click(".token:nth-of-type(31)")
         assert browser.run(SELECTED) == 30
         for name, head in (("a", first), ("b", second)):
