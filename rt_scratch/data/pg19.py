@@ -204,6 +204,8 @@ def _listing(name):
             for item in page.get("items", []):
                 if re.fullmatch(rf"{name}/\d+\.txt", item["name"]):
                     md5 = base64.b64decode(item["md5Hash"]).hex()
+                    if len(md5) != 32:
+                        raise ValueError(f"{item['md5Hash']!r} is no md5")
                     books.append(Source(item["name"], (ADDRESS + item["name"],),
                                         int(item["size"]), f"md5:{md5}"))
             token = page.get("nextPageToken", "")
