@@ -139,8 +139,8 @@ def _npz_rows(stream, name):
             if shape != (len(labels), VALUES) or dtype != np.uint8:
                 raise ValueError(f"data is {dtype}{shape}, not uint8({len(labels)}, {VALUES})")
             for at in tqdm(range(0, shape[0], BATCH), desc=name, disable=None):
-                rows = f.read(BATCH * VALUES)
                 part = labels[at : at + BATCH]
+                rows = f.read(len(part) * VALUES)
                 yield np.frombuffer(rows, np.uint8).reshape(len(part), VALUES), part
             _check_end(f)
 
