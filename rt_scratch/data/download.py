@@ -35,7 +35,7 @@ class Source(NamedTuple):
     name: str                # what it is called on disk
     urls: tuple[str, ...]    # addresses in the order to try them
     size: int                # bytes
-    digest: str              # 'sha256:...' or 'md5:...'
+    digest: str | None       # 'sha256:...' or 'md5:...'; None where none is known
 
     def origin(self) -> str:
         """What it is and where it comes from, in words."""
@@ -90,6 +90,22 @@ def get(url: str) -> bytes:
         return _persistently(once)
     except _Failed as e:
         raise UserError(f"{url}: {e}") from e
+
+
+def announced(source: Source) -> Source:
+    """The source with the size that its server announces, where none is known."""
+    def once():
+        request = _request(source.urls[0])
+        request.method = "HEAD"
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
+            length = reply.headers.get("Content-Length", "")
+        if not length.isdecimal():
+            raise _Failed("the server does not say how large it is")
+        return int(length)
+    try:
+        return source._replace(size=_persistently(once))
+    except _Failed as e:
+        raise UserError(f"{source.name} could not be downloaded ({source.urls[0]}: {e})") from e
 
 
 def check_space(folder: Path, size: int) -> None:
@@ -202,6 +218,8 @@ def _wrong(path, source):
     size = path.stat().st_size
     if size != source.size:
         return f"{size:,} bytes, not {source.size:,}"
+    if source.digest is None:
+        return None
     algorithm, _, wanted = source.digest.partition(":")
     digest = digest_of(path, algorithm)
     if digest != wanted:
