@@ -10,7 +10,6 @@
 try:
     import argparse
     import math
-    import warnings
     from pathlib import Path
     from shlex import quote
 
@@ -49,9 +48,7 @@ def main(argv=None):
         score_split(args, state, plan)
         return
     try:
-        with (RunFolder(plan.folder, plan.config, plan.dataset.codec.file) as run,
-              warnings.catch_warnings()):
-            warnings.simplefilter("ignore", RuntimeWarning)  # the loss tells of divergence
+        with RunFolder(plan.folder, plan.config, plan.dataset.codec.file) as run:
             fit(plan, run, state, progress, args.stop_after or train.steps, xp, dtype)
     except MemoryError as error:
         raise UserError(
@@ -124,8 +121,9 @@ def score(plan, run, state, progress, row, clock, bar, stop):
     for name in ("best.npz", "last.npz") if better else ("last.npz",):
         checkpoint.save_into(run, name, state, progress, clock.total())
     sample = ""
-    with harmless("the sample"), clock.aside(), stop.at_once():
-        sample = show_sample(state, dataset, model, train.seed, folder)
+    if not stop.asked:
+        with harmless("the sample"), clock.aside(), stop.at_once():
+            sample = show_sample(state, dataset, model, train.seed, folder)
     stop.asked |= not bar.say(f"step {state.step}  {valid.line}\n{log.cluster_line(row)}{sample}")
     return progress
 

@@ -30,7 +30,7 @@ import numpy as np
 from rt_scratch.config import ModelConfig, TrainConfig, to_json
 from rt_scratch.console import Parser, script
 from rt_scratch.data import open_codec
-from rt_scratch.data.download import Source, announced, fetch
+from rt_scratch.data.download import Source, fetch, with_size
 from rt_scratch.data.files import digest_of
 from rt_scratch.data.released_subwords import RELEASED, read_vocabulary
 from rt_scratch.errors import UserError
@@ -44,9 +44,9 @@ from rt_scratch.step import State
 from rt_scratch.tf_checkpoint import opened
 
 ADDRESS = "https://storage.googleapis.com/rt-checkpoint/"
-CHECKPOINT = Source("checkpoint.zip", (f"{ADDRESS}checkpoint.zip",), 0, None)  # sizes are asked for
+CHECKPOINT = Source("checkpoint.zip", (f"{ADDRESS}checkpoint.zip",), None, None)
 VOCABULARY = Source("vocab.pg19_length8k.32768.subwords",
-                    (f"{ADDRESS}vocab.pg19_length8k.32768.subwords",), 0, None)
+                    (f"{ADDRESS}vocab.pg19_length8k.32768.subwords",), None, None)
 DOWNLOADS = Path("data") / "released"
 
 
@@ -492,7 +492,7 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoint, vocabulary = args.checkpoint, args.vocab
     if args.download:
         folder = checkpoint or DOWNLOADS
-        sources = [announced(s) for s in ([CHECKPOINT] if vocabulary else [VOCABULARY, CHECKPOINT])]
+        sources = [with_size(s) for s in ([CHECKPOINT] if vocabulary else [VOCABULARY, CHECKPOINT])]
         for source in sources:
             print(source.origin(), flush=True)
         *fetched, checkpoint = [fetch(source, folder) for source in sources]

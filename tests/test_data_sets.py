@@ -668,7 +668,7 @@ def test_cifar10_bad_files(tmp_path, cifar_files):
     for name in cifar10.TRAIN:
         (tmp_path / name).unlink()
     write_cifar(tmp_path, {"test_batch.bin": cifar_files["test_batch.bin"]})
-    with pytest.raises(UserError, match=": no data_batch_1.bin ... data_batch_5 here"):
+    with pytest.raises(UserError, match=": no data_batch_1.bin ... data_batch_5.bin here"):
         load("cifar10", tmp_path)
 
 

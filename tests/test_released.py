@@ -423,7 +423,7 @@ def test_download(tmp_path, monkeypatch, capfd):
         first = capfd.readouterr()
         released.main(["--download", str(tmp_path / "here"), "--vocab", "mine", "--out", "out"])
         (tmp_path / "served" / "checkpoint.zip").unlink()
-        with pytest.raises(UserError, match="checkpoint.zip could not be downloaded .* 404"):
+        with pytest.raises(UserError, match="checkpoint.zip: the server says 404"):
             released.main(["--download", str(tmp_path / "here"), "--vocab", "mine"])
         server.shutdown()
     here = tmp_path / "here"

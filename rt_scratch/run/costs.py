@@ -81,7 +81,7 @@ def check_memory(model: ModelConfig, train: TrainConfig, who: str = "", xp=np,
                    "--accumulate", xp)
 
 
-def check_fits(needed: float, problem: str, advice: str, xp=np) -> None:
+def check_fits(needed: int, problem: str, advice: str, xp=np) -> None:
     """UserError(problem, numbers, advice) where `needed` bytes are more than the device has."""
     if xp.__name__ == "cupy":
         there = xp.cuda.runtime.memGetInfo()[1]
@@ -90,17 +90,18 @@ def check_fits(needed: float, problem: str, advice: str, xp=np) -> None:
     else:  # Windows
         there = math.inf
     if needed > there:
-        raise UserError(f"{problem} (about {needed / 2**30:,.0f} GiB, there are "
-                        f"{there / 2**30:,.0f}); {advice}")
+        raise UserError(f"{problem} (about {needed // 2**30:,} GiB, there are {there // 2**30:,}); "
+                        f"{advice}")
 
 
-def decode_bytes(model: ModelConfig, n: int, prompt: int, capacity: int) -> float:
-    """Rough memory of decoding n texts: what the heads keep, the logits, a pass over the prompt."""
+def decode_bytes(model: ModelConfig, n: int, prompt: int, capacity: int) -> int:
+    """Rough memory of drawing n texts: what the heads keep, logits, a pass over the prompt, tokens.
+    """
     stores = sum(array.nbytes for i in range(model.n_layers) for part in parts(model, i)
                  for array in part.kind.store(model, part.heads.stop - part.heads.start, n,
                                               capacity, _Unallocated, "float32"))
     per_token = 10 * model.width + 3 * model.ffn_width + 4 * model.n_heads * model.n_clusters
-    return stores + 4 * n * (8 * model.vocab_size + (prompt + 1) * per_token)
+    return stores + 4 * n * (8 * model.vocab_size + (prompt + 1) * per_token + 2 * capacity)
 
 
 class _Unallocated:

@@ -69,7 +69,7 @@ def run_codec(config: dict, folder: Path, vocab_size: int) -> Codec:
         try:
             codec.decode(np.arange(vocab_size))
             fits = True
-        except (IndexError, KeyError):
+        except (IndexError, KeyError, UserError):
             fits = False
     if not fits:
         raise UserError(f"{folder}: the codec {codec.name} has fewer than the {vocab_size} token "

@@ -133,7 +133,7 @@ def _saved(args, given):
 
 def _resumed(args, saved, train):
     """The checkpoint to go on from, and a line on what goes on otherwise than before."""
-    for name, last in (("stop-after", args.stop_after or train.steps), ("steps", train.steps)):
+    for name, last in (("steps", train.steps), ("stop-after", args.stop_after or train.steps)):
         if last < saved.step:
             raise UserError(f"--{name} {last}: the run has done {saved.step} steps already")
     before, now = (learning_rate(saved.step, t.schedule, t.lr, t.warmup, t.steps)

@@ -1,0 +1,1 @@
+"""Faults: for each, how to provoke it and what must come out."""
