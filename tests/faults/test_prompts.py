@@ -53,7 +53,7 @@ def test_a_long_text_slides():
     """Each token is the likeliest after the latest T - 1, read in one pass."""
     cfg = ModelConfig(seq_len=8, vocab_size=7, n_layers=2, width=8, ffn_width=8, attention="full",
                       timing_signal=True, n_local_heads=1, n_routing_heads=1).validate()
-    m = setup(cfg)
+    m = setup(cfg, noise=1.0)  # what is not seen would make itself felt
     for n in (0, 3, 7, 8, 20):
         text = np.random.default_rng(n).integers(0, 7, (2, n))
         for chosen in decode.generate(m.params, m.centroids, cfg, 30, rng=None, prompt=text,
