@@ -14,7 +14,7 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m rt_scratch.data", description="Fetch, check and encode a dataset.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="\n".join(f"  {name:12} {row.about}" for name, row in DATASETS.items()))
-    parser.add_argument("name", help="a dataset of the list below, or a text file")
+    parser.add_argument("name", help="a dataset of the list below, or a text file or folder")
     parser.add_argument("--data-dir", metavar="DIR",
                         help="folder of the official files (default: data/NAME)")
     parser.add_argument("--download", action="store_true",

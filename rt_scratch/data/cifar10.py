@@ -50,20 +50,21 @@ def load(folder: Path) -> Dataset:
     if TEST not in found or not train:
         wanted = f"{TRAIN[0]} ... {TEST} (the binary version) or {SOURCE.name}"
         if found:
-            wanted = TEST if train else f"{TRAIN[0]} ... {TRAIN[-1].removesuffix('.bin')}"
+            wanted = TEST if train else f"{TRAIN[0]} ... {TRAIN[-1]}"
         raise missing(folder, wanted, SOURCE.origin(), OTHERS, dataset="cifar10")
     recipe = {"files": [*train, TEST], "hold_out": HOLD_OUT}
     data = cached(folder, "cifar10", "cifar10", recipe, {f.path for f in found.values()},
                   lambda new: _encode(found, train, new))
     splits, labels = take_labels(data.arrays)
-    counts = ", ".join(f"{split} {len(images):,}" for split, images in splits.items())
+    n = {split: len(images) for split, images in splits.items()}
     part = "" if len(train) == len(TRAIN) else f" (only {', '.join(train)})"
     strange = [name for name in [*train, TEST] if data.info[name] != OFFICIAL[name]]
     verified = (f"NOT VERIFIED: {', '.join(strange)}" if strange else
                 "verified by the sha256 of the files")
     protocol = (f"bits per dimension over all {VALUES:,} colour values of CIFAR-10 images{part}: "
-                f"{counts}, valid every {HOLD_OUT}th image of train; test is {TEST}; {verified}; "
-                f"pixels and labels sha256 {data.sha256[:12]}")
+                f"train {n['train']:,}, valid {n['valid']:,} (every {HOLD_OUT}th image of train), "
+                f"test {n['test']:,} ({TEST}); {verified}; pixels and labels sha256 "
+                f"{data.sha256[:12]}")
     return Dataset("cifar10", "image", 256, "bits/dim", splits, protocol, labels=labels,
                    n_classes=10, image_shape=(32, 32, 3))
 

@@ -7,8 +7,10 @@ download keeps its .part, and the next one goes on from there.
 from __future__ import annotations
 
 import http.client
+import queue
 import shutil
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -34,8 +36,8 @@ class Source(NamedTuple):
 
     name: str                # what it is called on disk
     urls: tuple[str, ...]    # addresses in the order to try them
-    size: int                # bytes
-    digest: str              # 'sha256:...' or 'md5:...'
+    size: int | None         # bytes; None: not documented, see `with_size`
+    digest: str | None       # "sha256:..." or "md5:...", where documented
 
     def origin(self) -> str:
         """What it is and where it comes from, in words."""
@@ -78,7 +80,7 @@ def fetch(source: Source, folder: Path, quiet: bool = False) -> Path:
 def get(url: str) -> bytes:
     """A small reply, such as a list of files; tried again when the connection breaks."""
     def once():
-        with urllib.request.urlopen(_request(url), timeout=TIMEOUT) as reply:
+        with _open(url) as reply:
             size = reply.length  # of the reply, where it says so
             text = b"".join(_pieces(reply, MAX_LIST if size is None else min(size, MAX_LIST)))
         if len(text) == MAX_LIST:
@@ -90,6 +92,21 @@ def get(url: str) -> bytes:
         return _persistently(once)
     except _Failed as e:
         raise UserError(f"{url}: {e}") from e
+
+
+def with_size(source: Source) -> Source:
+    """A source of undocumented size with the size that the server names; UserError if it does not.
+    """
+    def once():
+        with _open(source.urls[0]) as reply:
+            return reply.length
+    try:
+        size = _persistently(once)
+    except _Failed as e:
+        raise UserError(f"{source.urls[0]}: {e}") from e
+    if not size:
+        raise UserError(f"{source.urls[0]}: the server does not say how large {source.name} is")
+    return source._replace(size=size)
 
 
 def check_space(folder: Path, size: int) -> None:
@@ -117,9 +134,27 @@ def _persistently(once):
     raise _Failed(f"{reason}, {TRIES} times")
 
 
-def _request(url, **headers):
-    return urllib.request.Request(
+def _open(url, **headers):
+    """The reply, its head read; ConnectionError if that is not there after PATIENCE seconds: in a
+    thread, because a byte now and then would keep the library waiting."""
+    request = urllib.request.Request(
         url, headers={"User-Agent": "rt_scratch", "Accept-Encoding": "identity", **headers})
+    came = queue.SimpleQueue()
+
+    def ask():
+        try:
+            came.put((urllib.request.urlopen(request, timeout=TIMEOUT), None))
+        except Exception as e:
+            came.put((None, e))
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        reply, error = came.get(timeout=PATIENCE)
+    except queue.Empty:
+        raise ConnectionError(f"no reply in {PATIENCE} seconds") from None
+    if error:
+        raise error
+    return reply
 
 
 def _fetch_from(url, source, path, quiet):
@@ -141,15 +176,13 @@ def _fetch_from(url, source, path, quiet):
 
 def _continue(url, source, part, quiet):
     """Fetch what is missing of `part`; ConnectionError when the server stopped too early."""
-    have = part.stat().st_size if part.exists() else 0
+    have = before = part.stat().st_size if part.exists() else 0
     if have >= source.size:
         return
-    with urllib.request.urlopen(
-            _request(url, **({"Range": f"bytes={have}-"} if have else {})),
-            timeout=TIMEOUT) as reply:
+    with _open(url, **({"Range": f"bytes={have}-"} if have else {})) as reply:
         if reply.status != 206 or f"bytes {have}-" not in reply.headers.get("Content-Range", ""):
             have = 0  # the whole file comes again
-        length = reply.headers.get("Content-Length")
+        length, whole = reply.headers.get("Content-Length"), have == 0
         if length not in (None, str(source.size - have)):
             raise _Failed(f"another file: {length!r:.30} bytes to come, not "
                           f"{source.size - have:,}")
@@ -163,7 +196,8 @@ def _continue(url, source, part, quiet):
                 have += len(piece)
                 bar.update(len(piece))
     if have < source.size:
-        if reply.headers.get("Transfer-Encoding") == "chunked":  # such a reply tells its end
+        same = length is None and whole and have == before  # as short as the last time
+        if same or reply.headers.get("Transfer-Encoding") == "chunked":  # which tells its end
             part.unlink()
             raise _Failed(f"another file: {have:,} bytes, not {source.size:,}")
         raise ConnectionError(f"the server stopped after {have:,} of {source.size:,} bytes")
@@ -202,6 +236,8 @@ def _wrong(path, source):
     size = path.stat().st_size
     if size != source.size:
         return f"{size:,} bytes, not {source.size:,}"
+    if source.digest is None:  # none is documented
+        return None
     algorithm, _, wanted = source.digest.partition(":")
     digest = digest_of(path, algorithm)
     if digest != wanted:
