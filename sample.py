@@ -19,7 +19,7 @@ try:
     from rt_scratch.decode import generate
     from rt_scratch.device import select_device
     from rt_scratch.errors import UserError
-    from rt_scratch.run.checkpoint import load_model
+    from rt_scratch.run.checkpoint import best_checkpoint, load_model
     from rt_scratch.run.costs import check_fits, decode_bytes
     from rt_scratch.run.evaluate import doubt
     from rt_scratch.run.folder import newest_run, run_codec
@@ -33,10 +33,12 @@ def main(argv=None):
     args = parse(argv)
     args.run = args.run or newest_run(Path("runs"))
     xp, _ = select_device(args.device)
-    loaded = load_model(args.run, xp, args.checkpoint and f"{args.checkpoint}.npz")
+    name = f"{args.checkpoint}.npz" if args.checkpoint else best_checkpoint(args.run).name
+    loaded = load_model(args.run, xp, name)
     if loaded.progress.valid < math.inf and (line := doubt(loaded.progress.valid, loaded.model)):
         warn(line.strip())
     (draw_images if loaded.model.kind == "image" else write_text)(args, loaded, xp)
+    warn(f"from {args.run / name}, step {loaded.state.step}")
 
 
 def write_text(args, loaded, xp):
@@ -66,8 +68,7 @@ def write_text(args, loaded, xp):
     for row in texts[1:]:
         row.end()
         show(f"\n--- next sample\n{row.text}\n", args.raw)
-    warn(f"{drawn / max(time.monotonic() - started, 1e-9):.0f} tokens/s, {loaded.path}, step "
-         f"{state.step}")
+    warn(f"{drawn / max(time.monotonic() - started, 1e-9):.0f} tokens/s")
 
 
 def draw_images(args, loaded, xp):

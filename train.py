@@ -5,12 +5,13 @@
     python train.py enwik8 --preset small    a dataset of the paper, see --help
     python train.py --resume                 continue the newest run exactly where it stopped
     python train.py enwik8 --out RUN --evaluate test
+    mpiexec -n 4 python train.py             the same run, shared by four processes
 """
 
 try:
     import argparse
+    import contextlib
     import math
-    import warnings
     from pathlib import Path
     from shlex import quote
 
@@ -19,11 +20,11 @@ try:
     from rt_scratch.data.batches import training_batch
     from rt_scratch.device import select_device, select_precision
     from rt_scratch.errors import UserError
+    from rt_scratch.parallel import checksum, software, start
     from rt_scratch.run import checkpoint, costs, log
-    from rt_scratch.run.checkpoint import check_finite
     from rt_scratch.run.evaluate import CAUSAL_WINDOWS, doubt, evaluate, evaluate_causally
     from rt_scratch.run.folder import RunFolder
-    from rt_scratch.run.options import add_fields, plan_run
+    from rt_scratch.run.options import add_fields, check_flags, plan_run
     from rt_scratch.run.pictures import plot_loss
     from rt_scratch.run.samples import show_sample
     from rt_scratch.step import cut, new_state, train_step
@@ -32,27 +33,34 @@ except KeyboardInterrupt:  # it takes a second
 
 
 def main(argv=None):
-    args = parse(argv)
-    xp, device = select_device(args.device)
-    plan = plan_run(args)
+    with start() as world:  # one process, or as many as mpiexec made
+        work(parse(argv), world)
+
+
+def work(args, world):
+    xp, device = select_device(args.device, world)
+    plan = world.in_turn(lambda: plan_run(args))
     model, train = plan.model, plan.train
     _, dtype = select_precision(train.precision, xp)  # of the network; None: of the parameters
     say(costs.describe(device, plan))
     if args.dry_run:
         return
-    costs.check_memory(model, train, xp=xp, step=not args.evaluate)
+    costs.check_memory(model, train, xp=xp, step=not args.evaluate, processes=world.size)
     if plan.saved:
         state, progress = checkpoint.restore(plan.saved, xp, for_training=args.resume)
     else:
         state, progress = new_state(model, train, xp), checkpoint.Progress()
+    world.check_same(lambda: software(xp) | plan.config["model"] | plan.config["train"]
+                     | {"data": plan.dataset.protocol, "state": checksum(state.arrays)})
+    world = world.on(xp)
     if args.evaluate:
-        score_split(args, state, plan)
+        score_split(args, state, plan, world)
         return
+    last = min(args.stop_after or train.steps, train.steps)
     try:
-        with (RunFolder(plan.folder, plan.config, plan.dataset.codec.file) as run,
-              warnings.catch_warnings()):
-            warnings.simplefilter("ignore", RuntimeWarning)  # the loss tells of divergence
-            fit(plan, run, state, progress, args.stop_after or train.steps, xp, dtype)
+        with RunFolder(plan.folder, plan.config, plan.dataset.codec.file,
+                       writes=world.rank == 0) as run:
+            fit(plan, run, state, progress, last, xp, dtype, world)
     except MemoryError as error:
         raise UserError(
             f"out of memory at --batch {train.batch} x {model.seq_len} tokens, precision "
@@ -60,55 +68,63 @@ def main(argv=None):
             "smaller --batch with --accumulate, or on a GPU --precision bf16") from error
 
 
-def fit(plan, run, state, progress, last, xp, dtype):
-    """The training loop, to step `last` or the end of the schedule."""
+def fit(plan, run, state, progress, last, xp, dtype, world):
+    """The training loop, to step `last`; of several processes the first writes the run folder."""
     folder, dataset, model, train = plan[:4]
-    windows, first, last = train.batch * train.accumulate, state.step, min(last, train.steps)
+    windows, first = train.batch * train.accumulate, state.step
     grads, clock = xp.empty_like(state.flat), log.Clock(progress.seconds)
 
     def due(step):
         return step == last or (train.eval_every and step % train.eval_every == 0)
 
     with StopRequest() as stop, log.Progress(first, train.steps) as bar:
-        log.trim_log(folder, first, progress.scored)
+        log.trim_log(run, first, progress.scored)
         if progress.scored < first and due(first):  # what an interrupted run had still to do
             row = log.logged_row(folder, first)
-            progress = score(plan, run, state, progress, row, clock, bar, stop)
-        while state.step < last and not (stop.asked and state.step):
+            progress = score(plan, run, state, progress, row, clock, bar, stop, world)
+        stopping = world.any(stop.asked) and first  # there is nothing to save before a step
+        while state.step < last and not stopping:
             ids, labels = training_batch(dataset, model.seq_len, windows, train.seed, state.step,
                                          progress.drawn)
-            state, result = train_step(
-                state, grads, cut(ids, labels, train, xp), model, train, dtype)
+            state, result = train_step(state, grads, cut(ids, labels, model, train, xp, world),
+                                       model, train, dtype, world)
             progress = progress._replace(drawn=progress.drawn + windows)
             done = state.step
             logging = due(done) or done % train.log_every == 0
             if logging or done == 1 or state.scale.value < 1e-3:
-                check_finite(result, state, folder)  # here the host waits for a GPU
+                checkpoint.check_finite(result, state, folder)  # here the host waits for a GPU
             bar.update()
             if logging:
                 row = log.step_row(result, done, dataset, clock,
                                    windows * model.seq_len * (done - first))
-                log.append_log(folder, row)
+                log.record(run, row, result.memberships)
                 stop.asked |= not bar.show(row, clock.here())
-            if due(done) and not stop.asked:
+            stopping = world.any(stop.asked)
+            if stopping or due(done):
+                world.check_same(lambda state=state: {
+                    f"state after step {state.step}": checksum(state.arrays)})
                 checkpoint.save_into(run, "last.npz", state, progress, clock.total())
-                progress = score(plan, run, state, progress, row, clock, bar, stop)
-        if stop.asked:
-            checkpoint.save_into(run, "last.npz", state, progress, clock.total())
+            if due(done) and not stopping:
+                progress = score(plan, run, state, progress, row, clock, bar, stop, world)
+                stopping = world.any(stop.asked)
+        if stopping:
+            world.barrier()  # nobody speaks of it before it is saved
             raise UserError(f"interrupted and saved after step {state.step}; continue with: python "
                             f"train.py --resume --out {quote(str(folder))}")
     say(doubt(progress.valid, model), end="")
-    with harmless(folder / "loss.png"):
-        plot_loss(folder)
+    if run.writes:
+        with harmless(folder / "loss.png"):
+            plot_loss(folder)
     say(f"done: {folder}  (sample from it: python sample.py {quote(str(folder))})")
 
 
-def score(plan, run, state, progress, row, clock, bar, stop):
+def score(plan, run, state, progress, row, clock, bar, stop, world):
     """Score the validation split after a step that is saved, and show a sample -> Progress."""
     folder, dataset, model, train = plan[:4]
     valid = None
-    with clock.aside(), stop.at_once():
-        valid = evaluate(state, dataset, model, "valid", train.batch, limit=train.eval_windows)
+    with clock.aside(), stop.at_once() if world.size == 1 else contextlib.nullcontext():
+        valid = evaluate(state, dataset, model, "valid", train.batch, limit=train.eval_windows,
+                         world=world)
     if valid is None:  # interrupted; --resume comes back here
         return progress
     if not math.isfinite(valid.nats):
@@ -117,30 +133,33 @@ def score(plan, run, state, progress, row, clock, bar, stop):
                         f"{checkpoint.kept(folder)}; lower --lr, or set --clip 1")
     row = row | {"step": state.step, "split": "valid", "nats": valid.nats, "score": valid.value,
                  "unit": dataset.unit}
-    log.append_log(folder, row)
     better = valid.nats < progress.best
     progress = progress._replace(scored=state.step, valid=valid.nats,
                                  best=min(valid.nats, progress.best))
+    log.record(run, row)
     for name in ("best.npz", "last.npz") if better else ("last.npz",):
         checkpoint.save_into(run, name, state, progress, clock.total())
-    sample = ""
-    with harmless("the sample"), clock.aside(), stop.at_once():
-        sample = show_sample(state, dataset, model, train.seed, folder)
-    stop.asked |= not bar.say(f"step {state.step}  {valid.line}\n{log.cluster_line(row)}{sample}")
+    if run.writes:
+        sample = ""
+        if not stop.asked:
+            with harmless("the sample"), clock.aside(), stop.at_once():
+                sample = show_sample(state, dataset, model, train.seed, folder)
+        text = f"step {state.step}  {valid.line}\n{log.cluster_line(row)}{sample}"
+        stop.asked |= not bar.say(text)
     return progress
 
 
-def score_split(args, state, plan):
+def score_split(args, state, plan, world):
     """--evaluate: print the score of a split, and with --evaluate-causally that of decoding."""
     limit = args.eval_windows
     if limit is None:
         limit = CAUSAL_WINDOWS if args.evaluate_causally else 0
     say(f"checkpoint: {plan.saved.path}, step {state.step}")
     result = evaluate(state, plan.dataset, plan.model, args.evaluate, plan.train.batch, args.stride,
-                      limit)
+                      limit, world)
     say(doubt(result.nats, plan.model) + result.line)
     if args.evaluate_causally:
-        say(evaluate_causally(state, plan.dataset, plan.model, args.evaluate, limit).line)
+        say(evaluate_causally(state, plan.dataset, plan.model, args.evaluate, limit, world).line)
 
 
 def parse(argv=None):
@@ -171,21 +190,7 @@ def parse(argv=None):
     add("--dry-run", action="store_true", help="describe the run and stop; needs no files")
     add_fields(parser)
     args = parser.parse_args(argv)
-    for name in ("stop_after", "stride"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be "
-                            "negative")
-    saved = args.resume or args.evaluate
-    for name, wrong, why in (
-            ("stride", not args.evaluate, "needs --evaluate"),
-            ("stride", args.evaluate_causally, "not used with --evaluate-causally"),
-            ("evaluate_causally", not args.evaluate, "needs --evaluate"),
-            ("checkpoint", not args.evaluate, "needs --evaluate"),
-            ("stop_after", args.evaluate, "not used with --evaluate"),
-            ("download", saved, "not used with --resume or --evaluate"),
-            ("preset", saved, "not used with --resume or --evaluate")):
-        if getattr(args, name) and wrong:
-            raise UserError(f"--{name.replace('_', '-')}: {why}")
+    check_flags(args)
     return args
 
 

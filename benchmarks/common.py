@@ -42,7 +42,7 @@ def training(cfg, batch, train=RECIPE, xp=np, dtype=None):
     """A function that takes the next training step on the same random windows and returns Step."""
     state = new_state(cfg, train, xp)
     grads = xp.empty_like(state.flat)
-    parts = cut(random_tokens(cfg, batch, cfg.seq_len), None, train, xp)
+    parts = cut(random_tokens(cfg, batch, cfg.seq_len), None, cfg, train, xp)
 
     def one(_):
         nonlocal state

@@ -22,9 +22,8 @@ from rt_scratch.attention import skew
 from rt_scratch.config import ModelConfig, TrainConfig
 from rt_scratch.data.batches import random_windows
 from rt_scratch.errors import UserError
-from rt_scratch.heads import Context, parts
-from rt_scratch.layers import layer_norm, normalize, shift_right
-from rt_scratch.model import block, embed, mu_of, project
+from rt_scratch.layers import shift_right
+from rt_scratch.run.attention_maps import attention_maps
 from rt_scratch.run.checkpoint import load_model
 from rt_scratch.step import cut, new_state, train_step
 
@@ -50,32 +49,6 @@ def main():
     draw_centroids(args.out / "centroids.png")
 
 
-# ----------------------------------------------------------------------- inside a layer of a model
-
-def queries_and_weights(params, centroids, cfg, ids, layer):
-    """[(kind, normalised queries (H, T, D), weights (H, T, T))] of the heads of a layer.
-
-    The weights are what the layer's own forward returns with the identity in place of the values.
-    """
-    x, _ = embed(params, cfg, shift_right(ids), 0)
-    for i in range(layer):
-        x, _, _ = block(x, params["layers"][i], cfg, i, mu_of(centroids, i))
-    p = params["layers"][layer]
-    n = layer_norm(x, **p["norm_attention"])[0] if cfg.norm == "pre" else x
-    (q, k, _), _ = project(n, p["attention"], cfg)
-    t = ids.shape[1]
-    tables = {name: np.zeros((len(a), t), a.dtype) if name.endswith("rel_v") else a
-              for name, a in p["attention"].items()}
-    found = []
-    for part in parts(cfg, layer):
-        heads = q[:, part.heads]
-        identity = np.broadcast_to(np.eye(t, dtype=x.dtype), (*heads.shape[:2], t, t))
-        weights, _, _ = part.kind.forward(heads, k[:, part.keys] if part.keys else None, identity,
-                                          tables, Context(cfg, layer, mu_of(centroids, layer)))
-        found.append((part.kind, normalize(heads)[0][0], weights[0]))
-    return found
-
-
 # -------------------------------------------------------------------------------------- centroids
 
 def draw_centroids(path):
@@ -90,7 +63,7 @@ def draw_centroids(path):
     for axis, until in zip(axes, (0, 100, 1000), strict=True):
         while state.step < until:
             ids = random_windows(split["train"], model.seq_len, train.batch, 0, state.step)
-            state, told = train_step(state, grads, cut(ids, None, train, np), model, train)
+            state, told = train_step(state, grads, cut(ids, None, model, train, np), model, train)
             bits.append(float(told.nats) / np.log(2))
         draw_circle(axis, state, model, split["valid"][:model.seq_len])
         loss = f": {np.mean(bits[-20:]):.2f} bits per byte" if bits else ""
@@ -103,10 +76,9 @@ def draw_centroids(path):
 def draw_circle(axis, state, model, ids, head=0):
     """Head `head` of the first layer: the plane through 0 that is orthogonal to (1, 1, 1)."""
     plane = np.array([[1, -1, 0], [1, 1, -2]]) / np.sqrt([[2], [6]])  # two unit vectors in it
-    _, q, _ = queries_and_weights(state.params, state.centroids, model, ids[None], 0)[0]
-    q, mu = q[head] @ plane.T, state.centroids[0].mu[head]
-    length = np.linalg.norm(mu, axis=1, keepdims=True)
-    winner = (q @ plane @ (mu / length).T).argmax(1)
+    found = next(attention_maps(state.params, state.centroids, model, ids[None]))[0]
+    q, mu = found.queries[head] @ plane.T, state.centroids[0].mu[head]
+    winner = found.routed.route.winner[0, head]
     spread = 1 + 0.06 * np.random.default_rng(0).normal(size=(len(q), 1))  # to tell them apart
     for c, mean in enumerate(mu @ plane.T):
         own = q[winner == c] * spread[winner == c]
@@ -121,15 +93,15 @@ def draw_circle(axis, state, model, ids, head=0):
 
 def draw_attention(folder, path, start=203, n_tokens=56):
     """Every query and key of a short text, `n_tokens` of the validation split from `start` on."""
-    state, _, config, model, _ = load_model(folder, np)
+    _, state, _, config, model, _ = load_model(folder, np)
     text = data.load(config["dataset"], None, model.vocab_size)
     ids = np.asarray(text.splits["valid"][start : start + n_tokens]).astype(np.int64)[None]
     layer = model.n_layers // 2
-    found = queries_and_weights(state.params, state.centroids, model, ids, layer)
-    _, queries, routed = next(f for f in found if f[0].routes)
-    _, _, local = next(f for f in found if not f[0].routes)
-    mu = state.centroids[layer].mu[0]
-    winner = (queries[0] @ (mu / np.linalg.norm(mu, axis=1, keepdims=True)).T).argmax(1)
+    maps = list(attention_maps(state.params, state.centroids, model, ids))[layer]
+    routing = next(m for m in maps if m.routed)
+    routed = routing.columns(0, n_tokens)
+    local = next(m for m in maps if not m.routed).columns(0, n_tokens)
+    winner = routing.routed.route.winner[0, 0]
     labels = [chr(i) if 32 < i < 127 else {10: "\u23ce", 32: "\u2423"}.get(i, "\u00b7")
               for i in shift_right(ids)[0]]  # position t reads token t - 1
     grey, tints = (0.25, 0.25, 0.25), np.array(COLOURS)

@@ -49,7 +49,7 @@ class Ours:
     def train(self, ids, lr):
         train = dataclasses.replace(RECIPE, lr=lr, clip=CLIP)
         self.state, _ = train_step(
-            self.state, self.grads, cut(ids, None, train, np), self.cfg, train)
+            self.state, self.grads, cut(ids, None, self.cfg, train, np), self.cfg, train)
 
     def logits(self, ids):
         """(B, T - 1, V): of token t + 1 given tokens up to t, in one pass over the window."""

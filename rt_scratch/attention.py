@@ -91,7 +91,7 @@ def attend(q, k, v, rel_k, rel_v, mask, scale, dropped=None):
 
     q (..., S, D), k and v (..., N, D); rel_k, rel_v (P, D) rows by distance as in `skew`, or both
     None; mask, broadcast to (..., S, N), is True where query i may see key j. A query that may see
-    nothing gets 0. `dropped` = (rate, key) drops entries of p.
+    nothing gets 0. `dropped` drops entries of p (dropout.py).
     Paper section 3, Shaw et al. 2018 equations 3 and 4. Cache: the inputs and lse (..., S, 1), the
     log-sum-exp of each row, from which the backward computes p again.
     docs/derivations.md (26), (27), (36).
@@ -105,7 +105,7 @@ def attend(q, k, v, rel_k, rel_v, mask, scale, dropped=None):
     p /= xp.maximum(total, xp.finfo(z.dtype).tiny)
     lse = xp.where(total > 0, top + xp.log(xp.maximum(total, xp.finfo(z.dtype).tiny)), 0)
     if dropped:
-        p *= dropout_mask(xp, p.shape, *dropped, p.dtype)
+        p *= dropout_mask(xp, p.shape, dropped, p.dtype)
     o = p @ v
     if rel_v is not None:
         o += _rows_times(unskew(p, rel_v.shape[0]), rel_v)
@@ -122,7 +122,7 @@ def attend_backward(do, cache):
     q, k, v, rel_k, rel_v, mask, scale, dropped, lse = cache
     xp = array_module(q)
     p = xp.exp(_logits(q, k, rel_k, mask, scale) - lse)  # (..., S, N)
-    keep = dropout_mask(xp, p.shape, *dropped, p.dtype) if dropped else None
+    keep = dropout_mask(xp, p.shape, dropped, p.dtype) if dropped else None
     used = p if keep is None else p * keep
 
     dv = used.swapaxes(-1, -2) @ do                                  # o = p v

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import threading
+import warnings
 
 from rt_scratch.errors import UserError
 
@@ -41,7 +42,8 @@ def script(main) -> None:
         elif hasattr(stream, "reconfigure"):  # those of a notebook have none
             stream.reconfigure(errors="replace")
     try:
-        with answered(signal.default_int_handler):
+        with answered(signal.default_int_handler), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a loss that overflows is said so
             main()
         print(end="", flush=True)
     except UserError as error:

@@ -7,19 +7,20 @@ import numpy as np
 from rt_scratch.dispatch import register_twins
 from rt_scratch.errors import UserError
 from rt_scratch.kernels import cpu
+from rt_scratch.parallel import SINGLE, World
 from rt_scratch.threads import keep_freed_memory, n_threads, set_blas_threads
 
 
-def select_device(name: str = "auto"):
+def select_device(name: str = "auto", world: World = SINGLE):
     """(module, one-line description) of 'cpu', 'cuda' or 'auto'; the fast path is on afterwards.
 
     'auto' takes the GPU if a small computation on it works and says why if not; 'cuda' never falls
     back: it raises UserError. On a CPU the work is cut into pieces above BLAS, which therefore gets
-    one thread per piece.
+    one thread per piece. Of several processes each takes a GPU of its own.
     """
     if name != "cpu":
         try:
-            return _select_cuda()
+            return _select_cuda(world)
         except Exception as error:  # whatever a broken driver, wheel or library raises
             lines = str(error).strip().splitlines()
             reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
@@ -36,18 +37,24 @@ def select_device(name: str = "auto"):
     return np, f"cpu: NumPy, {blas}{why}"
 
 
-def _select_cuda():
+def _select_cuda(world):
     import cupy
 
     if not cupy.is_available():
         raise RuntimeError("CuPy finds no CUDA device")
+    if world.size > 1:
+        n = cupy.cuda.runtime.getDeviceCount()
+        if n < world.local_size:
+            raise RuntimeError(f"{world.local_size} processes on a machine with {n}; each needs "
+                               "its own")
+        cupy.cuda.Device(world.local_rank).use()
     a = cupy.ones((2, 2), cupy.float32)
     if float((a @ a + 1).sum()) != 12:  # loads cuBLAS and NVRTC
         raise RuntimeError("a small product on the GPU came out wrong")
     from rt_scratch.kernels import cuda
 
     register_twins("cupy", cuda.TWINS, cuda.supports)
-    name = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    name = cupy.cuda.runtime.getDeviceProperties(world.local_rank)["name"].decode()
     return cupy, f"cuda: {name}, CuPy {cupy.__version__}, one stream"
 
 

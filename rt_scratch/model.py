@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from rt_scratch.config import ModelConfig
 from rt_scratch.dispatch import array_module
-from rt_scratch.dropout import dropout, dropout_backward, dropout_mask
+from rt_scratch.dropout import Dropped, dropout, dropout_backward, dropout_mask
 from rt_scratch.heads import Context, parts
 from rt_scratch.layers import (
     FEED_FORWARDS,
@@ -42,7 +42,7 @@ class Noise(NamedTuple):
 
     seed: int
     step: int
-    part: int = 0  # which of the forward passes of the step
+    first: int = 0  # position of the first window among those of the whole step
 
 
 class Report(NamedTuple):
@@ -68,7 +68,7 @@ def forward(params, centroids, cfg: ModelConfig, ids, labels=None, noise=None, f
     shifted = shift_right(ids)
     if noise and cfg.target_dropout:
         mask = _dropped(cfg.target_dropout, noise, "target")
-        shifted = shifted * (dropout_mask(array_module(ids), ids.shape, *mask, "float32") > 0)
+        shifted = shifted * (dropout_mask(array_module(ids), ids.shape, mask, "float32") > 0)
     x, cache_embed = embed(params, cfg, shifted, 0, labels, noise)
     x, dropped = dropout(x, _dropped(cfg.residual_dropout, noise, "input"))
     caches, memberships, routes, commitment = [], {}, {}, 0
@@ -374,8 +374,8 @@ _SITES = ("input", "target", "embed", "attention_out", "ffn_out", "ffn", "routin
 
 
 def _dropped(rate: float, noise: Noise | None, site: str, layer: int = 0):
-    """(rate, key) for `dropout`, or None where nothing is dropped."""
+    """What `dropout` takes; None where nothing is dropped."""
     if noise is None or not rate:
         return None
-    stream = (noise.part * 1024 + layer) * len(_SITES) + _SITES.index(site)
-    return rate, (noise.seed, stream, noise.step)
+    stream = layer * len(_SITES) + _SITES.index(site)
+    return Dropped(rate, (noise.seed, stream, noise.step), noise.first)

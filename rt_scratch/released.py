@@ -30,7 +30,7 @@ import numpy as np
 from rt_scratch.config import ModelConfig, TrainConfig, to_json
 from rt_scratch.console import Parser, script
 from rt_scratch.data import open_codec
-from rt_scratch.data.download import Source, fetch
+from rt_scratch.data.download import Source, fetch, with_size
 from rt_scratch.data.files import digest_of
 from rt_scratch.data.released_subwords import RELEASED, read_vocabulary
 from rt_scratch.errors import UserError
@@ -492,8 +492,11 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoint, vocabulary = args.checkpoint, args.vocab
     if args.download:
         folder = checkpoint or DOWNLOADS
-        vocabulary = vocabulary or fetch(VOCABULARY, folder)
-        checkpoint = fetch(CHECKPOINT, folder)
+        sources = [with_size(s) for s in ([CHECKPOINT] if vocabulary else [VOCABULARY, CHECKPOINT])]
+        for source in sources:
+            print(source.origin(), flush=True)
+        *fetched, checkpoint = [fetch(source, folder) for source in sources]
+        vocabulary = vocabulary or fetched[0]
     if checkpoint is None or vocabulary is None:
         raise UserError("give a CHECKPOINT and --vocab FILE, or --download")
     write_run(checkpoint, vocabulary, args.out)

@@ -3,11 +3,13 @@
 On a CPU the parts of a batch run side by side on threads (NumPy releases the interpreter's lock
 while it computes), each with one BLAS thread and a gradient buffer of its own. The buffers are
 added in the order of the parts, so the result depends on how the batch is cut, never on the number
-of threads.
+of threads. Several processes (parallel.py) each take a share of the windows and sum what they found
+once, so that all take the same step.
 """
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +27,7 @@ from rt_scratch.optim import (
     global_norm,
     learning_rate,
 )
+from rt_scratch.parallel import SINGLE, World
 from rt_scratch.parameters import init_centroids, init_parameters, views
 from rt_scratch.routing import Membership
 from rt_scratch.threads import parallel
@@ -45,14 +48,30 @@ class State(NamedTuple):
         """The parameters as a tree of views."""
         return views(self.flat, self.table)
 
+    @property
+    def arrays(self) -> list:
+        """Every array of it."""
+        centroids = [array for c in self.centroids.values() for array in c]
+        return [self.flat, *centroids, *self.optimizer.values()]
+
+
+class Part(NamedTuple):
+    """Windows of a batch that go through the network together."""
+
+    ids: Any         # (B, T)
+    labels: Any      # (B,) or None
+    weights: Any     # (B, T) of the targets; over all parts of the step they add up to 1
+    first: int       # position of the first window among those of the step
+    share: float     # of the windows of the step
+
 
 class Gradients(NamedTuple):
-    """What the passes of one step computed, summed or averaged over the parts of its batch."""
+    """What the passes of one step computed, summed or averaged over the windows of its batch."""
 
     nats: Any                            # mean cross-entropy per counted target, a 0-d array
     commitment: Any                      # mean commitment loss
     memberships: dict[int, Membership]   # counts and sums added, shares averaged
-    reports: list[Report]
+    reports: list[Report]                # of the parts of this process
 
 
 class Step(NamedTuple):
@@ -74,14 +93,16 @@ def new_state(model: ModelConfig, train: TrainConfig, xp) -> State:
     return State(flat, table, centroids, optimizer, 0, scale)
 
 
-def train_step(state: State, grads, parts, model: ModelConfig, train: TrainConfig, dtype=None):
+def train_step(state: State, grads, parts: list[Part], model: ModelConfig, train: TrainConfig,
+               dtype=None, world: World = SINGLE):
     """One optimizer step -> (the state after it, Step).
 
-    parts: what `cut` makes of the batch. Writes into the buffers of the state and into `grads`, a
-    buffer like state.flat; makes no check, so that nothing waits for a GPU (but with fp16, where a
-    step whose gradient overflows is left out and the loss scale halved).
+    parts: what `cut` makes of the batch, for this process of `world`. Writes into the buffers of
+    the state and into `grads`, a buffer like state.flat; makes no check, so that nothing waits for
+    a GPU (but with fp16, where a step whose gradient overflows is left out and the loss scale
+    halved).
     """
-    result = gradients(state, grads, parts, model, train, dtype)
+    result = gradients(state, grads, parts, model, train, dtype, world)
     norm = clip_by_global_norm(grads, train.clip) if train.clip else global_norm(grads)
     lr = learning_rate(state.step, train.schedule, train.lr, train.warmup, train.steps)
     fp16 = train.precision == "fp16"
@@ -95,62 +116,69 @@ def train_step(state: State, grads, parts, model: ModelConfig, train: TrainConfi
             Step(result.nats, result.memberships, norm, lr, applied))
 
 
-def cut(ids, labels, train: TrainConfig, xp) -> list[tuple]:
-    """The parts of a batch ids (N, T), labels (N,) or None, as arrays of xp: [(ids, labels), ...].
+def cut(ids, labels, model: ModelConfig, train: TrainConfig, xp,
+        world: World = SINGLE) -> list[Part]:
+    """What a process takes of a batch ids (N, T), labels (N,) or None, in parts, as arrays of xp.
 
-    As many as --accumulate says, on a CPU --parts times as many; no more than windows.
+    All processes together cut it into as many as --accumulate says, on a CPU --parts times as many;
+    no more than windows, and no fewer than processes.
     """
-    n = train.accumulate * (train.parts if xp is np else 1)
-    pieces = np.array_split(np.arange(len(ids)), min(len(ids), n))
-    return [(xp.asarray(ids[p]), None if labels is None else xp.asarray(labels[p]))
-            for p in pieces]
+    n = -(-train.accumulate * (train.parts if xp is np else 1) // world.size)
+    own = np.array_split(np.arange(len(ids)), world.size)[world.rank]
+    weights = target_weights(model, ids, train.dtype)
+    weights = weights / weights.sum()
+    return [Part(xp.asarray(ids[p]), None if labels is None else xp.asarray(labels[p]),
+                 xp.asarray(weights[p]), int(p[0]), len(p) / len(ids))
+            for p in np.array_split(own, min(len(own), n))]
 
 
-def gradients(state: State, grads, parts, model: ModelConfig, train: TrainConfig,
-              dtype=None) -> Gradients:
-    """Fill `grads` with the gradient of nats + beta commitment over all parts of the batch.
+def gradients(state: State, grads, parts: list[Part], model: ModelConfig, train: TrainConfig,
+              dtype=None, world: World = SINGLE) -> Gradients:
+    """Fill `grads` with the gradient of nats + beta commitment over all windows of the step.
 
-    Every target weighs the same whatever part it is in, so cutting a batch differently changes
-    nothing but rounding (and the masks of dropout, which are drawn per part). The network computes
-    in `dtype` (default: that of the parameters), on a rounded copy of them; `grads` keeps theirs.
-    The backward pass runs on state.scale times the loss. On a CPU train.parts parts run side by
-    side: as many times the activations, and as many gradient buffers.
+    Every target weighs the same whatever part it is in, and a window draws the same dropout, so
+    cutting a batch differently, between processes too, changes nothing but rounding. The network
+    computes in `dtype` (default: that of the parameters), on a rounded copy of them; `grads` keeps
+    theirs. The backward pass runs on state.scale times the loss. On a CPU train.parts parts run
+    side by side: as many times the activations, and as many gradient buffers.
     """
     flat, table, scale = state.flat, state.table, state.scale.value
     xp = array_module(flat)
-    together = train.parts if xp is np else 1
+    together = -(-train.parts // world.size) if xp is np else 1
     params = views(flat if dtype is None else flat.astype(dtype), table)
-    weights = [target_weights(model, ids, flat.dtype) for ids, _ in parts]
-    total = sum(w.sum() for w in weights)
     n = len(parts)
-    rows = [len(ids) for ids, _ in parts]
-    shares = [r / sum(rows) for r in rows]
-    spare = {slot: xp.empty_like(grads) for slot in {part % together for part in range(1, n)}}
+    spare = {slot: xp.empty_like(grads) for slot in {i % together for i in range(1, n)}}
     grads[...] = 0
 
-    def run(part):
-        (ids, labels), buffer = parts[part], grads
-        if part:
-            buffer = spare[part % together]
+    def run(i):
+        part, buffer = parts[i], grads
+        if i:
+            buffer = spare[i % together]
             buffer[...] = 0
         (nats, commitment), cache, report = loss(
-            params, state.centroids, model, ids, weights[part] / total, labels,
-            Noise(train.seed, state.step, part), recompute=train.recompute)
-        loss_backward(scale, scale * model.commitment * shares[part], cache, views(buffer, table))
+            params, state.centroids, model, part.ids, part.weights, part.labels,
+            Noise(train.seed, state.step, part.first), recompute=train.recompute)
+        loss_backward(scale, scale * model.commitment * part.share, cache, views(buffer, table))
         return nats, commitment, report
 
     results = []
     for first in range(0, n, together):
         group = range(first, min(first + together, n))
         results += parallel(run, group)
-        for part in group:
-            if part:
-                grads += spare[part % together]
+        for i in group:
+            if i:
+                grads += spare[i % together]
     if scale != 1:
         grads *= 1 / scale
+    world.sum(grads)
     nats, commitments, reports = zip(*results, strict=True)
+    shares = [part.share for part in parts]
     commitment = sum(share * c for share, c in zip(shares, commitments, strict=True))
-    return Gradients(sum(nats), commitment, _merge(reports, shares), list(reports))
+    merged = _merge(reports, shares)
+    told = world.totals([sum(nats), commitment, *chain(*merged.values())], flat.dtype)
+    members = zip(*[iter(told[2:])] * len(Membership._fields), strict=True)
+    memberships = {i: Membership(*m) for i, m in zip(merged, members, strict=True)}
+    return Gradients(*told[:2], memberships, list(reports))
 
 
 def _merge(reports, shares) -> dict[int, Membership]:

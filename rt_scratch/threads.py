@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy
 
 _here = threading.local()
+_most = 1 << 16  # see `limit`
 
 
 def parallel(function, items) -> list:
@@ -35,8 +36,8 @@ def parallel(function, items) -> list:
 
 
 def busy() -> bool:
-    """True inside `parallel`."""
-    return getattr(_here, "busy", False)
+    """True inside `parallel`, and where `limit` leaves one thread: all cores are at work then."""
+    return _most == 1 or getattr(_here, "busy", False)
 
 
 def tiles(n: int, size: int) -> list[slice]:
@@ -50,9 +51,21 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(n_threads())
 
 
+def cores() -> set[int]:
+    """Numbers of the cores that the system lets this process use."""
+    return set(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity")
+               else range(os.cpu_count()))
+
+
 def n_threads() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """Threads of this process: one per core, or as many as `limit` says."""
+    return min(len(cores()), _most)
+
+
+def limit(n: int) -> None:
+    """Use at most n threads, at least one: the other cores belong to other processes."""
+    global _most
+    _most = max(1, n)
 
 
 def set_blas_threads(n: int) -> bool:

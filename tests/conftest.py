@@ -22,6 +22,12 @@ settings.register_profile("thorough", max_examples=1000, **common)
 settings.load_profile("dev")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=4, help="signals in tests/faults (default 4)")
+    parser.addoption("--flips", type=int, default=60,
+                     help="damaged inputs in tests/faults (default 60)")
+
+
 @pytest.fixture(autouse=True)
 def no_twins_left():
     """Tests start with the plain functions: a script run inside a test registers faster twins."""

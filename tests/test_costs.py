@@ -119,7 +119,7 @@ def test_step_bytes_against_a_step(changes, recipe):
     tracemalloc.start()
     try:
         state = new_state(model, train, np)
-        train_step(state, np.empty_like(state.flat), cut(ids, None, train, np), model, train)
+        train_step(state, np.empty_like(state.flat), cut(ids, None, model, train, np), model, train)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -31,7 +31,7 @@ from rt_scratch import (  # noqa: E402
     routing,
 )
 from rt_scratch import step as step_module  # noqa: E402
-from rt_scratch.dropout import dropout_mask  # noqa: E402
+from rt_scratch.dropout import Dropped, dropout_mask  # noqa: E402
 from rt_scratch.kernels import cuda, gemm, launch  # noqa: E402
 from rt_scratch.optim import LossScale  # noqa: E402
 from rt_scratch.parameters import init_centroids, init_parameters, views  # noqa: E402
@@ -131,7 +131,7 @@ def plain(function, *arguments, dtype=np.float64):
     """The reference on copies of the arguments in another floating type."""
     def convert(x):
         if isinstance(x, tuple):
-            return tuple(map(convert, x))
+            return type(x)(*map(convert, x)) if hasattr(x, "_fields") else tuple(map(convert, x))
         if not isinstance(x, np.ndarray) or x.dtype.kind in "iub":
             return x
         return x.astype(dtype)
@@ -238,26 +238,30 @@ def test_philox_known_answers(counter, key, expected):
 
 
 @each_dtype
+@pytest.mark.parametrize("first", [0, 3, 8 * 2**32 - 1])
 @pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_dropout_draws_philox(twins, rate, dtype):
+def test_dropout_draws_philox(twins, rate, first, dtype):
     key = (0x123456789ABCDEF0, 7, 0xFFFFFFFE)
     x = np.ones((7, 40009), dtype)  # enough for numbers equal to the threshold
-    y, cache = twins.dropout(x, (rate, key))
-    counters = np.zeros((-(-x.size // 8), 4), np.uint32)
-    counters[:, 0], counters[:, 2], counters[:, 3] = np.arange(len(counters)), key[1], key[2]
+    y, cache = twins.dropout(x, Dropped(rate, key, first))
+    octet, lead = divmod(first * 40009, 8)
+    counters = np.zeros((-(-(x.size + lead) // 8), 4), np.uint32)
+    octets = octet + np.arange(len(counters), dtype=np.uint64)
+    counters[:, 0], counters[:, 1] = octets & 0xFFFFFFFF, octets >> 32
+    counters[:, 2], counters[:, 3] = key[1], key[2]
     words = philox_numpy(counters, (key[0] & 0xFFFFFFFF, key[0] >> 32))
-    halves = np.stack([words & 0xFFFF, words >> 16], axis=2).reshape(-1)[: x.size]
+    halves = np.stack([words & 0xFFFF, words >> 16], axis=2).reshape(-1)[lead : x.size + lead]
     keep = (halves >= round(rate * 65536)).reshape(x.shape)
     assert np.array_equal(np.asarray(y, np.float32) != 0, keep)
     assert_close(y, keep / (1 - round(rate * 65536) / 65536))
-    mask = dropout_mask(np, x.shape, rate, key, np.float64)
+    mask = dropout_mask(np, x.shape, Dropped(rate, key, first), np.float64)
     assert np.array_equal(mask != 0, keep)
-    assert cache == (rate, key)
+    assert cache == (rate, key, first)
 
 
 def test_no_dropout(twins):
     x = normal(3)
-    for dropped in (None, (0.0, (1, 2, 3))):
+    for dropped in (None, Dropped(0.0, (1, 2, 3))):
         y, cache = twins.dropout(x, dropped)
         assert np.array_equal(y, x) and cache is None
 
@@ -322,7 +326,7 @@ def test_attend(twins, monkeypatch, queries, keys, distances, rate, which, dtype
     tables = [normal(distances, width, dtype=dtype, seed=i) for i in (4, 5)]
     rel_k, rel_v = tables if distances else (None, None)
     mask = masks(shape, queries, keys)[which]
-    dropped = (rate, (123, 4, 5)) if rate else None
+    dropped = Dropped(rate, (123, 4, 5), first=3) if rate else None
     arguments = (q, k, v, rel_k, rel_v, mask, 0.5, dropped)
     o, cache = twins.attend(*arguments)
     truth, true_cache = plain(attention.attend, *arguments)
@@ -365,7 +369,8 @@ def test_attend_shows_nan(twins):
     """One NaN logit makes its whole row NaN, as in the plain function."""
     q, k, v = (normal(1, 1, 4, 8, seed=i) for i in range(3))
     q[0, 0, 2, 0] = np.nan
-    o = twins.attend(q, k, v, None, None, np.tri(4, dtype=bool), 1.0, (0.5, (1, 2, 3)))[0]
+    o = twins.attend(q, k, v, None, None, np.tri(4, dtype=bool), 1.0,
+                     Dropped(0.5, (1, 2, 3)))[0]
     assert np.isnan(o[0, 0, 2]).all() and np.isfinite(o[0, 0, [0, 1, 3]]).all()
 
 
@@ -562,7 +567,7 @@ def test_model_on_kernels(on_cpu, monkeypatch, mode):
         centroids = init_centroids(cfg, np, dtype, 0)
         weights = np.full(ids.shape, 1 / ids.size, dtype)
         (nats, commitment), cache, report = model.loss(
-            views(flat, table), centroids, cfg, ids, weights, noise=model.Noise(1, 2))
+            views(flat, table), centroids, cfg, ids, weights, noise=model.Noise(1, 2, 3))
         model.loss_backward(1.0, 1e-4, cache, views(grads, table))
         results.append((nats, commitment, grads, report))
     for kernel in ("layer_norm_backward", "geglu_backward", "attention_softmax_backward",

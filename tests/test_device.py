@@ -63,7 +63,7 @@ def test_training_steps(name, recompute, optimizer):
         state = m.state()._replace(flat=flat, centroids=put(m.centroids),
                                    optimizer=OPTIMIZERS[optimizer].init(flat, m.table))
         grads = put(np.empty_like(m.flat))
-        parts = cut(m.ids, m.labels, dataclasses.replace(recipe, parts=1), xp)
+        parts = cut(m.ids, m.labels, m.cfg, dataclasses.replace(recipe, parts=1), xp)
         assert len(parts) == 2
         for _ in range(2):
             state, result = train_step(state, grads, parts, m.cfg, recipe)
@@ -130,7 +130,7 @@ def test_training_script_waits_once_per_log_line(tmp_path, monkeypatch, interval
     flags = [str(text), "--seq-len", "32", "--window", "8", "--block", "8", "--n-layers", "1",
              "--width", "16", "--ffn-width", "16", "--steps", "6", "--log-every", str(interval),
              "--eval-every", "0", "--eval-windows", "2", "--parts", "1"]
-    monkeypatch.setattr(train, "select_device", lambda _: (np, "plain"))
+    monkeypatch.setattr(train, "select_device", lambda *_: (np, "plain"))
     with redirect_stdout(io.StringIO()):
         train.main([*flags, "--out", str(tmp_path / "host")])
     waits = []
@@ -142,7 +142,7 @@ def test_training_script_waits_once_per_log_line(tmp_path, monkeypatch, interval
                 return function(*args, **kwargs)
         return call
 
-    monkeypatch.setattr(train, "select_device", lambda _: (strictxp, "strict"))
+    monkeypatch.setattr(train, "select_device", lambda *_: (strictxp, "strict"))
     for where, name in ((train, "check_finite"), (log, "step_row"), (train, "evaluate"),
                         (train, "show_sample"), (checkpoint, "save_state")):
         monkeypatch.setattr(where, name, counted(getattr(where, name)))

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [floor.split() for floor in (  # a module imports from lower floors, or its own folder
     "errors",
     "console dispatch threads presets",
-    "data dropout",
+    "data dropout parallel",
     "layers optim",
     "attention kmeans",
     "routing",
@@ -26,7 +26,7 @@ FLOORS = [floor.split() for floor in (  # a module imports from lower floors, or
     "step decode kernels tf_checkpoint",
     "device",
     "run",
-    "released",
+    "released report",
     "__init__",
     "train sample",
 )]

@@ -10,6 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rt_scratch import layers
+from rt_scratch.dropout import Dropped
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
 
@@ -84,7 +85,7 @@ def test_gate_of_large_numbers(name, activation):
     np.testing.assert_allclose(da, [0, 0, 1, 1], atol=1e-12)
 
 
-dropouts = st.sampled_from([None, (0.3, (1, 2, 3))])
+dropouts = st.sampled_from([None, Dropped(0.3, (1, 2, 3), first=5)])
 
 
 @gates
@@ -220,7 +221,7 @@ def test_cross_entropy_of_large_logits():
 def test_dtype_follows_the_input(dtype):
     x = np.ones((3, 4), dtype)
     w, b = np.ones((4, 4), dtype), np.ones(4, dtype)
-    dropped = 0.5, (0, 0, 0)
+    dropped = Dropped(0.5, (0, 0, 0))
     for y in (layers.linear(x, w, b)[0], layers.layer_norm(x, b, b)[0], layers.geglu(x, x)[0],
               layers.swiglu(x, x)[0], layers.geglu_ffn(x, w, w, w, dropped)[0],
               layers.swiglu_ffn(x, w, w, w, dropped)[0],

@@ -8,16 +8,19 @@ import pytest
 from helpers import strictxp
 from helpers.models import SMALL, setup
 
-from rt_scratch import step, threads
+from rt_scratch import model, step, threads
 from rt_scratch.config import TrainConfig
 from rt_scratch.optim import OPTIMIZERS, LossScale
+from rt_scratch.parallel import World
 
 
 def run(m, parts, together=None):
     """(gradient, Gradients) of the batch cut into parts of these sizes, `together` at once."""
     grads = np.full_like(m.flat, np.nan)
-    cuts = np.split(m.ids, np.cumsum(parts)[:-1])
-    result = step.gradients(m.state(step=3), grads, [(c, None) for c in cuts], m.cfg,
+    ends = np.cumsum(parts)
+    cuts = [step.Part(m.ids[end - n : end], None, m.weights[end - n : end], int(end - n),
+                      n / len(m.ids)) for end, n in zip(ends, parts, strict=True)]
+    result = step.gradients(m.state(step=3), grads, cuts, m.cfg,
                             TrainConfig(parts=together or len(parts)))
     return grads, result
 
@@ -27,10 +30,15 @@ def run(m, parts, together=None):
 def test_parts_are_one_large_batch(routing, parts):
     """Accumulation over parts = one batch: loss, gradients, and the centroids' one update.
 
-    With padding, so that the parts do not have equally many targets.
+    With padding, so that the parts do not have equally many targets, and every dropout.
     """
-    m = setup(dataclasses.replace(SMALL, routing=routing, commitment=0.3, pad_id=0), batch=6)
+    rates = {f"{site}_dropout": 0.3
+             for site in ("embed", "attention", "ffn", "residual", "target")}
+    m = setup(dataclasses.replace(SMALL, routing=routing, commitment=0.3, pad_id=0, **rates),
+              batch=6)
     m.ids[4:, 3:15] = 0
+    weights = model.target_weights(m.cfg, m.ids, "float64")
+    m = m._replace(weights=weights / weights.sum())
     whole, together = run(m, (6,))
     grads, result = run(m, parts)
     np.testing.assert_allclose(result.nats, together.nats, rtol=1e-12)
@@ -68,15 +76,34 @@ def test_parts_at_once_change_no_bit(together):
     np.testing.assert_array_equal(one, some)
 
 
-def test_parts_draw_different_dropout():
-    """Two parts with the same tokens must not share their masks."""
+def test_windows_draw_different_dropout():
+    """Two windows with the same tokens must not share their masks."""
     m = setup(dataclasses.replace(SMALL, residual_dropout=0.5), batch=2)
     m.ids[1] = m.ids[0]
-    nats = [float(r.nats) for r in (run(m, (1, 1))[1], run(m, (2,))[1])]
-    assert nats[0] != nats[1]
-    half = [run(m._replace(ids=m.ids[i : i + 1]), (1,))[1].nats for i in (0, 1)]
-    assert half[0] == half[1]  # part 0 both times
-    assert nats[0] != pytest.approx(float(half[0]), rel=1e-9)
+    both = run(m, (1, 1))[1].nats
+    half = run(m._replace(ids=m.ids[:1], weights=2 * m.weights[:1]), (1,))[1].nats
+    assert both != pytest.approx(float(half), rel=1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("accumulate, parts", [(1, 1), (1, 2), (3, 2)])
+def test_cut_between_processes(size, accumulate, parts):
+    """All processes together take every window once, in order, each about as many."""
+    m = setup(dataclasses.replace(SMALL, pad_id=0), batch=8)
+    m.ids[0, :9] = 0
+    world, found = World(), []
+    world.size = size
+    for world.rank in range(size):
+        own = step.cut(m.ids, np.arange(8), m.cfg,
+                       TrainConfig(accumulate=accumulate, parts=parts), np, world)
+        assert len(own) == -(-accumulate * parts // size)
+        found += own
+    ids, labels, weights, first, share = zip(*found, strict=True)
+    np.testing.assert_array_equal(np.concatenate(ids), m.ids)
+    np.testing.assert_array_equal(np.concatenate(labels), np.arange(8))
+    np.testing.assert_allclose(np.concatenate(weights), (m.ids != 0) / (m.ids != 0).sum(), 1e-6)
+    assert first == tuple(labels[i][0] for i in range(len(found)))
+    assert sum(share) == pytest.approx(1) and {len(i) for i in ids} <= {1, 2, 3, 4, 8}
 
 
 def test_an_error_in_a_part_is_raised():
@@ -103,7 +130,7 @@ def test_train_step(routing, clip, optimizer):
     m = setup(cfg, batch=4)
     state = step.new_state(cfg, recipe, np)._replace(flat=m.flat.copy(), step=1)
     by_hand, expected = state.flat.copy(), OPTIMIZERS[optimizer].init(state.flat, state.table)
-    parts, grads = step.cut(m.ids, None, recipe, np), np.empty_like(m.flat)
+    parts, grads = step.cut(m.ids, None, cfg, recipe, np), np.empty_like(m.flat)
     counted = step.gradients(state, grads, parts, cfg, recipe)
     norm = np.sqrt((grads * grads).sum())
     assert norm > 0.05
@@ -131,7 +158,7 @@ def test_an_overflow_leaves_the_step_out():
     state = step.new_state(SMALL, recipe, np)
     assert state.scale == (2.0**16, 0)
     m = setup(SMALL, batch=4)
-    parts, grads = step.cut(m.ids, None, recipe, np), np.empty_like(state.flat)
+    parts, grads = step.cut(m.ids, None, SMALL, recipe, np), np.empty_like(state.flat)
     before, bad = state.flat.copy(), state.flat.copy()
     bad[5] = np.inf
     after, result = step.train_step(state._replace(flat=bad), grads, parts, SMALL, recipe)
@@ -149,7 +176,8 @@ def test_the_loss_scale_changes_no_bit(scale):
     ends = []
     for value in (1.0, scale):
         grads = np.empty_like(m.flat)
-        told = step.gradients(m.state(scale=LossScale(value, 0)), grads, [(m.ids, None)], m.cfg,
+        parts = [step.Part(m.ids, None, m.weights, 0, 1.0)]
+        told = step.gradients(m.state(scale=LossScale(value, 0)), grads, parts, m.cfg,
                               TrainConfig())
         ends.append((told.nats, grads))
     assert ends[0][0] == ends[1][0]
@@ -163,9 +191,9 @@ def test_cut(windows, accumulate, parts, sizes):
     """In order, none twice, none left out; on a device --parts does not count."""
     ids, labels = np.arange(windows * 5).reshape(windows, 5), np.arange(windows)
     recipe = TrainConfig(accumulate=accumulate, parts=parts)
-    cuts = step.cut(ids, labels, recipe, np)
-    assert [len(i) for i, _ in cuts] == [len(x) for _, x in cuts] == sizes
-    np.testing.assert_array_equal(np.concatenate([i for i, _ in cuts]), ids)
-    np.testing.assert_array_equal(np.concatenate([x for _, x in cuts]), labels)
-    assert all(x is None for _, x in step.cut(ids, None, recipe, np))
-    assert len(step.cut(ids, labels, recipe, strictxp)) == min(windows, accumulate)
+    cuts = step.cut(ids, labels, SMALL, recipe, np)
+    assert [len(part.ids) for part in cuts] == [len(part.labels) for part in cuts] == sizes
+    np.testing.assert_array_equal(np.concatenate([part.ids for part in cuts]), ids)
+    np.testing.assert_array_equal(np.concatenate([part.labels for part in cuts]), labels)
+    assert all(part.labels is None for part in step.cut(ids, None, SMALL, recipe, np))
+    assert len(step.cut(ids, labels, SMALL, recipe, strictxp)) == min(windows, accumulate)

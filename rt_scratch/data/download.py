@@ -36,8 +36,8 @@ class Source(NamedTuple):
 
     name: str                # what it is called on disk
     urls: tuple[str, ...]    # addresses in the order to try them
-    size: int                # bytes
-    digest: str              # 'sha256:...' or 'md5:...'
+    size: int | None         # bytes; None: not documented, see `with_size`
+    digest: str | None       # "sha256:..." or "md5:...", where documented
 
     def origin(self) -> str:
         """What it is and where it comes from, in words."""
@@ -92,6 +92,21 @@ def get(url: str) -> bytes:
         return _persistently(once)
     except _Failed as e:
         raise UserError(f"{url}: {e}") from e
+
+
+def with_size(source: Source) -> Source:
+    """A source of undocumented size with the size that the server names; UserError if it does not.
+    """
+    def once():
+        with _open(source.urls[0]) as reply:
+            return reply.length
+    try:
+        size = _persistently(once)
+    except _Failed as e:
+        raise UserError(f"{source.urls[0]}: {e}") from e
+    if not size:
+        raise UserError(f"{source.urls[0]}: the server does not say how large {source.name} is")
+    return source._replace(size=size)
 
 
 def check_space(folder: Path, size: int) -> None:
@@ -221,6 +236,8 @@ def _wrong(path, source):
     size = path.stat().st_size
     if size != source.size:
         return f"{size:,} bytes, not {source.size:,}"
+    if source.digest is None:  # none is documented
+        return None
     algorithm, _, wanted = source.digest.partition(":")
     digest = digest_of(path, algorithm)
     if digest != wanted:

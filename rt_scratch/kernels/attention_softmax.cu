@@ -65,7 +65,8 @@ __global__ void __launch_bounds__(256, 4) attention_softmax(
     const float* s_bqn, const float* r_bqd, const bool* mask_mqn, const int* segment_bt, T* p_bqn,
     T* u_bqd, float* lse_bq, long long first_row, long long rows, int queries, int keys,
     int distances, int mask_blocks, int blocks, int tokens, int offset, int window, float scale,
-    unsigned threshold, unsigned seed_low, unsigned seed_high, unsigned stream, unsigned step) {
+    unsigned threshold, unsigned seed_low, unsigned seed_high, unsigned stream, unsigned step,
+    long long first_entry) {
   long long at = (long long)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
   int lane = threadIdx.x % 32;
   if (at >= rows) return;
@@ -74,7 +75,8 @@ __global__ void __launch_bounds__(256, 4) attention_softmax(
   Sight sight = {mask_mqn, segment_bt, queries, keys, mask_blocks, blocks, tokens, offset, window};
   Logits row = {s_bqn + at * keys, r_bqd ? r_bqd + at * distances : nullptr, b, i, first,
                 distances, scale};
-  Drop drop = {threshold, seed_low, seed_high, stream, step};
+  Drop drop = {threshold, seed_low, seed_high, stream, step, (u64)first_entry};
+  u64 entry = drop.first + (u64)whole * keys;  // of the row, for dropout
 
   float top = LOWEST;
   for (int j = lane; j < keys; j += 32) top = fmaxf(top, logit(row, sight, j));
@@ -88,9 +90,9 @@ __global__ void __launch_bounds__(256, 4) attention_softmax(
 
   // Tiles of 256 entries, from a multiple of eight on: each lane draws for eight neighbours, then
   // asks the lane that drew for its own entry.
-  int lead = (u64)whole * keys % 8;
+  int lead = entry % 8;
   for (int base = -lead; base < keys; base += 256) {
-    unsigned bits = kept((u64)(whole * keys + base) / 8 + lane, drop);
+    unsigned bits = kept((entry + base) / 8 + lane, drop);
     for (int part = 0; part < 8; part++) {
       int j = base + part * 32 + lane;
       unsigned keep = __shfl_sync(ALL, bits, part * 4 + lane / 8) >> (lane % 8) & 1;
@@ -113,7 +115,8 @@ __global__ void __launch_bounds__(256, 4) attention_softmax_backward(
     const float* lse_bq, const float* dp_bqn, const float* dr_bqd, T* p_bqn, T* u_bqd, T* dz_bqn,
     T* du_bqd, long long first_row, long long rows, int queries, int keys, int distances,
     int mask_blocks, int blocks, int tokens, int offset, int window, float scale,
-    unsigned threshold, unsigned seed_low, unsigned seed_high, unsigned stream, unsigned step) {
+    unsigned threshold, unsigned seed_low, unsigned seed_high, unsigned stream, unsigned step,
+    long long first_entry) {
   long long at = (long long)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
   int lane = threadIdx.x % 32;
   if (at >= rows) return;
@@ -122,14 +125,15 @@ __global__ void __launch_bounds__(256, 4) attention_softmax_backward(
   Sight sight = {mask_mqn, segment_bt, queries, keys, mask_blocks, blocks, tokens, offset, window};
   Logits row = {s_bqn + at * keys, r_bqd ? r_bqd + at * distances : nullptr, b, i, first,
                 distances, scale};
-  Drop drop = {threshold, seed_low, seed_high, stream, step};
+  Drop drop = {threshold, seed_low, seed_high, stream, step, (u64)first_entry};
+  u64 entry = drop.first + (u64)whole * keys;  // of the row, for dropout
   float lse = lse_bq[whole], kept_factor = kept_scale(drop), dot = 0;
-  int lead = (u64)whole * keys % 8;
+  int lead = entry % 8;
 
   // First round: the sum; second round: the results.
   for (int round = 0; round < 2; round++) {
     for (int base = -lead; base < keys; base += 256) {
-      unsigned bits = kept((u64)(whole * keys + base) / 8 + lane, drop);
+      unsigned bits = kept((entry + base) / 8 + lane, drop);
       for (int part = 0; part < 8; part++) {
         int j = base + part * 32 + lane;
         unsigned keep = __shfl_sync(ALL, bits, part * 4 + lane / 8) >> (lane % 8) & 1;

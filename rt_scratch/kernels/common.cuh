@@ -65,13 +65,14 @@ __device__ inline float warp_max(float x) {
 }
 
 // Which of the entries 8 octet .. 8 octet + 7 survive dropout, as eight bits: those whose 16-bit
-// number is at least `threshold` (rate x 65536). Philox4x32-10, Salmon et al. 2011, with counter
-// (octet, 0, stream, step): layers.dropout_mask draws the same numbers.
-struct Drop { unsigned threshold, seed_low, seed_high, stream, step; };
+// number is at least `threshold` (rate x 65536). Entries count from the first window of the step,
+// the array's own from `first` on. Philox4x32-10, Salmon et al. 2011, with counter (octet in 64
+// bits, stream, step): dropout.dropout_mask draws the same numbers.
+struct Drop { unsigned threshold, seed_low, seed_high, stream, step; u64 first; };
 
 __device__ inline unsigned kept(u64 octet, Drop drop) {
   if (drop.threshold == 0) return 0xff;
-  unsigned c0 = (unsigned)octet, c1 = 0, c2 = drop.stream, c3 = drop.step;
+  unsigned c0 = (unsigned)octet, c1 = (unsigned)(octet >> 32), c2 = drop.stream, c3 = drop.step;
   unsigned k0 = drop.seed_low, k1 = drop.seed_high;
   for (int round = 0; round < 10; round++) {
     u64 p0 = (u64)0xD2511F53u * c0, p1 = (u64)0xCD9E8D57u * c2;

@@ -15,7 +15,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from rt_scratch.attention import AttendCache, LocalCache, clipped_reach
 from rt_scratch.dispatch import first_array
-from rt_scratch.dropout import dropout_mask
+from rt_scratch.dropout import dropout_mask, first_entry
 from rt_scratch.layers import (
     EPSILON,
     GELU_CUBE,
@@ -185,6 +185,7 @@ def geglu_backward(dy, cache):
 
 def geglu_ffn(x, w_gate, w_value, w_out, dropped=None):
     rows, m = x.reshape(-1, x.shape[-1]), w_gate.shape[1]
+    drop = _Drop(dropped, (*x.shape[:-1], m))
     a, b = (np.empty((len(rows), m), x.dtype) for _ in range(2))
     y = np.empty((len(rows), w_out.shape[1]), x.dtype)
 
@@ -194,7 +195,7 @@ def geglu_ffn(x, w_gate, w_value, w_out, dropped=None):
         h = np.empty((r.stop - r.start, m), x.dtype)
         for s in tiles(len(h), PIECE // m):
             _geglu(a[r][s], b[r][s], h[s])
-        _drop(h, dropped, r.start * m)
+        drop(h, r.start * m)
         np.matmul(h, w_out, out=y[r])
 
     parallel(piece, tiles(len(rows), ROWS))
@@ -206,16 +207,17 @@ def geglu_ffn(x, w_gate, w_value, w_out, dropped=None):
 def geglu_ffn_backward(dy, cache):
     x, w_gate, w_value, w_out, a, b, dropped = cache
     rows, flat, m = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), a.shape[-1]
+    drop = _Drop(dropped, a.shape)
     a, b = a.reshape(-1, m), b.reshape(-1, m)
     h, da, db = (np.empty(a.shape, a.dtype) for _ in range(3))
     dx = np.empty(flat.shape, dy.dtype)
 
     def piece(r):
         dh = rows[r] @ w_out.T
-        _drop(dh, dropped, r.start * m)
+        drop(dh, r.start * m)
         for s in tiles(len(dh), PIECE // m):
             _geglu_backward(dh[s], a[r][s], b[r][s], da[r][s], db[r][s], h[r][s])
-        _drop(h[r], dropped, r.start * m)
+        drop(h[r], r.start * m)
         np.matmul(da[r], w_gate.T, out=dx[r])
         dx[r] += db[r] @ w_value.T
 
@@ -262,18 +264,27 @@ def _exp_minus_two_u(a):
 
 
 def dropout(x, dropped):
-    if dropped is None or not dropped[0]:
+    if dropped is None or not dropped.rate:
         return x, None
-    y = x.copy()
+    y, drop = x.copy(), _Drop(dropped, x.shape)
     flat = y.reshape(-1)
-    parallel(lambda r: _drop(flat[r], dropped, r.start), tiles(flat.size, PIECE))
+    parallel(lambda r: drop(flat[r], r.start), tiles(flat.size, PIECE))
     return y, dropped
 
 
-def _drop(x, dropped, start):
-    """Entries start, start + 1, ... of a dropped-out array, in place."""
-    if dropped:
-        x *= dropout_mask(np, x.shape, *dropped, x.dtype, start)
+class _Drop:
+    """The mask of an array (B, ...) of this shape, for pieces of it."""
+
+    def __init__(self, dropped, shape):
+        self.dropped, self.first = dropped, first_entry(dropped, shape) if dropped else 0
+
+    def __call__(self, x, start):
+        """Drop out, in place, x: entries start, start + 1, ... of the array."""
+        if self.dropped:
+            x *= self.mask(x, start)
+
+    def mask(self, x, start):
+        return dropout_mask(np, x.shape, self.dropped, x.dtype, self.first + start)
 
 
 # ---------------------------------------------------------------------------- output and loss
@@ -340,11 +351,11 @@ def attend(q, k, v, rel_k, rel_v, mask, scale, dropped=None):
     tables = _padded_tables(rel_k, rel_v)
     o, lse = np.empty((blocks, s, v.shape[-1]), q.dtype), np.empty((blocks, s, 1), q.dtype)
     hidden = _hidden(np.broadcast_to(mask, (*lead, s, n)), q.dtype)
+    drop = _Drop(dropped, (*lead, s, n))
 
     def piece(r):
         own_q, own_k, own_v = (z[r] for z in flat)
-        _attend(own_q * scale, own_k, own_v, tables, hidden(r), dropped, r.start * s * n,
-                o[r], lse[r])
+        _attend(own_q * scale, own_k, own_v, tables, hidden(r), drop, r.start * s * n, o[r], lse[r])
 
     parallel(piece, tiles(blocks, PIECE // (s * n)))
     return o.reshape(*lead, s, -1), AttendCache(q, k, v, rel_k, rel_v, mask, scale, dropped,
@@ -360,6 +371,7 @@ def attend_backward(do, cache):
     tables = _padded_tables(rel_k, rel_v)
     dq, dk, dv = (np.empty(z.shape, q.dtype) for z in flat[:3])
     hidden = _hidden(np.broadcast_to(mask, (*lead, s, n)), q.dtype)
+    drop = _Drop(dropped, (*lead, s, n))
     groups = tiles(blocks, -(-blocks // 8))  # each adds up its own gradient of the tables
     drel = None if rel_k is None else np.zeros((2, len(groups), *rel_k.shape), q.dtype)
 
@@ -368,7 +380,7 @@ def attend_backward(do, cache):
             r = slice(groups[i].start + r.start, groups[i].start + r.stop)
             own_q, own_k, own_v, own_do, own_lse = (z[r] for z in flat)
             own_q = own_q * scale
-            _attend_backward(own_do, own_q, own_k, own_v, tables, hidden(r), dropped,
+            _attend_backward(own_do, own_q, own_k, own_v, tables, hidden(r), drop,
                              r.start * s * n, own_lse, dq[r], dk[r], dv[r],
                              None if drel is None else drel[:, i])
             dq[r] *= scale
@@ -423,7 +435,7 @@ def _rows_times(x, w):
     return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
 
 
-def _attend(q, k, v, tables, hidden, dropped, start, o, lse):
+def _attend(q, k, v, tables, hidden, drop, start, o, lse):
     """Into o (G, S, D) and lse (G, S, 1)."""
     tiny, lowest = np.finfo(q.dtype).tiny, np.finfo(q.dtype).min
     p = _logits(q, k, tables, hidden)
@@ -431,7 +443,7 @@ def _attend(q, k, v, tables, hidden, dropped, start, o, lse):
     p -= top
     np.exp(p, out=p)
     total = p.sum(-1, keepdims=True)
-    _drop(p, dropped, start)
+    drop(p, start)
     np.matmul(p, v, out=o)
     if tables is not None:
         o += _rows_times(_by_distance(p, tables), tables[1])
@@ -439,7 +451,7 @@ def _attend(q, k, v, tables, hidden, dropped, start, o, lse):
     lse[...] = np.where(total > 0, top + np.log(np.maximum(total, tiny)), 0)
 
 
-def _attend_backward(do, q, k, v, tables, hidden, dropped, start, lse, dq, dk, dv, drel):
+def _attend_backward(do, q, k, v, tables, hidden, drop, start, lse, dq, dk, dv, drel):
     """Into dq (of the scaled queries), dk, dv; adds to drel (2, P, D)."""
     p = _logits(q, k, tables, hidden)
     p -= lse
@@ -448,8 +460,8 @@ def _attend_backward(do, q, k, v, tables, hidden, dropped, start, lse, dq, dk, d
     if tables is not None:
         dp += _skewed(_rows_times(do, tables[1].T), k.shape[1])
     used = p
-    if dropped:
-        keep = dropout_mask(np, p.shape, *dropped, p.dtype, start)
+    if drop.dropped:
+        keep = drop.mask(p, start)
         used = p * keep
         dp *= keep
     np.matmul(used.swapaxes(-1, -2), do, out=dv)
@@ -484,6 +496,7 @@ def local_attention(q, k, v, rel_k, rel_v, block, lookback, scale, segments=None
     b, h, t, d = q.shape
     reach = clipped_reach(t, block, lookback, segments, window)
     cut = _Cut(t, reach, rel_k, rel_v, q.dtype)
+    drop = _Drop(dropped, (b, h, cut.n, cut.size))
     o = np.empty((b, h, t, v.shape[-1]), q.dtype)
     lse = np.empty((b, h, cut.n, reach.block, 1), q.dtype)
     ones = np.ones((cut.n_keys, 1), q.dtype)
@@ -500,7 +513,7 @@ def local_attention(q, k, v, rel_k, rel_v, block, lookback, scale, segments=None
                 p -= top
             np.exp(p, out=p)
             total = (p.reshape(-1, cut.n_keys) @ ones).reshape(*p.shape[:2], 1)
-            _drop(p, dropped, (own.first * cut.n + r.start) * cut.size)
+            drop(p, (own.first * cut.n + r.start) * cut.size)
             np.matmul(p, own.windows(own_v, r), out=out[r])
             if rel_k is not None:
                 out[r] += (own.by_distance(p) @ cut.rel_v).reshape(out[r].shape)
@@ -517,6 +530,7 @@ def local_attention(q, k, v, rel_k, rel_v, block, lookback, scale, segments=None
 def local_attention_backward(do, cache):
     q, k, v, rel_k, rel_v, reach, scale, dropped, lse = cache
     cut = _Cut(q.shape[2], reach, rel_k, rel_v, q.dtype)
+    drop = _Drop(dropped, (*q.shape[:2], cut.n, cut.size))
     dq, dk, dv = (np.empty(z.shape, q.dtype) for z in (q, k, v))
     shares = _shares(*q.shape[:2])
     drel = None if rel_k is None else np.zeros((2, len(shares), *cut.rel_k.shape), q.dtype)
@@ -537,8 +551,7 @@ def local_attention_backward(do, cache):
                 dp += own.by_key(own_do[r], cut.rel_vt)
             used = p
             if dropped:
-                used = dropout_mask(np, p.shape, *dropped, p.dtype,
-                                    (own.first * cut.n + r.start) * cut.size)
+                used = drop.mask(p, (own.first * cut.n + r.start) * cut.size)
                 dp *= used
                 used *= p
             own.add_windows(own_dv, used.swapaxes(-1, -2) @ own_do[r], r)

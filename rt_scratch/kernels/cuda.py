@@ -23,6 +23,7 @@ from rt_scratch.attention import (
     split_blocks,
 )
 from rt_scratch.dispatch import array_module
+from rt_scratch.dropout import first_entry
 from rt_scratch.kernels.gemm import matmul
 from rt_scratch.kernels.launch import WORD, launch
 from rt_scratch.kmeans import MAX_CLUSTERS
@@ -193,21 +194,23 @@ def geglu_backward(dy, cache):
 
 def dropout(x, dropped):
     """Twin of dropout.dropout; also its backward."""
-    if dropped is None or not dropped[0]:
+    if dropped is None or not dropped.rate:
         return x, None
     x = _contiguous(x)
     y = array_module(x).empty_like(x)
-    launch("dropout", (_blocks(x.size, 8 * THREADS),), (THREADS,), x, y, x.size, *_drop(dropped))
+    launch("dropout", (_blocks(x.size, 8 * THREADS),), (THREADS,), x, y, x.size,
+           *_drop(dropped, x.shape))
     return y, dropped
 
 
-def _drop(dropped):
-    """The kernels' form of (rate, (seed, stream, step)); None draws nothing."""
+def _drop(dropped, shape):
+    """The kernels' form of a Dropped, for an array of this shape; None draws nothing."""
     if not dropped:
-        return (0,) * 5
-    rate, (seed, stream, step) = dropped
+        return (0,) * 6
+    seed, stream, step = dropped.key
     low = 0xFFFFFFFF
-    return round(rate * 65536), seed & low, (seed >> 32) & low, stream & low, step & low
+    return (round(dropped.rate * 65536), seed & low, (seed >> 32) & low, stream & low, step & low,
+            first_entry(dropped, shape))
 
 
 # -------------------------------------------------------------------- output layer and loss
@@ -289,10 +292,11 @@ def attend(q, k, v, rel_k, rel_v, mask, scale, dropped=None):
     o = xp.empty((*queries.shape[:2], v.shape[-1]), q.dtype)
     lse = xp.empty((*q.shape[:-1], 1), xp.float32)
     rule = _rule(mask, lead, n_queries, n_keys, xp)
+    drop = _drop(dropped, (*lead, n_queries, n_keys))
     for part in _chunks(queries.shape[0], n_queries * n_keys):
         s, r = _products(queries[part], keys[part], by_key)
         p, u = _like(s, q.dtype), _like(r, q.dtype)
-        _softmax("attention_softmax", part, s, r, rule, (p, u, lse), by_key, scale, dropped)
+        _softmax("attention_softmax", part, s, r, rule, (p, u, lse), by_key, scale, drop)
         matmul(p, values[part], out=o[part])
         if by_value is not None:
             matmul(_rows(u), by_value, out=_rows(o[part]), beta=1)
@@ -312,12 +316,13 @@ def attend_backward(do, cache):
     if by_key is not None:
         drel_k, drel_v = xp.zeros(by_key.shape, xp.float32), xp.zeros(by_value.shape, xp.float32)
     rule = _rule(mask, q.shape[:-2], n_queries, n_keys, xp)
+    drop = _drop(dropped, (*q.shape[:-2], n_queries, n_keys))
     for part in _chunks(queries.shape[0], n_queries * n_keys):
         s, r = _products(queries[part], keys[part], by_key)
         dp, dr = _products(do[part], values[part], by_value)
         p, u, dz, du = (_like(x, q.dtype) for x in (s, r, dp, dr))
         _softmax("attention_softmax_backward", part, s, r, rule, (lse, dp, dr, p, u, dz, du),
-                 by_key, scale, dropped)
+                 by_key, scale, drop)
         matmul(p.swapaxes(-1, -2), do[part], out=dv[part])
         matmul(dz, keys[part], out=dq[part])
         matmul(dz.swapaxes(-1, -2), queries[part], out=dk[part])
@@ -376,14 +381,14 @@ def _rule(mask, lead, n_queries, n_keys, xp):
     return _contiguous(mask), math.prod(shape), None, 1, 0, 0, 0
 
 
-def _softmax(name, part, s, r, rule, arrays, table, scale, dropped):
+def _softmax(name, part, s, r, rule, arrays, table, scale, drop):
     mask, mask_blocks, segment, blocks, tokens, offset, window = rule
     b, n_queries, n_keys = s.shape
     rows = b * n_queries
     distances = 0 if table is None else table.shape[0]
     launch(name, (_blocks(rows, WARPS),), (THREADS,), s, r, mask, segment, *arrays,
            part.start * n_queries, rows, n_queries, n_keys, distances, mask_blocks, blocks, tokens,
-           offset, window, scale, *_drop(dropped))
+           offset, window, scale, *drop)
 
 
 def local_attention(q, k, v, rel_k, rel_v, block, lookback, scale, segments=None, window=None,

@@ -148,7 +148,6 @@ class Saved(NamedTuple):
 class Loaded(NamedTuple):
     """A checkpoint of a run, ready for use."""
 
-    path: Path
     state: State
     progress: Progress
     config: dict
@@ -172,6 +171,8 @@ def save_state(path: Path, state: State, progress: Progress, config: dict) -> No
 
 def save_into(run: RunFolder, name: str, state: State, progress: Progress, seconds: float) -> None:
     """`save_state` as the file `name` of an open run folder, made again where it was deleted."""
+    if not run.writes:
+        return
     if not run.path.is_dir():
         run.open()
     save_state(run.path / name, state, progress._replace(seconds=seconds), run.config)
@@ -219,9 +220,9 @@ def _settings(path, meta) -> Saved:
             meta.get("drawn", step * train.batch * train.accumulate))
         whole_numbers = step, steady, progress.scored, progress.drawn
         numbers = value, progress.best, progress.seconds, progress.valid
-        texts = [config["dataset"]] + [text for key in ("data_dir", "data", "codec", "codec_file",
-                                                        "codec_sha256")
-                                       if (text := config.get(key)) is not None]
+        texts = [config["dataset"]] + [text for text in (config["data"], *(
+            config.get(key) for key in ("data_dir", "codec", "codec_file", "codec_sha256")))
+            if text is not None]
         right = (all(type(n) is int and 0 <= n < 2 ** 62 for n in whole_numbers)
                  and all(type(x) in (int, float) and not math.isnan(x) for x in numbers)
                  and 0 < value < math.inf and abs(progress.seconds) < math.inf
@@ -278,7 +279,7 @@ def restore(saved: Saved, xp, for_training: bool = False) -> tuple[State, Progre
 def load_model(folder: Path, xp, name: str | None = None) -> Loaded:
     """The checkpoint of a run folder to sample from or to score: `name`, else the best."""
     saved = read_state(folder / name if name else best_checkpoint(folder))
-    return Loaded(saved.path, *restore(saved, xp), saved.config, saved.model, saved.train)
+    return Loaded(*restore(saved, xp), saved.config, saved.model, saved.train)
 
 
 def best_checkpoint(folder: Path) -> Path:

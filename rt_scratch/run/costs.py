@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -70,18 +71,26 @@ def step_bytes(model: ModelConfig, train: TrainConfig) -> int:
 
 
 def check_memory(model: ModelConfig, train: TrainConfig, who: str = "", xp=np,
-                 step: bool = False) -> None:
-    """UserError where the parameters, and with `step` a training step, need more than there is."""
+                 step: bool = False, processes: int = 1) -> None:
+    """UserError where the parameters, and with `step` a training step, need more than there is.
+
+    Several processes share the windows and parts of a step.
+    """
     check_fits(n_parameters(model) * np.dtype(train.dtype).itemsize,
                f"{who}the parameters do not fit in memory",
                "choose a smaller model, say --width or --vocab-size", xp)
     if step:
-        check_fits(step_bytes(model, train), f"a step of --batch {train.batch} x {model.seq_len} "
+        if train.batch * train.accumulate < processes:
+            raise UserError(f"--batch {train.batch}: {processes} processes need at least one "
+                            "window each per step")
+        own = {name: -(-getattr(train, name) // processes) for name in ("batch", "parts")}
+        needed = step_bytes(model, replace(train, **own))
+        check_fits(needed, f"a step of --batch {train.batch} x {model.seq_len} "
                    "tokens does not fit in memory", "try --recompute, or a smaller --batch with "
                    "--accumulate", xp)
 
 
-def check_fits(needed: float, problem: str, advice: str, xp=np) -> None:
+def check_fits(needed: int, problem: str, advice: str, xp=np) -> None:
     """UserError(problem, numbers, advice) where `needed` bytes are more than the device has."""
     if xp.__name__ == "cupy":
         there = xp.cuda.runtime.memGetInfo()[1]
@@ -90,17 +99,18 @@ def check_fits(needed: float, problem: str, advice: str, xp=np) -> None:
     else:  # Windows
         there = math.inf
     if needed > there:
-        raise UserError(f"{problem} (about {needed / 2**30:,.0f} GiB, there are "
-                        f"{there / 2**30:,.0f}); {advice}")
+        raise UserError(f"{problem} (about {needed // 2**30:,} GiB, there are {there // 2**30:,}); "
+                        f"{advice}")
 
 
-def decode_bytes(model: ModelConfig, n: int, prompt: int, capacity: int) -> float:
-    """Rough memory of decoding n texts: what the heads keep, the logits, a pass over the prompt."""
+def decode_bytes(model: ModelConfig, n: int, prompt: int, capacity: int) -> int:
+    """Rough memory of drawing n texts: what the heads keep, logits, a pass over the prompt, tokens.
+    """
     stores = sum(array.nbytes for i in range(model.n_layers) for part in parts(model, i)
                  for array in part.kind.store(model, part.heads.stop - part.heads.start, n,
                                               capacity, _Unallocated, "float32"))
     per_token = 10 * model.width + 3 * model.ffn_width + 4 * model.n_heads * model.n_clusters
-    return stores + 4 * n * (8 * model.vocab_size + (prompt + 1) * per_token)
+    return stores + 4 * n * (8 * model.vocab_size + (prompt + 1) * per_token + 2 * capacity)
 
 
 class _Unallocated:

@@ -15,6 +15,7 @@ from rt_scratch.data.dataset import words_scored
 from rt_scratch.dispatch import array_module, to_host
 from rt_scratch.errors import UserError
 from rt_scratch.model import loss
+from rt_scratch.parallel import SINGLE, World
 from rt_scratch.step import State
 
 CAUSAL_WINDOWS = 64  # windows that incremental scoring takes at a time, and unless told in all
@@ -27,20 +28,26 @@ class Score(NamedTuple):
 
 
 def evaluate(state: State, dataset: Dataset, model: ModelConfig, split: str, batch: int,
-             stride: int = 0, limit: int = 0) -> Score:
-    """The score of a split in single passes over its windows (data/batches.py: eval_windows)."""
+             stride: int = 0, limit: int = 0, world: World = SINGLE) -> Score:
+    """The score of a split in single passes over its windows (data/batches.py: eval_windows).
+
+    The processes of `world` take turns with the batches, and all return the score of the whole.
+    """
     xp, params = array_module(state.flat), state.params
     total = _count(dataset, model, split, stride)
-    nats, n, n_words = 0.0, 0.0, 0
-    for ids, weights, index in eval_windows(dataset.splits[split], model.seq_len, batch, stride,
-                                            limit, model.pad_id):
+    found = []
+    for i, (ids, weights, index) in enumerate(eval_windows(
+            dataset.splits[split], model.seq_len, batch, stride, limit, model.pad_id)):
+        found.append((0.0, 0.0, 0))
+        if i % world.size != world.rank:
+            continue
         labels = xp.asarray(dataset.labels[split][index]) if model.n_classes else None
         weight = xp.asarray(weights.astype(state.flat.dtype))
         (part, _), _, _ = loss(params, state.centroids, model, xp.asarray(ids), weight, labels,
                                recompute=True)
-        nats += float(part)
-        n += float(weights.sum())
-        n_words += words_scored(dataset, split, weights, index, stride or model.seq_len)
+        found[i] = (float(part), float(weights.sum()),
+                    words_scored(dataset, split, weights, index, stride or model.seq_len))
+    nats, n, n_words = _add(found, world)
     seen = f"{limit} of {total} windows, evenly spread" if 0 < limit < total else "whole split"
     leak = "; TOPK ROUTING LEAKS THE FUTURE into this score" if "topk" in model.kinds() else ""
     value = score(nats, n, dataset, split, n_words)
@@ -50,18 +57,23 @@ def evaluate(state: State, dataset: Dataset, model: ModelConfig, split: str, bat
 
 
 def evaluate_causally(state: State, dataset: Dataset, model: ModelConfig, split: str,
-                      limit: int = 0) -> Score:
+                      limit: int = 0, world: World = SINGLE) -> Score:
     """The score by incremental decoding: each token given what came before, no more.
 
-    Without topk heads this is the ordinary score; with them, whose members later tokens help to
+    Processes share the work as in `evaluate`. Without topk heads this is the ordinary score; with
+    them, whose members later tokens help to
     choose when a window is read in one pass, the difference is what looking ahead is worth.
     """
     xp, params = array_module(state.flat), state.params
     total = _count(dataset, model, split)
     limit = min(limit or total, total)
-    nats, n, n_words = 0.0, 0.0, 0
-    for ids, weights, index in eval_windows(dataset.splits[split], model.seq_len, CAUSAL_WINDOWS,
-                                            0, limit, model.pad_id):
+    batch, found = -(-min(limit, CAUSAL_WINDOWS) // world.size), []
+    for i, (ids, weights, index) in enumerate(eval_windows(
+            dataset.splits[split], model.seq_len, batch, 0, limit, model.pad_id)):
+        found.append((0.0, 0.0, 0))
+        if i % world.size != world.rank:
+            continue
+        nats = 0.0
         labels = xp.asarray(dataset.labels[split][index]) if model.n_classes else None
         ids = xp.asarray(ids)
         logits, memory = decode.prefill(
@@ -73,8 +85,9 @@ def evaluate_causally(state: State, dataset: Dataset, model: ModelConfig, split:
             nats += float((weights[:, t] * (np.log(np.exp(z).sum(-1)) - hit)).sum())
             if t + 1 < ids.shape[1]:
                 logits = decode.step(params, state.centroids, model, memory, ids[:, t])
-        n += float(weights.sum())
-        n_words += words_scored(dataset, split, weights, index, model.seq_len)
+        found[i] = (nats, float(weights.sum()),
+                    words_scored(dataset, split, weights, index, model.seq_len))
+    nats, n, n_words = _add(found, world)
     value = score(nats, n, dataset, split, n_words)
     return Score(nats / n, value, (
         f"{split} {value:.4f} {dataset.unit}  by incremental decoding, nothing seen ahead  "
@@ -86,6 +99,14 @@ def _scored(dataset, split, n):
     """How many tokens were scored, of what kind, and how many make a word."""
     per_word = f", {tokens_per_word(dataset, split):.3f} per word" if dataset.units else ""
     return f"{n:.0f} {dataset.tokens}{per_word}"
+
+
+def _add(found, world):
+    """Sums over batches of (nats, tokens, words), each found by one process, in their order."""
+    found = np.array(found)
+    world.sum(found)
+    nats, n, n_words = map(sum, found.T.tolist())
+    return nats, n, int(n_words)
 
 
 def doubt(nats: float, model: ModelConfig) -> str:

@@ -20,7 +20,8 @@ def plot_loss(folder: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    rows = read_log(folder)
+    if not (rows := read_log(folder)):
+        return
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     for split, style in (("train", "-"), ("valid", "o-")):
@@ -28,7 +29,7 @@ def plot_loss(folder: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), style, label=split, lw=1.2, ms=4,
                       alpha=0.6 if split == "train" else 1)
-    unit = rows[0]["unit"] if rows else ""
+    unit = rows[0]["unit"]
     axes.set(xlabel="optimizer step", ylabel=unit, yscale="log" if "ppl" in unit else "linear")
     axes.grid(alpha=0.3)
     axes.legend()

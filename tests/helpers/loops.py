@@ -6,8 +6,9 @@ import numpy as np
 from hypothesis import strategies as st
 
 from helpers.strategies import normal
+from rt_scratch.dropout import Dropped
 
-dropouts = st.sampled_from([None, (0.3, (1, 2, 3))])
+dropouts = st.sampled_from([None, Dropped(0.3, (1, 2, 3), first=5)])
 reaches = st.sampled_from([0, 1, 2, 50])  # 0: no relative positions
 clusters = st.sampled_from([1, 2, 3, 7])
 

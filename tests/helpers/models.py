@@ -12,7 +12,7 @@ from rt_scratch.optim import LossScale
 from rt_scratch.parameters import init_centroids, init_parameters, views
 from rt_scratch.step import State
 
-NOISE = model.Noise(seed=3, step=5)
+NOISE = model.Noise(seed=3, step=5, first=2)
 SMALL = ModelConfig(
     vocab_size=11, seq_len=23, n_layers=2, width=12, ffn_width=10, n_local_heads=1,
     n_routing_heads=2, n_clusters=3, window=5, block=4, lookback=2, local_max_distance=3,
