@@ -153,9 +153,9 @@ def files_of(folder):
 
 
 def flips(request, kind):
-    """One random generator per damaged file: so many, spread over the kinds of file."""
-    n = int(request.config.getoption("--flips", default=None) or 420)
-    return [random.Random(f"{kind} {i}") for i in range(-(-n // N_KINDS))]
+    """One random generator per damaged file: --flips of them, over all kinds, at least 20 each."""
+    n = max(20, -(-request.config.getoption("--flips") // N_KINDS))
+    return [random.Random(f"{kind} {i}") for i in range(n)]
 
 
 @pytest.mark.parametrize("kind", SOURCES)
@@ -313,7 +313,7 @@ def test_kills(tmp_path, request):
     command = [sys.executable, "-m", "rt_scratch.data", "pg19", "--data-dir",
                str(tmp_path / "data"), "--vocab-size", "400"]
     rnd = random.Random(0)
-    n = int(request.config.getoption("--kills", default=None) or 3)
+    n = request.config.getoption("--kills")
     root = tmp_path / "data" / "rt_cache"
     most, unfinished, start = 0, 0, time.monotonic()
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
