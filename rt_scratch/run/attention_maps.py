@@ -12,7 +12,7 @@ from rt_scratch.heads import Context, Part, Routed, parts
 from rt_scratch.layers import layer_norm, normalize, shift_right
 from rt_scratch.model import block, embed, mu_of, project
 
-CHUNK = 256  # keys whose weights are computed at a time
+CHUNK = 512  # keys whose weights are computed at a time
 
 
 class Map(NamedTuple):
@@ -75,13 +75,14 @@ def strongest(found: Map, n: int):
     seen, total = np.zeros((h, t), int), np.zeros((h, t))
     for first in range(0, t, CHUNK):
         last = min(first + CHUNK, t)
-        some = found.columns(first, last)
-        seen += (some > 0).sum(-1)
-        total += some.sum(-1, dtype="float64")
+        some = found.columns(first, last)[:, first:]  # no query before a key sees it
+        seen[:, first:] += (some > 0).sum(-1)
+        total[:, first:] += some.sum(-1, dtype="float64")
         here = np.where(some > 0, np.arange(first, last), -1)
-        positions, weights = np.append(positions, here, -1), np.append(weights, some, -1)
-        best = np.argpartition(-weights, n - 1, axis=-1)[..., :n]
-        positions, weights = (np.take_along_axis(a, best, -1) for a in (positions, weights))
+        both = np.append(weights[:, first:], some, -1)
+        best = np.argpartition(-both, n - 1, axis=-1)[..., :n]
+        weights[:, first:] = np.take_along_axis(both, best, -1)
+        positions[:, first:] = np.take_along_axis(np.append(positions[:, first:], here, -1), best,
+                                                  -1)
     order = np.argsort(positions, axis=-1, kind="stable")
-    positions, weights = (np.take_along_axis(a, order, -1) for a in (positions, weights))
-    return positions, weights, seen, total
+    return *(np.take_along_axis(a, order, -1) for a in (positions, weights)), seen, total
