@@ -1,7 +1,7 @@
 """Train a Routing Transformer.
 
     python train.py                          the bytes of Python's standard library, in minutes
-    python train.py FILE.txt                 any text file
+    python train.py FILE.txt                 any text file, or a folder of them
     python train.py enwik8 --preset small    a dataset of the paper, see --help
     python train.py --resume                 continue the newest run exactly where it stopped
     python train.py enwik8 --out RUN --evaluate test
@@ -167,7 +167,8 @@ def parse(argv=None):
     parser = Parser(prog="train.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("dataset", nargs="?", help=f"{', '.join(DATASETS)}, or a text file (default: stdlib)")
+    add("dataset", nargs="?",
+        help=f"{', '.join(DATASETS)}, a text file, or a folder of text files (default: stdlib)")
     add("--preset", help="small (default), released, paper: see presets.py")
     add("--data-dir", help="folder with the dataset's official files")
     add("--download", action="store_true", help="get the dataset first")

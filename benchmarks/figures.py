@@ -55,7 +55,8 @@ def draw_centroids(path):
     """Heads of width 3: a normalised query has mean 0 and length sqrt(3), so it is on a circle."""
     model = ModelConfig(n_layers=2, width=48, ffn_width=144, n_local_heads=8, n_routing_heads=8,
                         seq_len=256, n_clusters=6, window=32).validate()
-    train = TrainConfig(batch=4, parts=1, steps=1000, lr=3e-3, eval_every=0).validate()
+    train = TrainConfig(batch=4, parts=1, steps=1000, optimizer="adamw", lr=3e-3,
+                        schedule="cosine", warmup=50, eval_every=0).validate()
     split = data.load("stdlib").splits
     state = new_state(model, train, np)
     grads, bits = np.empty_like(state.flat), []

@@ -31,7 +31,7 @@ LOCKED_BYTE = 1 << 20  # Windows locks bytes, and a locked one cannot be read
 
 def default_folder(dataset: str) -> Path:
     """Where a run on this dataset or text file goes unless told."""
-    return Path("runs") / Path(dataset).stem
+    return Path("runs") / Path(dataset).resolve().stem
 
 
 def newest_run(root: Path) -> Path:
