@@ -1,7 +1,7 @@
 """Train a Routing Transformer.
 
     python train.py                          the bytes of Python's standard library, in minutes
-    python train.py FILE.txt                 any text file
+    python train.py FILE.txt                 any text file, or a folder of them
     python train.py enwik8 --preset small    a dataset of the paper, see --help
     python train.py --resume                 continue the newest run exactly where it stopped
     python train.py enwik8 --out RUN --evaluate test
@@ -11,7 +11,6 @@
 try:
     import argparse
     import contextlib
-    import dataclasses
     import math
     from pathlib import Path
     from shlex import quote
@@ -23,10 +22,9 @@ try:
     from rt_scratch.errors import UserError
     from rt_scratch.parallel import checksum, software, start
     from rt_scratch.run import checkpoint, costs, log
-    from rt_scratch.run.checkpoint import check_finite
     from rt_scratch.run.evaluate import CAUSAL_WINDOWS, doubt, evaluate, evaluate_causally
     from rt_scratch.run.folder import RunFolder
-    from rt_scratch.run.options import add_fields, plan_run
+    from rt_scratch.run.options import add_fields, check_flags, plan_run
     from rt_scratch.run.pictures import plot_loss
     from rt_scratch.run.samples import show_sample
     from rt_scratch.step import cut, new_state, train_step
@@ -47,8 +45,7 @@ def work(args, world):
     say(costs.describe(device, plan))
     if args.dry_run:
         return
-    own = {name: -(-getattr(train, name) // world.size) for name in ("batch", "parts")}
-    costs.check_memory(model, dataclasses.replace(train, **own), xp=xp, step=not args.evaluate)
+    costs.check_memory(model, train, xp=xp, step=not args.evaluate, processes=world.size)
     if plan.saved:
         state, progress = checkpoint.restore(plan.saved, xp, for_training=args.resume)
     else:
@@ -59,12 +56,11 @@ def work(args, world):
     if args.evaluate:
         score_split(args, state, plan, world)
         return
-    if train.batch * train.accumulate < world.size:
-        raise UserError(f"--batch {train.batch}: {world.size} processes need at least one window "
-                        "each per step")
+    last = min(args.stop_after or train.steps, train.steps)
     try:
-        with open_folder(plan, world) as run:
-            fit(plan, run, state, progress, args.stop_after or train.steps, xp, dtype, world)
+        with RunFolder(plan.folder, plan.config, plan.dataset.codec.file,
+                       writes=world.rank == 0) as run:
+            fit(plan, run, state, progress, last, xp, dtype, world)
     except MemoryError as error:
         raise UserError(
             f"out of memory at --batch {train.batch} x {model.seq_len} tokens, precision "
@@ -72,27 +68,19 @@ def work(args, world):
             "smaller --batch with --accumulate, or on a GPU --precision bf16") from error
 
 
-def open_folder(plan, world):
-    """The run folder, for process 0 alone; the others get None."""
-    if world.rank:
-        return contextlib.nullcontext()
-    return RunFolder(plan.folder, plan.config, plan.dataset.codec.file)
-
-
 def fit(plan, run, state, progress, last, xp, dtype, world):
-    """The training loop, to step `last` or the end of the schedule; `run` is written where open."""
+    """The training loop, to step `last`; of several processes the first writes the run folder."""
     folder, dataset, model, train = plan[:4]
-    windows, first, last = train.batch * train.accumulate, state.step, min(last, train.steps)
+    windows, first = train.batch * train.accumulate, state.step
     grads, clock = xp.empty_like(state.flat), log.Clock(progress.seconds)
 
     def due(step):
         return step == last or (train.eval_every and step % train.eval_every == 0)
 
     with StopRequest() as stop, log.Progress(first, train.steps) as bar:
-        if run:
-            log.trim_log(folder, first, progress.scored)
+        log.trim_log(run, first, progress.scored)
         if progress.scored < first and due(first):  # what an interrupted run had still to do
-            row = log.logged_row(folder, first) if run else {}
+            row = log.logged_row(folder, first)
             progress = score(plan, run, state, progress, row, clock, bar, stop, world)
         stopping = world.any(stop.asked) and first  # there is nothing to save before a step
         while state.step < last and not stopping:
@@ -104,37 +92,30 @@ def fit(plan, run, state, progress, last, xp, dtype, world):
             done = state.step
             logging = due(done) or done % train.log_every == 0
             if logging or done == 1 or state.scale.value < 1e-3:
-                check_finite(result, state, folder)  # here the host waits for a GPU
+                checkpoint.check_finite(result, state, folder)  # here the host waits for a GPU
             bar.update()
             if logging:
                 row = log.step_row(result, done, dataset, clock,
                                    windows * model.seq_len * (done - first))
-                if run:
-                    log.append_log(folder, row)
+                log.record(run, row, result.memberships)
                 stop.asked |= not bar.show(row, clock.here())
             stopping = world.any(stop.asked)
+            if stopping or due(done):
+                world.check_same(lambda state=state: {
+                    f"state after step {state.step}": checksum(state.arrays)})
+                checkpoint.save_into(run, "last.npz", state, progress, clock.total())
             if due(done) and not stopping:
-                world.check_same(state_facts(state))
-                if run:
-                    checkpoint.save_into(run, "last.npz", state, progress, clock.total())
                 progress = score(plan, run, state, progress, row, clock, bar, stop, world)
                 stopping = world.any(stop.asked)
         if stopping:
-            if run:
-                checkpoint.save_into(run, "last.npz", state, progress, clock.total())
             world.barrier()  # nobody speaks of it before it is saved
             raise UserError(f"interrupted and saved after step {state.step}; continue with: python "
                             f"train.py --resume --out {quote(str(folder))}")
     say(doubt(progress.valid, model), end="")
-    if run:
+    if run.writes:
         with harmless(folder / "loss.png"):
             plot_loss(folder)
     say(f"done: {folder}  (sample from it: python sample.py {quote(str(folder))})")
-
-
-def state_facts(state):
-    """What all processes must have alike after a step."""
-    return lambda: {f"state after step {state.step}": checksum(state.arrays)}
 
 
 def score(plan, run, state, progress, row, clock, bar, stop, world):
@@ -155,16 +136,16 @@ def score(plan, run, state, progress, row, clock, bar, stop, world):
     better = valid.nats < progress.best
     progress = progress._replace(scored=state.step, valid=valid.nats,
                                  best=min(valid.nats, progress.best))
-    if not run:
-        return progress
-    log.append_log(folder, row)
+    log.record(run, row)
     for name in ("best.npz", "last.npz") if better else ("last.npz",):
         checkpoint.save_into(run, name, state, progress, clock.total())
-    sample = ""
-    if not stop.asked:
-        with harmless("the sample"), clock.aside(), stop.at_once():
-            sample = show_sample(state, dataset, model, train.seed, folder)
-    stop.asked |= not bar.say(f"step {state.step}  {valid.line}\n{log.cluster_line(row)}{sample}")
+    if run.writes:
+        sample = ""
+        if not stop.asked:
+            with harmless("the sample"), clock.aside(), stop.at_once():
+                sample = show_sample(state, dataset, model, train.seed, folder)
+        text = f"step {state.step}  {valid.line}\n{log.cluster_line(row)}{sample}"
+        stop.asked |= not bar.say(text)
     return progress
 
 
@@ -186,7 +167,8 @@ def parse(argv=None):
     parser = Parser(prog="train.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("dataset", nargs="?", help=f"{', '.join(DATASETS)}, or a text file (default: stdlib)")
+    add("dataset", nargs="?",
+        help=f"{', '.join(DATASETS)}, a text file, or a folder of text files (default: stdlib)")
     add("--preset", help="small (default), released, paper: see presets.py")
     add("--data-dir", help="folder with the dataset's official files")
     add("--download", action="store_true", help="get the dataset first")
@@ -209,21 +191,7 @@ def parse(argv=None):
     add("--dry-run", action="store_true", help="describe the run and stop; needs no files")
     add_fields(parser)
     args = parser.parse_args(argv)
-    for name in ("stop_after", "stride"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be "
-                            "negative")
-    saved = args.resume or args.evaluate
-    for name, wrong, why in (
-            ("stride", not args.evaluate, "needs --evaluate"),
-            ("stride", args.evaluate_causally, "not used with --evaluate-causally"),
-            ("evaluate_causally", not args.evaluate, "needs --evaluate"),
-            ("checkpoint", not args.evaluate, "needs --evaluate"),
-            ("stop_after", args.evaluate, "not used with --evaluate"),
-            ("download", saved, "not used with --resume or --evaluate"),
-            ("preset", saved, "not used with --resume or --evaluate")):
-        if getattr(args, name) and wrong:
-            raise UserError(f"--{name.replace('_', '-')}: {why}")
+    check_flags(args)
     return args
 
 

@@ -22,7 +22,7 @@ SIZES = {  # name: (configuration, batch). GEGLU of hidden width 4 C, half of th
 }
 PORT_WORK = dict(  # what the port computes: topk heads, no relative positions
     routing="topk", local_max_distance=0, routing_max_distance=0, timing_signal=True)
-RECIPE = TrainConfig(lr=1e-3, schedule="constant", warmup=0, clip=0.0, precision="float32")
+RECIPE = TrainConfig(optimizer="adamw", lr=1e-3, schedule="constant", clip=0.0, precision="float32")
 N_DECODED = 64  # tokens that `decoding` has room for
 
 

@@ -22,9 +22,8 @@ from rt_scratch.attention import skew
 from rt_scratch.config import ModelConfig, TrainConfig
 from rt_scratch.data.batches import random_windows
 from rt_scratch.errors import UserError
-from rt_scratch.heads import Context, parts
-from rt_scratch.layers import layer_norm, normalize, shift_right
-from rt_scratch.model import block, embed, mu_of, project
+from rt_scratch.layers import shift_right
+from rt_scratch.run.attention_maps import attention_maps
 from rt_scratch.run.checkpoint import load_model
 from rt_scratch.step import cut, new_state, train_step
 
@@ -50,39 +49,14 @@ def main():
     draw_centroids(args.out / "centroids.png")
 
 
-# ----------------------------------------------------------------------- inside a layer of a model
-
-def queries_and_weights(params, centroids, cfg, ids, layer):
-    """[(kind, normalised queries (H, T, D), weights (H, T, T))] of the heads of a layer.
-
-    The weights are what the layer's own forward returns with the identity in place of the values.
-    """
-    x, _ = embed(params, cfg, shift_right(ids), 0)
-    for i in range(layer):
-        x, _, _ = block(x, params["layers"][i], cfg, i, mu_of(centroids, i))
-    p = params["layers"][layer]
-    n = layer_norm(x, **p["norm_attention"])[0] if cfg.norm == "pre" else x
-    (q, k, _), _ = project(n, p["attention"], cfg)
-    t = ids.shape[1]
-    tables = {name: np.zeros((len(a), t), a.dtype) if name.endswith("rel_v") else a
-              for name, a in p["attention"].items()}
-    found = []
-    for part in parts(cfg, layer):
-        heads = q[:, part.heads]
-        identity = np.broadcast_to(np.eye(t, dtype=x.dtype), (*heads.shape[:2], t, t))
-        weights, _, _ = part.kind.forward(heads, k[:, part.keys] if part.keys else None, identity,
-                                          tables, Context(cfg, layer, mu_of(centroids, layer)))
-        found.append((part.kind, normalize(heads)[0][0], weights[0]))
-    return found
-
-
 # -------------------------------------------------------------------------------------- centroids
 
 def draw_centroids(path):
     """Heads of width 3: a normalised query has mean 0 and length sqrt(3), so it is on a circle."""
     model = ModelConfig(n_layers=2, width=48, ffn_width=144, n_local_heads=8, n_routing_heads=8,
                         seq_len=256, n_clusters=6, window=32).validate()
-    train = TrainConfig(batch=4, parts=1, steps=1000, lr=3e-3, eval_every=0).validate()
+    train = TrainConfig(batch=4, parts=1, steps=1000, optimizer="adamw", lr=3e-3,
+                        schedule="cosine", warmup=50, eval_every=0).validate()
     split = data.load("stdlib").splits
     state = new_state(model, train, np)
     grads, bits = np.empty_like(state.flat), []
@@ -103,10 +77,9 @@ def draw_centroids(path):
 def draw_circle(axis, state, model, ids, head=0):
     """Head `head` of the first layer: the plane through 0 that is orthogonal to (1, 1, 1)."""
     plane = np.array([[1, -1, 0], [1, 1, -2]]) / np.sqrt([[2], [6]])  # two unit vectors in it
-    _, q, _ = queries_and_weights(state.params, state.centroids, model, ids[None], 0)[0]
-    q, mu = q[head] @ plane.T, state.centroids[0].mu[head]
-    length = np.linalg.norm(mu, axis=1, keepdims=True)
-    winner = (q @ plane @ (mu / length).T).argmax(1)
+    found = next(attention_maps(state.params, state.centroids, model, ids[None]))[0]
+    q, mu = found.queries[head] @ plane.T, state.centroids[0].mu[head]
+    winner = found.routed.route.winner[0, head]
     spread = 1 + 0.06 * np.random.default_rng(0).normal(size=(len(q), 1))  # to tell them apart
     for c, mean in enumerate(mu @ plane.T):
         own = q[winner == c] * spread[winner == c]
@@ -121,15 +94,15 @@ def draw_circle(axis, state, model, ids, head=0):
 
 def draw_attention(folder, path, start=203, n_tokens=56):
     """Every query and key of a short text, `n_tokens` of the validation split from `start` on."""
-    state, _, config, model, _ = load_model(folder, np)
+    _, state, _, config, model, _ = load_model(folder, np)
     text = data.load(config["dataset"], None, model.vocab_size)
     ids = np.asarray(text.splits["valid"][start : start + n_tokens]).astype(np.int64)[None]
     layer = model.n_layers // 2
-    found = queries_and_weights(state.params, state.centroids, model, ids, layer)
-    _, queries, routed = next(f for f in found if f[0].routes)
-    _, _, local = next(f for f in found if not f[0].routes)
-    mu = state.centroids[layer].mu[0]
-    winner = (queries[0] @ (mu / np.linalg.norm(mu, axis=1, keepdims=True)).T).argmax(1)
+    maps = list(attention_maps(state.params, state.centroids, model, ids))[layer]
+    routing = next(m for m in maps if m.routed)
+    routed = routing.columns(0, n_tokens)
+    local = next(m for m in maps if not m.routed).columns(0, n_tokens)
+    winner = routing.routed.route.winner[0, 0]
     labels = [chr(i) if 32 < i < 127 else {10: "\u23ce", 32: "\u2423"}.get(i, "\u00b7")
               for i in shift_right(ids)[0]]  # position t reads token t - 1
     grey, tints = (0.25, 0.25, 0.25), np.array(COLOURS)

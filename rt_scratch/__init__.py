@@ -27,8 +27,8 @@ all this with eight tokens. Reading order, an evening:
 then train.py. Around them: config (what a model and a run are), parameters, optim, decode (one
 token at a time through the same blocks), dropout, dispatch (NumPy or CuPy, plain or twin), device,
 released (the authors' checkpoint, read by tf_checkpoint, becomes a run folder), presets, run/ (a
-run folder), data/ (one file per dataset), kernels/ (faster twins of plain functions; the plain ones
-are the specification).
+run folder), report (a run as one HTML page), data/ (one file per dataset), kernels/ (faster twins
+of plain functions; the plain ones are the specification).
 """
 
 from rt_scratch.config import ModelConfig, TrainConfig

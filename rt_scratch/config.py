@@ -83,7 +83,7 @@ class ModelConfig:
     seed_random: int = _field(0, "seed of the memberships of random heads", least=0)
     init_gain: float = _field(1.0, "gain of the uniform initialiser (released: 0.2)", least=0)
     init_out_scale: float = _field(
-        1.0, "factor of the last matrix of each sublayer at the start (released: 1); 0: every "
+        0.0, "factor of the last matrix of each sublayer at the start (released: 1); 0: every "
              "block begins as the identity", least=0)
     # dropout
     embed_dropout: float = _dropout("dropout on token embeddings")
@@ -167,22 +167,22 @@ class TrainConfig:
     parts: int = _field(2, "parts a batch is cut into on a CPU, one thread each", least=1)
     recompute: bool = _field(False, "store only block inputs and compute the rest again: less "
                                     "memory, the same numbers")
-    steps: int = _field(2400, "optimizer steps", least=1)
-    optimizer: str = _field("adamw", "optimizer", OPTIMIZERS)
-    lr: float = _field(3e-3, "peak learning rate")
-    schedule: str = _field("cosine", "linear: linear warm-up, then to 0; cosine: the same, then to "
+    steps: int = _field(2800, "optimizer steps", least=1)
+    optimizer: str = _field("muon", "optimizer", OPTIMIZERS)
+    lr: float = _field(4e-3, "peak learning rate")
+    schedule: str = _field("linear", "linear: linear warm-up, then to 0; cosine: the same, then to "
                                      "10 %%; constant: the same, then flat; rsqrt: the released "
                                      "one, flat for warmup steps, then lr sqrt(warmup / step)",
                            SCHEDULES)
-    warmup: int = _field(50, "warm-up steps (see schedule)", least=0)
-    weight_decay: float = _field(0.0, "decoupled decay (adamw), L2 loss (adafactor)", least=0)
+    warmup: int = _field(0, "warm-up steps (see schedule)", least=0)
+    weight_decay: float = _field(0.0, "decoupled decay (adamw, muon), L2 loss (adafactor)", least=0)
     clip: float = _field(1.0, "largest global norm of the gradient; 0: no clipping", least=0)
     precision: str = _field(
         "auto", "arithmetic of the network. auto: bf16 on a GPU that has it, else float32. tf32, "
                 "bf16 and fp16 (with loss scaling) are for GPUs; parameters, their gradients, "
                 "statistics and centroids stay float32", PRECISIONS)
     seed: int = _field(0, "seed of weights, data order and dropout", least=0)
-    eval_every: int = _field(600, "steps between evaluations; 0: only at the end", least=0)
+    eval_every: int = _field(700, "steps between evaluations; 0: only at the end", least=0)
     eval_windows: int = _field(64, "windows per evaluation, evenly spread over the "
                                    "split; 0: the whole split", least=0)
     log_every: int = _field(20, "steps between log lines", least=1)

@@ -10,15 +10,19 @@ from __future__ import annotations
 from rt_scratch.errors import UserError
 
 _RELEASED_TEXT = dict(
-    routing="topk", norm="post", residual_dropout=0.1, init_gain=0.2, optimizer="adafactor",
-    lr=0.01, schedule="rsqrt", warmup=10_000, clip=0.0, batch=1, steps=100_000, ffn="geglu",
+    routing="topk", norm="post", residual_dropout=0.1, init_gain=0.2, init_out_scale=1.0,
+    optimizer="adafactor", lr=0.01, schedule="rsqrt", warmup=10_000, clip=0.0, batch=1,
+    steps=100_000, ffn="geglu",
 )
 _RELEASED_IMAGE = dict(
     _RELEASED_TEXT, ffn="relu", ffn_width=2048, residual_dropout=0.3, width=1024,
     local_max_distance=0, routing_max_distance=0,
 )
-_SMALL = dict(seq_len=1024, n_clusters=16)  # and the defaults of config.py
-_SMALL_IMAGE = dict(eval_windows=16, eval_every=250)  # a block is one row: it sees the row above
+_ADAMW = dict(  # what the recorded results of the small presets were trained with
+    init_out_scale=1.0, optimizer="adamw", lr=3e-3, schedule="cosine", warmup=50, eval_every=600)
+_SMALL = dict(_ADAMW, seq_len=1024, n_clusters=16)  # and the defaults of config.py
+_SMALL_IMAGE = dict(  # a block is one row: it sees the row above
+    _ADAMW, eval_windows=16, eval_every=250)
 
 PRESETS: dict[str, dict[str, dict]] = {
     "enwik8": {

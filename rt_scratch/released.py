@@ -492,8 +492,11 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoint, vocabulary = args.checkpoint, args.vocab
     if args.download:
         folder = checkpoint or DOWNLOADS
-        vocabulary = vocabulary or fetch(with_size(VOCABULARY), folder)
-        checkpoint = fetch(with_size(CHECKPOINT), folder)
+        sources = [with_size(s) for s in ([CHECKPOINT] if vocabulary else [VOCABULARY, CHECKPOINT])]
+        for source in sources:
+            print(source.origin(), flush=True)
+        *fetched, checkpoint = [fetch(source, folder) for source in sources]
+        vocabulary = vocabulary or fetched[0]
     if checkpoint is None or vocabulary is None:
         raise UserError("give a CHECKPOINT and --vocab FILE, or --download")
     write_run(checkpoint, vocabulary, args.out)

@@ -144,7 +144,7 @@ BUGS = [
     ("heads", "return _ring_step(q, k, v, p, store, position, 0)",
      "return _ring_step(q, k, v, p, store, position, position // 2)"),
     ("heads", "store.count[at] = rank + 1", "store.count[at] = rank"),
-    ("heads", "- cfg.window\n    slot", "- cfg.window + 2\n    slot"),
+    ("heads", "axis=2) - w\n    slot", "axis=2) - w + 2\n    slot"),
     ("heads", "member = (index[..., -1] == position)", "member = (index[..., -1] >= 0)"),
     ("decode", "memory.position += shifted.shape[1]", "memory.position += 1"),
     ("decode", "p[xp.cumsum(p, axis=-1) - p >= top_p]", "p[xp.cumsum(p, axis=-1) >= top_p]"),

@@ -82,7 +82,7 @@ def test_n_parameters(cfg, n):
 
 
 def recipe(**changes):
-    return TrainConfig(**changes).validate()
+    return TrainConfig(**{"optimizer": "adamw"} | changes).validate()
 
 
 # Copies of the parameters: themselves, gradients, AdamW's two moments, and a gradient buffer for
@@ -114,7 +114,7 @@ def test_step_bytes(cfg, train, entries, precision, size):
 def test_step_bytes_against_a_step(changes, recipe):
     """What NumPy holds at its most is about the estimate, and never above twice that."""
     model = ModelConfig(**dict(seq_len=256, width=64, ffn_width=128, n_layers=4) | changes)
-    train = TrainConfig(**recipe)
+    train = TrainConfig(**{"optimizer": "adamw"} | recipe)
     ids = np.random.default_rng(0).integers(0, 256, (train.batch * train.accumulate, 256))
     tracemalloc.start()
     try:

@@ -344,6 +344,7 @@ def test_pg19_one_wrong_book(bucket, tmp_path):
 
 @pytest.mark.parametrize("answer", [
     b"<html>", b"[]", b'{"items": [{"name": "train/1.txt"}]}', b"{}", b"[" * 100_000,
+    b'{"items": [{"name": "train/1.txt", "size": "1", "md5Hash": "AAAA"}]}',
     b'{"items": [], "nextPageToken": "again and again"}', b" " * 2_000_000])
 def test_pg19_listing_that_is_none(bucket, tmp_path, answer, monkeypatch):
     monkeypatch.setattr(pg19, "MAX_PAGES", 20)

@@ -23,6 +23,7 @@ from rt_scratch.data.__main__ import main
 from rt_scratch.data.batches import eval_windows
 from rt_scratch.data.codecs import train_subwords
 from rt_scratch.data.dataset import words_scored
+from rt_scratch.data.files import ordinary
 from rt_scratch.data.images import interleave
 from rt_scratch.errors import UserError
 
@@ -341,6 +342,16 @@ def test_archives_are_read_no_further_than_expected(tmp_path, monkeypatch, wiki_
     with pytest.raises(UserError, match="3,500 bytes or more of text; enwik8 has 3,000"):
         load("enwik8", tmp_path)
     assert len(read) == 5
+
+
+def test_a_zip_that_points_before_its_start(tmp_path, wiki_bytes):
+    path = zipped(tmp_path / "enwik8.zip", enwik8=wiki_bytes)
+    whole = bytearray(path.read_bytes())
+    at = whole.rindex(b"PK\x05\x06") + 16  # where the list of members is said to begin
+    struct.pack_into("<I", whole, at, struct.unpack_from("<I", whole, at)[0] + 100)
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match="enwik8.zip: damaged or cut short"):
+        load("enwik8", tmp_path)
 
 
 def test_a_member_that_is_listed_twice(tmp_path, wiki_bytes):
@@ -709,7 +720,7 @@ class Hostile:
 
     def negative_size(tar, name):
         header = bytearray(tarfile.TarInfo("x").tobuf(tarfile.GNU_FORMAT))
-        header[124:136] = b"\xff" * 10 + struct.pack(">h", -1024)  # back to this very header
+        header[124:136] = b"\xff" * 10 + struct.pack(">h", -512)  # back to this very header
         header[148:156] = b"        "
         header[148:156] = b"%06o\0 " % sum(header)
         tar.fileobj.write(header)
@@ -763,6 +774,31 @@ def test_hostile_tars(tmp_path, cifar_files, how, first):
     except UserError as e:
         assert "\n" not in str(e) and re.search("damaged|twice|--download", str(e))
     assert no_leftovers(tmp_path)
+
+
+def test_what_counts_as_a_member(tmp_path):
+    """Not what is made of holes, nor what it takes a link to find."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "good", b"x")
+        info = tarfile.TarInfo("holes")
+        info.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(10 ** 15)}
+        tar.addfile(info)
+        add(tar, "link", kind=tarfile.SYMTYPE, link="good")
+        add(tar, "same", kind=tarfile.LNKTYPE, link="good")
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        assert [m.name for m in ordinary(tar)] == ["good"]
+
+
+def test_a_damaged_header_is_not_the_end_of_a_tar(tmp_path, imagenet):
+    pytest.importorskip("PIL")
+    members = png_members(imagenet["val_data.npz"][0], "v")
+    for name in ("train_64x64.tar", "valid_64x64.tar"):
+        tar_of(tmp_path / name, members, "w")
+    whole = bytearray((tmp_path / "train_64x64.tar").read_bytes())
+    whole[whole.index(b"v/0000004.png")] ^= 1
+    (tmp_path / "train_64x64.tar").write_bytes(whole)
+    with pytest.raises(UserError, match="train_64x64.tar: damaged or cut short"):
+        load("imagenet64", tmp_path)
 
 
 def test_a_tar_that_unpacks_to_more_than_it_should(tmp_path, monkeypatch, cifar_files):
@@ -857,6 +893,9 @@ def test_imagenet_counts_are_asserted(tmp_path, imagenet, monkeypatch):
     (lambda x, y: npz_batch(x, y[0]), r"labels are int64\(\)"),
     (lambda x, y: npz_batch(x, y.astype(float)), r"labels are float64\(8,\)"),
     (lambda x, y: npz_batch(np.asfortranarray(x), y), "order of columns"),
+    (lambda x, y: zip_bytes({"labels.npy": npy_header("(8,)", "<i2") + b"\1\0" * 8,
+                             "data.npy": npy_header("(8, 12288)", "|u1") + bytes(8 * 12288 + 1)}),
+     "more than its header says"),
     (lambda x, y: zip_bytes({"labels.npy": npy_header("(10 ** 12,)".replace("10 ** 12", str(
         10 ** 12)), "<i8"), "data.npy": b""}), r"labels are int64\(1000000000000,\)"),
     (lambda x, y: zip_bytes({"labels.npy": npy_header("(8,)", "<i8") + bytes(9) * 8}), "more than"),

@@ -143,7 +143,8 @@ def test_training_script_waits_once_per_log_line(tmp_path, monkeypatch, interval
         return call
 
     monkeypatch.setattr(train, "select_device", lambda *_: (strictxp, "strict"))
-    for where, name in ((train, "check_finite"), (log, "step_row"), (train, "evaluate"),
+    for where, name in ((checkpoint, "check_finite"), (log, "step_row"), (log, "record"),
+                        (train, "evaluate"),
                         (train, "show_sample"), (checkpoint, "save_state")):
         monkeypatch.setattr(where, name, counted(getattr(where, name)))
     with redirect_stdout(io.StringIO()):

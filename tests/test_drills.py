@@ -185,7 +185,7 @@ def test_an_optimizer_and_a_schedule():
     state = step.new_state(SMALL, recipe, np)._replace(flat=m.flat.copy(), centroids=m.centroids)
     flat, momentum, grads = m.flat.copy(), 0, np.empty_like(m.flat)
     for i in range(2):
-        parts = m.parts()
+        parts = step.cut(m.ids, None, SMALL, recipe, np)
         expected = step.gradients(state, grads, parts, SMALL, recipe)
         momentum = 0.9 * momentum + grads
         flat -= 0.1 * (1 - i / 4) ** 2 * (momentum + 0.5 * flat)
@@ -253,5 +253,6 @@ def test_no_optimizer_or_schedule_falls_through():
     flat, _ = init_parameters(SMALL, np, "float32", 0)
     state = step.new_state(SMALL, TrainConfig(), np)
     with pytest.raises(KeyError, match="nonsense"):
-        step.train_step(state, np.empty_like(flat), setup(SMALL).parts(), SMALL,
+        step.train_step(state, np.empty_like(flat), step.cut(
+            setup(SMALL).ids, None, SMALL, TrainConfig(), np), SMALL,
                         TrainConfig(optimizer="nonsense"))

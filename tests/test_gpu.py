@@ -50,13 +50,16 @@ def test_gradients(cupy, routing, precision):
     cfg = dataclasses.replace(SMALL, width=24, routing=routing, timing_signal=True)
     m = setup(cfg, dtype="float32")
     host = np.empty_like(m.flat)
-    nats = step.gradients(m.state(), host, m.parts(), cfg, TrainConfig()).nats
+    recipe = TrainConfig()
+    nats = step.gradients(m.state(), host, step.cut(m.ids, None, cfg, recipe, np), cfg,
+                          recipe).nats
     _, dtype = select_precision(precision, cupy)
     ends = []
     for _ in range(2):
         grads = cupy.empty(m.flat.size, "float32")
         state = m.state()._replace(flat=cupy.asarray(m.flat), centroids=on_gpu(cupy, m.centroids))
-        result = step.gradients(state, grads, m.parts(xp=cupy), cfg, TrainConfig(), dtype)
+        result = step.gradients(state, grads, step.cut(m.ids, None, cfg, recipe, cupy), cfg,
+                                recipe, dtype)
         ends.append((float(result.nats), grads.get()))
     tolerance = {"float32": 1e-4, "tf32": 2e-2}.get(precision, 0.15)
     assert abs(ends[0][0] - float(nats)) < tolerance * float(nats)

@@ -26,7 +26,7 @@ FLOORS = [floor.split() for floor in (  # a module imports from lower floors, or
     "step decode kernels tf_checkpoint",
     "device",
     "run",
-    "released",
+    "released report",
     "__init__",
     "train sample",
 )]

@@ -33,9 +33,10 @@ def test_one_step(dataset, name, tmp_path):
         image_size=8 if model.image_size else 0, window=max(model.window // shorter, 1),
         block=max(model.block // shorter, 1)).validate()
     ids = np.random.default_rng(0).integers(0, 256, (2, 192))
+    recipe = dataclasses.replace(recipe, batch=2, accumulate=1)
+    parts = cut(ids, None, model, recipe, np)
     start = new_state(model, recipe, np)
     before, mu = start.flat.copy(), {i: c.mu.copy() for i, c in start.centroids.items()}
-    parts = cut(ids, None, model, recipe, np)
     state, result = train_step(start, np.empty_like(before), parts, model, recipe)
     assert np.isfinite(result.nats) and np.isfinite(state.flat).all() and state.step == 1
     assert all((state.flat != before)[leaf.start : leaf.stop].any() for leaf in state.table)

@@ -10,7 +10,7 @@ import pytest
 
 import sample
 import train
-from rt_scratch import data, released
+from rt_scratch import data, released, report
 from rt_scratch.data import table
 
 ROOT = Path(__file__).parent.parent
@@ -46,8 +46,9 @@ def test_sixth_dataset(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python ")])
 def test_commands_parse(command):
-    script, *flags = shlex.split(command.replace("-m rt_scratch.released", "released"))[1:]
-    {"train.py": train, "sample.py": sample, "released": released}[script].parse(flags)
+    script, *flags = shlex.split(command.replace("-m rt_scratch.", ""))[1:]
+    {"train.py": train, "sample.py": sample, "released": released,
+     "report": report}[script].parse(flags)
 
 
 def test_links_lead_somewhere():

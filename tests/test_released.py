@@ -13,6 +13,7 @@ import zipfile
 from contextlib import nullcontext
 from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ import train
 from rt_scratch import data, model, released
 from rt_scratch.config import ModelConfig
 from rt_scratch.data.batches import training_batch
+from rt_scratch.data.dataset import words_scored
 from rt_scratch.data.released_subwords import read_vocabulary
 from rt_scratch.errors import UserError
 from rt_scratch.run import checkpoint, log
@@ -219,7 +221,7 @@ def test_packed_books(books):
     paths = [books / "test" / "3.txt", books / "test" / "20.txt"]
     lines = [line for path in paths for line in path.read_bytes().decode().split("\n")]
     rows = dataset.splits["test"].reshape(-1, 64)
-    sequences = list(subwords.sequences(lines, 64))
+    sequences, words = zip(*subwords.sequences(lines, 64), strict=True)
     for row, ids in zip(rows, sequences, strict=True):
         assert row.tolist() == ids + [0] * (64 - len(ids))
     assert dataset.counted["test"] == sum(map(len, sequences)) < rows.size
@@ -228,7 +230,14 @@ def test_packed_books(books):
     assert dataset.units["test"] == 2 * (2 + 20 * 12)
     assert data.score(dataset.counted["test"], dataset.counted["test"], dataset, "test") == (
         pytest.approx(np.exp(dataset.counted["test"] / dataset.units["test"])))
-    with pytest.raises(UserError, match="no books ID.txt in train/ here"):
+    weights = np.array([np.arange(64) < len(ids) for ids in sequences])
+    for take in (slice(0, 1), slice(3, 6), slice(None)):  # words of whole sequences: exact
+        index = np.arange(len(sequences))[take]
+        assert words_scored(dataset, "test", weights[take], index, 64) == sum(words[take])
+    cuts = [0, 10, 64, 100, 127, 300, rows.size]  # elsewhere each word once
+    assert sum(dataset.words("test", a, b) for a, b in pairwise(cuts)) == sum(words)
+    assert 0 < dataset.words("test", 64, 74) < words[1]
+    with pytest.raises(UserError, match="no books ID.txt in train/"):
         dataset.splits["train"]
     assert "valid 2 of 50 books" in dataset.protocol and "train 0 of" in dataset.protocol
     with pytest.raises(UserError, match="has 1988 token values, not 98304"):
@@ -404,20 +413,27 @@ def test_download(tmp_path, monkeypatch, capfd):
     converted = []
     monkeypatch.setattr(released, "write_run", lambda *paths: converted.append(paths))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever).start()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
         for name, size in (("CHECKPOINT", 1_500_000), ("VOCABULARY", 200_000)):
             source = getattr(released, name)
             (tmp_path / "served" / source.name).write_bytes(bytes(size))
             url = f"http://127.0.0.1:{server.server_port}/{source.name}"
             monkeypatch.setattr(released, name, source._replace(urls=(url,)))
         released.main(["--download", str(tmp_path / "here"), "--out", "out"])
+        first = capfd.readouterr()
+        released.main(["--download", str(tmp_path / "here"), "--vocab", "mine", "--out", "out"])
+        (tmp_path / "served" / "checkpoint.zip").unlink()
+        with pytest.raises(UserError, match="checkpoint.zip: the server says 404"):
+            released.main(["--download", str(tmp_path / "here"), "--vocab", "mine"])
         server.shutdown()
     here = tmp_path / "here"
-    assert converted == [(here / "checkpoint.zip", here / "vocab.pg19_length8k.32768.subwords",
-                          Path("out"))]
-    assert all(path.stat().st_size for path in converted[0][:2])
-    words = capfd.readouterr().err
-    assert "downloading 1.5 MB from" in words and "downloading 0.2 MB from" in words
+    assert converted == [
+        (here / "checkpoint.zip", here / "vocab.pg19_length8k.32768.subwords", Path("out")),
+        (here / "checkpoint.zip", Path("mine"), Path("out"))]
+    assert [path.stat().st_size for path in converted[0][:2]] == [1_500_000, 200_000]
+    assert "checkpoint.zip (1.5 MB) comes from http" in first.out
+    assert "subwords (0.2 MB) comes from http" in first.out
+    assert first.err.count("downloading") == 2
 
 
 def test_what_is_missing(vocabulary, tmp_path, monkeypatch):

@@ -57,7 +57,9 @@ def test_what_is_no_text():
 @given(st.lists(st.text("ab .", max_size=12), max_size=12), st.integers(2, 9))
 def test_packing(lines, length):
     """Nothing is lost, no sequence is too long, and none could have taken one more line."""
-    sequences = list(SUBWORDS.sequences(lines, length))
+    pairs = list(SUBWORDS.sequences(lines, length))
+    sequences = [ids for ids, _ in pairs]
+    assert sum(words for _, words in pairs) == len(" ".join(lines).split())
     encoded = [SUBWORDS.encode_line(line.strip()) for line in lines]
     assert all(s[-1] == 1 and 1 not in s[:-1] and len(s) <= length for s in sequences)
     assert sum([s[:-1] for s in sequences], []) == sum(encoded, [])

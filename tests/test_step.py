@@ -113,8 +113,8 @@ def test_an_error_in_a_part_is_raised():
 
 # ------------------------------------------------------------------------------- the whole step
 
-RECIPE = TrainConfig(precision="float64", parts=2, steps=10, warmup=3, clip=0.05,
-                     weight_decay=0.1)
+RECIPE = TrainConfig(precision="float64", parts=2, steps=10, schedule="cosine", lr=3e-3, warmup=3,
+                     clip=0.05, weight_decay=0.1)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

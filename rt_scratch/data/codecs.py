@@ -157,7 +157,7 @@ def _open_tokenizer(path):
     try:
         return lib.Tokenizer.from_file(str(path))
     except Exception as e:  # the library raises no narrower type
-        raise UserError(f"{path}: not a tokenizer file ({e})") from e
+        raise UserError(f"{path}: not a tokenizer file ({' '.join(str(e).split())})") from e
 
 
 def _library():

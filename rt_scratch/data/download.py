@@ -98,7 +98,7 @@ def with_size(source: Source) -> Source:
     """A source of undocumented size with the size that the server names; UserError if it does not.
     """
     def once():
-        with urllib.request.urlopen(_request(source.urls[0]), timeout=TIMEOUT) as reply:
+        with _open(source.urls[0]) as reply:
             return reply.length
     try:
         size = _persistently(once)

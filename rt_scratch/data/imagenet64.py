@@ -139,8 +139,8 @@ def _npz_rows(stream, name):
             if shape != (len(labels), VALUES) or dtype != np.uint8:
                 raise ValueError(f"data is {dtype}{shape}, not uint8({len(labels)}, {VALUES})")
             for at in tqdm(range(0, shape[0], BATCH), desc=name, disable=None):
-                rows = f.read(BATCH * VALUES)
                 part = labels[at : at + BATCH]
+                rows = f.read(len(part) * VALUES)
                 yield np.frombuffer(rows, np.uint8).reshape(len(part), VALUES), part
             _check_end(f)
 
@@ -209,8 +209,6 @@ def _pixels(content, path, name):
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             if image.size != (SIDE, SIDE):
                 raise ValueError(f"{image.size[0]} x {image.size[1]} pixels")
-            image.verify()  # the checksums, which reading the pixels does not look at
-        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
                 grey = (np.asarray(image).astype(np.int64) + 128) // 257  # 65535 / 255 = 257

@@ -130,9 +130,29 @@ def load_packed(folder: Path, codec: Codec, length: int) -> Dataset:
     return Dataset(
         "pg19", "text", len(subwords), "ppl/word", _Lazy(lambda s: packed(s).arrays[s]), protocol,
         pad_id=PADDING, units=_Lazy(lambda s: packed(s).info["words"]),
-        words=lambda s, start, stop: len(codec.decode(packed(s).arrays[s][start:stop]).split()),
+        words=lambda split, start, stop: count_packed_words(
+            packed(split).arrays[split], packed(split).arrays["words"], start, stop),
         counted=_Lazy(lambda s: packed(s).info["tokens"]), aligned=True,
         tokens=f"subwords of {codec.file.name}", codec=codec)
+
+
+def count_packed_words(tokens: np.ndarray, words: np.ndarray, start: int, stop: int) -> int:
+    """Words in tokens start .. stop - 1 of packed sequences (T), which hold so many `words` each.
+
+    Decoded lines are joined without the space that a line break was, so words cannot be counted in
+    the decoded text. Those of a sequence that is cut are taken in proportion to its tokens.
+    """
+    length = len(tokens) // len(words)
+
+    def count(stop):
+        whole, rest = divmod(stop, length)
+        n = int(words[:whole].sum())
+        if rest:
+            real = np.count_nonzero(tokens[whole * length : (whole + 1) * length] != PADDING)
+            n += int(words[whole]) * min(rest, real) // real
+        return n
+
+    return count(stop) - count(start)
 
 
 class _Lazy(Mapping):
@@ -154,22 +174,18 @@ class _Lazy(Mapping):
 
 
 def _pack(paths, subwords, length, file):
-    words, tokens = [], 0
-    with ArrayFile(file, subwords.dtype) as out:
-        for ids in subwords.sequences(_lines(paths, words, f"encoding {file.stem}"), length):
-            tokens += len(ids)
+    words, tokens = 0, 0
+    lines = (line for path in tqdm(paths, desc=f"encoding {file.stem}", unit=" books", disable=None)
+             for line in path.read_bytes().decode("utf-8", "replace").split("\n"))
+    with (ArrayFile(file, subwords.dtype) as out,
+          ArrayFile(file.with_name("words.npy"), np.uint32) as counts):
+        for ids, n_words in subwords.sequences(lines, length):
+            words, tokens = words + n_words, tokens + len(ids)
             out.append(ids + [PADDING] * (length - len(ids)))
-    if not sum(words):
+            counts.append([n_words])
+    if not words:
         raise UserError(f"{paths[0].parent}: the books of {file.stem} are empty")
-    return {"words": sum(words), "tokens": tokens}
-
-
-def _lines(paths, words, what):
-    """The lines of all books; appends the number of words of each book to `words`."""
-    for path in tqdm(paths, desc=what, unit=" books", disable=None):
-        text = path.read_bytes().decode("utf-8", "replace")
-        words.append(len(text.split()))
-        yield from text.split("\n")
+    return {"words": words, "tokens": tokens}
 
 
 def download(folder: Path) -> None:
@@ -204,6 +220,8 @@ def _listing(name):
             for item in page.get("items", []):
                 if re.fullmatch(rf"{name}/\d+\.txt", item["name"]):
                     md5 = base64.b64decode(item["md5Hash"]).hex()
+                    if len(md5) != 32:
+                        raise ValueError(f"{item['md5Hash']!r} is no md5")
                     books.append(Source(item["name"], (ADDRESS + item["name"],),
                                         int(item["size"]), f"md5:{md5}"))
             token = page.get("nextPageToken", "")

@@ -77,27 +77,29 @@ class Subwords:
             before = run[0].isalnum()
         return "".join(pieces).encode("utf-8", "replace")
 
-    def sequences(self, lines: Iterable[str], length: int) -> Iterator[list[int]]:
-        """Lines packed into sequences of at most `length` ids, each ended by id 1 (released code).
+    def sequences(self, lines: Iterable[str], length: int) -> Iterator[tuple[list[int], int]]:
+        """Lines packed into sequences of at most `length` ids, each ended by id 1 (released code),
+        and the words between white space of the lines in each.
 
         A line goes into the sequence while the ids with it are fewer than `length`, else it opens
         the next; a line that is longer than a sequence is cut, where the released code drops what
-        is too much.
+        is too much, and its words are counted in its last piece.
         """
         now: list[int] = []
+        words = 0
         for line in lines:
             ids = self.encode_line(line.strip())
             if len(now) + len(ids) >= length:
                 if now:
-                    yield [*now, END]
+                    yield [*now, END], words
                 while len(ids) >= length:
-                    yield [*ids[: length - 1], END]
+                    yield [*ids[: length - 1], END], 0
                     ids = ids[length - 1 :]
-                now = ids
-            else:
-                now += ids
+                now, words = [], 0
+            now += ids
+            words += len(line.split())
         if now:
-            yield [*now, END]
+            yield [*now, END], words
 
 
 def released_codec(file: Path):

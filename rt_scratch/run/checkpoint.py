@@ -171,6 +171,8 @@ def save_state(path: Path, state: State, progress: Progress, config: dict) -> No
 
 def save_into(run: RunFolder, name: str, state: State, progress: Progress, seconds: float) -> None:
     """`save_state` as the file `name` of an open run folder, made again where it was deleted."""
+    if not run.writes:
+        return
     if not run.path.is_dir():
         run.open()
     save_state(run.path / name, state, progress._replace(seconds=seconds), run.config)

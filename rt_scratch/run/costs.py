@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -70,13 +71,21 @@ def step_bytes(model: ModelConfig, train: TrainConfig) -> int:
 
 
 def check_memory(model: ModelConfig, train: TrainConfig, who: str = "", xp=np,
-                 step: bool = False) -> None:
-    """UserError where the parameters, and with `step` a training step, need more than there is."""
+                 step: bool = False, processes: int = 1) -> None:
+    """UserError where the parameters, and with `step` a training step, need more than there is.
+
+    Several processes share the windows and parts of a step.
+    """
     check_fits(n_parameters(model) * np.dtype(train.dtype).itemsize,
                f"{who}the parameters do not fit in memory",
                "choose a smaller model, say --width or --vocab-size", xp)
     if step:
-        check_fits(step_bytes(model, train), f"a step of --batch {train.batch} x {model.seq_len} "
+        if train.batch * train.accumulate < processes:
+            raise UserError(f"--batch {train.batch}: {processes} processes need at least one "
+                            "window each per step")
+        own = {name: -(-getattr(train, name) // processes) for name in ("batch", "parts")}
+        needed = step_bytes(model, replace(train, **own))
+        check_fits(needed, f"a step of --batch {train.batch} x {model.seq_len} "
                    "tokens does not fit in memory", "try --recompute, or a smaller --batch with "
                    "--accumulate", xp)
 

@@ -1,4 +1,4 @@
-"""A run folder: config.json, log.csv, last.npz, best.npz, loss.png, and the file of its codec."""
+"""A run folder: config.json, log.csv, clusters.csv, samples, checkpoints, and the codec's file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LOCKED_BYTE = 1 << 20  # Windows locks bytes, and a locked one cannot be read
 
 def default_folder(dataset: str) -> Path:
     """Where a run on this dataset or text file goes unless told."""
-    return Path("runs") / Path(dataset).stem
+    return Path("runs") / Path(dataset).resolve().stem
 
 
 def newest_run(root: Path) -> Path:
@@ -69,7 +69,7 @@ def run_codec(config: dict, folder: Path, vocab_size: int) -> Codec:
         try:
             codec.decode(np.arange(vocab_size))
             fits = True
-        except (IndexError, KeyError):
+        except (IndexError, KeyError, UserError):
             fits = False
     if not fits:
         raise UserError(f"{folder}: the codec {codec.name} has fewer than the {vocab_size} token "
@@ -84,14 +84,16 @@ class RunFolder:
     removed. UserError where another process trains into it.
     """
 
-    def __init__(self, path: Path, config: dict, codec_file: Path | None):
-        self.path, self.config = path, config
+    def __init__(self, path: Path, config: dict, codec_file: Path | None, writes: bool = True):
+        self.path, self.config, self.writes = path, config, writes
         self._codec = codec_file and (codec_file.name, codec_file.read_bytes())
         self._lock = None
         self.open()
 
     def open(self) -> None:
         """Make the folder, also once more where it was deleted."""
+        if not self.writes:
+            return
         self.close()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.path)

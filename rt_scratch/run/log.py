@@ -14,11 +14,12 @@ from tqdm import tqdm
 from rt_scratch.console import harmless, say
 from rt_scratch.data import Dataset, score
 from rt_scratch.dispatch import to_host
-from rt_scratch.run.folder import whole
+from rt_scratch.run.folder import RunFolder, whole
 from rt_scratch.step import Step
 
 COLUMNS = ("step", "split", "nats", "score", "unit", "tokens_per_s", "seconds", "lr", "grad_norm",
            "uncovered", "several", "smallest", "largest", "dead")
+HEAD_COLUMNS = ("step", "layer", "head", "largest", "dead")
 
 
 class Clock:
@@ -89,6 +90,13 @@ def step_row(result: Step, step: int, dataset: Dataset, clock: Clock, tokens: in
             "lr": result.lr, "grad_norm": float(result.norm), **health(result.memberships)}
 
 
+def record(run: RunFolder, row: dict, memberships=None) -> None:
+    """A row into log.csv, and for a step its clusters into clusters.csv, where `run` is written."""
+    if run.writes:
+        append_log(run.path, row)
+        append_clusters(run.path, row["step"], memberships or {})
+
+
 def append_log(folder: Path, row: dict) -> None:
     """One line of log.csv; the header on the first. A log that cannot be written stops nothing."""
     path = folder / "log.csv"
@@ -96,6 +104,38 @@ def append_log(folder: Path, row: dict) -> None:
         text = _csv([row], header=not path.exists())
         with path.open("a", newline="", encoding="utf-8") as file:
             file.write(text)
+
+
+def append_clusters(folder: Path, step: int, memberships) -> None:
+    """Lines of clusters.csv: every routing head's largest share of tokens, and dead centroids.
+
+    A run that goes on from an older checkpoint writes later steps again; `read_clusters` takes the
+    last line of each.
+    """
+    path = folder / "clusters.csv"
+    rows = []
+    for layer, membership in memberships.items():
+        counts = to_host(membership.counts)                          # (H, K)
+        share = counts.max(-1) / np.maximum(counts.sum(-1), 1)
+        rows += [dict(zip(HEAD_COLUMNS, (step, layer, head, f"{share[head]:.4f}", dead),
+                          strict=True)) for head, dead in enumerate((counts == 0).sum(-1))]
+    if rows:
+        with harmless(path):
+            text = _csv(rows, header=not path.exists(), columns=HEAD_COLUMNS)
+            with path.open("a", newline="", encoding="utf-8") as file:
+                file.write(text)
+
+
+def read_clusters(folder: Path) -> dict[tuple[int, int], dict[int, tuple[float, int]]]:
+    """{(layer, head): {step: (largest share, dead centroids)}} of clusters.csv; {} without one."""
+    path, found = folder / "clusters.csv", {}
+    if not path.exists():
+        return found
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):  # the header, and lines that were cut off
+            step, layer, head, largest, dead = line.split(",")
+            found.setdefault((int(layer), int(head)), {})[int(step)] = float(largest), int(dead)
+    return found
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -108,12 +148,14 @@ def read_log(folder: Path) -> list[dict]:
     return [row for row in csv.DictReader(lines) if _whole(row)]
 
 
-def trim_log(folder: Path, step: int, scored: int) -> None:
+def trim_log(run: RunFolder, step: int, scored: int) -> None:
     """Drop any line that was cut off, and those that a resumed run writes again: training after
     `step`, scores after step `scored`."""
-    path = folder / "log.csv"
+    path = run.path / "log.csv"
+    if not run.writes:
+        return
     with harmless(path):
-        rows = [row for row in read_log(folder)
+        rows = [row for row in read_log(run.path)
                 if int(row["step"]) <= (scored if row["split"] == "valid" else step)]
         with whole(path) as file:
             file.write(_csv(rows, header=True).encode())
@@ -130,9 +172,9 @@ def logged_row(folder: Path, step: int) -> dict:
     return {}
 
 
-def _csv(rows, header):
+def _csv(rows, header, columns=COLUMNS):
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS)
+    writer = csv.DictWriter(text, columns)
     if header:
         writer.writeheader()
     writer.writerows(rows)

@@ -37,6 +37,25 @@ def add_fields(parser: argparse.ArgumentParser) -> None:
             group.add_argument(f"--{flag(f.name)}", **_settings(f))
 
 
+def check_flags(args) -> None:
+    """UserError on flags of train.py that do not go together."""
+    for name in ("stop_after", "stride"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{flag(name)} {getattr(args, name)}: must not be "
+                            "negative")
+    saved = args.resume or args.evaluate
+    for name, wrong, why in (
+            ("stride", not args.evaluate, "needs --evaluate"),
+            ("stride", args.evaluate_causally, "not used with --evaluate-causally"),
+            ("evaluate_causally", not args.evaluate, "needs --evaluate"),
+            ("checkpoint", not args.evaluate, "needs --evaluate"),
+            ("stop_after", args.evaluate, "not used with --evaluate"),
+            ("download", saved, "not used with --resume or --evaluate"),
+            ("preset", saved, "not used with --resume or --evaluate")):
+        if getattr(args, name) and wrong:
+            raise UserError(f"--{flag(name)}: {why}")
+
+
 def _settings(f):
     shown = f.default if f.default != () else "none" if f.name == "full_layers" else "all"
     settings = {"default": None, "help": f"{f.metadata['help']} (default: {shown})"}

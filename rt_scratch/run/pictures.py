@@ -12,6 +12,8 @@ from rt_scratch.errors import UserError
 from rt_scratch.run.folder import whole
 from rt_scratch.run.log import read_log
 
+SMOOTHED = 21  # log lines around each that the training curve is the mean of
+
 
 def plot_loss(folder: Path) -> None:
     """loss.png from log.csv, where matplotlib is installed."""
@@ -24,11 +26,15 @@ def plot_loss(folder: Path) -> None:
         return
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
-    for split, style in (("train", "-"), ("valid", "o-")):
-        points = [(int(r["step"]), float(r["score"])) for r in rows if r["split"] == split]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=split, lw=1.2, ms=4,
-                      alpha=0.6 if split == "train" else 1)
+    points = {split: np.array([(int(r["step"]), float(r["score"])) for r in rows
+                               if r["split"] == split]).reshape(-1, 2).T
+              for split in ("train", "valid")}
+    steps, scores = points["train"]
+    smooth = [scores[max(0, i - SMOOTHED // 2) : i + SMOOTHED // 2 + 1].mean()
+              for i in range(len(scores))]
+    axes.plot(steps, scores, color="C0", lw=0.8, alpha=0.25)
+    axes.plot(steps, smooth, color="C0", lw=1.5, label=f"train, mean of {SMOOTHED} log lines")
+    axes.plot(*points["valid"], "o-", color="C1", lw=1.5, ms=4, label="valid")
     unit = rows[0]["unit"]
     axes.set(xlabel="optimizer step", ylabel=unit, yscale="log" if "ppl" in unit else "linear")
     axes.grid(alpha=0.3)

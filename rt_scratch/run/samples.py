@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from rt_scratch.dispatch import array_module
 from rt_scratch.errors import UserError
 from rt_scratch.run.pictures import picture
 from rt_scratch.step import State
+
+_HEADING = re.compile(r"^--- step (\d{1,15}), (\d{1,15}) characters\n", re.M)
 
 
 class Text:
@@ -92,7 +95,10 @@ def draw(state: State, model: ModelConfig, given, label: int | None = None, **se
 
 def show_sample(state: State, dataset: Dataset, model: ModelConfig, seed: int, folder: Path,
                 n_tokens: int = 160, n_images: int = 4) -> str:
-    """What the model draws now: a few lines of text, or a PNG in the run folder."""
+    """What the model draws now: a few lines of text, also added to samples.txt, or a PNG.
+
+    Both stand in the run folder.
+    """
     rng = np.random.default_rng([seed, state.step])
     if model.kind == "image":
         path = folder / f"sample-{state.step}.png"
@@ -106,4 +112,24 @@ def show_sample(state: State, dataset: Dataset, model: ModelConfig, seed: int, f
         if text.stopped:
             break
     text.end()
+    keep_sample(folder, state.step, text.text)
     return f"--- sample\n{text.text}\n---"
+
+
+def keep_sample(folder: Path, step: int, text: str) -> None:
+    """Add a sample to samples.txt, under a line with its step and length."""
+    with (folder / "samples.txt").open("a", newline="", encoding="utf-8") as file:
+        file.write(f"--- step {step}, {len(text)} characters\n{text}\n")
+
+
+def read_samples(folder: Path) -> dict[int, str]:
+    """{step: text} of samples.txt, of a step that was done twice the last; {} without one."""
+    path, found, at = folder / "samples.txt", {}, 0
+    if not path.exists():
+        return found
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        whole = file.read()
+    while head := _HEADING.search(whole, at):  # the length tells where a text ends, whatever it is
+        at = head.end() + int(head[2])
+        found[int(head[1])] = whole[head.end() : at]
+    return found

@@ -12,8 +12,11 @@ import pytest
 
 import sample
 import train
+from faults.runs import ROOT, SMALL
 from rt_scratch import decode
 from rt_scratch.config import ModelConfig, TrainConfig
+from rt_scratch.data.files import digest_of
+from rt_scratch.data.released_subwords import RELEASED
 from rt_scratch.errors import UserError
 from rt_scratch.run import checkpoint
 
@@ -59,8 +62,9 @@ def use(run, *only):
 
 
 @pytest.mark.parametrize("group", range(4))
-def test_strange_settings(run, group):
+def test_strange_settings(run, group, monkeypatch):
     """Every field with every kind of wrong value: one line, or it was no harm."""
+    monkeypatch.setattr(train, "plot_loss", lambda folder: None)
     arrays, meta = checkpoint.load(run / "last.npz")
     (run / "best.npz").unlink()
     for path in FIELDS[group::4]:
@@ -107,8 +111,7 @@ def test_another_codec(run):
     with_words(run, words)
     assert use(run, "sample")["sample"] is None
     with_words(run, words[:-1])
-    assert "fewer than the 256 token values" in use(run, "sample")["sample"]
-    from rt_scratch.data.files import digest_of
+    assert "has 255 words, none for id 255" in use(run, "sample")["sample"]
     with_words(run, words)
     digest = digest_of(run / "vocab.txt")
     with_words(run, words, digest)
@@ -117,6 +120,17 @@ def test_another_codec(run):
     assert "not the file that the checkpoint was made with" in use(run, "sample")["sample"]
     with_words(run, words + ["one", "more"], None)
     assert use(run, "sample")["sample"] is not None  # its digest is still the first one's
+
+
+def test_a_codec_of_another_dataset(run):
+    """One that pg19 alone can be encoded with."""
+    (run / "vocab.subwords").write_bytes(
+        (ROOT / "tests" / "golden" / "T_subwords.subwords").read_bytes())
+    arrays, meta = checkpoint.load(run / "best.npz")
+    for dataset in (meta["config"]["dataset"], "stdlib", "cifar10"):
+        meta["config"] |= {"codec": RELEASED, "codec_file": "vocab.subwords", "dataset": dataset}
+        checkpoint.save(run / "best.npz", arrays, meta)
+        assert "cannot be prepared in the subwords" in use(run, "evaluate")["evaluate"]
 
 
 def rewritten(path, arrays, meta, compressed=False):
@@ -183,7 +197,6 @@ def test_parameters_that_are_not_numbers(run):
 
 
 def test_a_run_that_diverged_is_said_to_have(text, tmp_path, capsys):
-    from faults.runs import SMALL
     out = str(tmp_path / "run")
     train.main([str(text), "--out", out, *SMALL, "--lr", "1e6", "--clip", "0"])
     worse = "nats per token are worse than guessing uniformly (5.545)"
@@ -243,7 +256,6 @@ def test_absurd_samples(run, flags, monkeypatch):
 @pytest.mark.parametrize("flag", ["window", "block", "lookback", "n-clusters"])
 def test_large_but_allowed(text, tmp_path, flag):
     """A window or a block beyond the text is as good as the whole text, or one line."""
-    from faults.runs import SMALL
     try:
         train.main([str(text), "--out", str(tmp_path / "run"), *SMALL, f"--{flag}", "1000000",
                     "--steps", "1"])

@@ -153,9 +153,9 @@ def files_of(folder):
 
 
 def flips(request, kind):
-    """One random generator per damaged file: so many, spread over the kinds of file."""
-    n = int(request.config.getoption("--flips", default=None) or 420)
-    return [random.Random(f"{kind} {i}") for i in range(-(-n // N_KINDS))]
+    """One random generator per damaged file: --flips of them, over all kinds, at least 20 each."""
+    n = max(20, -(-request.config.getoption("--flips") // N_KINDS))
+    return [random.Random(f"{kind} {i}") for i in range(n)]
 
 
 @pytest.mark.parametrize("kind", SOURCES)
@@ -308,26 +308,32 @@ def test_one_line(name, tmp_path):
 def test_kills(tmp_path, request):
     """Encodings killed at any moment, two at a time: what is there in the end is whole."""
     text = b"".join(b"%d words, of which %d are numbers\r\n" % (i, i * i % 977)
-                    for i in range(40_000))
+                    for i in range(10_000))
     make_pg19(tmp_path / "data", train={i: text[i * 99 :] for i in range(2)})
     command = [sys.executable, "-m", "rt_scratch.data", "pg19", "--data-dir",
                str(tmp_path / "data"), "--vocab-size", "400"]
     rnd = random.Random(0)
-    n = int(request.config.getoption("--kills", default=None) or 3)
+    n = request.config.getoption("--kills")
     root = tmp_path / "data" / "rt_cache"
-    most, unfinished = 0, 0
+    most, unfinished, start = 0, 0, time.monotonic()
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    seconds = time.monotonic() - start
+    shutil.rmtree(root / "pg19-400")
     for _ in range(n):
         pair = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL,
                                  stdout=subprocess.DEVNULL) for _ in range(2)]
-        time.sleep(rnd.uniform(0.2, 3))
+        time.sleep(rnd.uniform(0.1, 2) * seconds)
         for process in pair:
             unfinished += process.poll() is None
             process.kill()
             process.wait()
         left = os.listdir(root) if root.exists() else []
         most = max(most, len(left))
-        if "pg19-400" in left and rnd.random() < 0.7:
-            shutil.rmtree(root / "pg19-400")
+        if "pg19-400" in left:
+            if rnd.random() < 0.3:  # as one that a newer version does not use
+                (root / "pg19-400" / "cache.json").write_text("{}")
+            else:
+                shutil.rmtree(root / "pg19-400")
     data = load("pg19", tmp_path / "data", 400)
     assert os.listdir(root) == ["pg19-400"]
     assert data.codec.decode(data.splits["train"]) == text + text[99:]

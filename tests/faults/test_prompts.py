@@ -50,17 +50,20 @@ def test_the_latest_window_conditions(full_run, capsys):
 
 
 def test_a_long_text_slides():
-    """Each token is the likeliest after the latest T - 1, read in one pass."""
-    cfg = ModelConfig(seq_len=8, vocab_size=7, n_layers=2, width=8, ffn_width=8, attention="full",
-                      timing_signal=True, n_local_heads=1, n_routing_heads=1).validate()
-    m = setup(cfg)
+    """Each token is drawn from the latest T - 1, as one pass over them says."""
+    cfg = ModelConfig(seq_len=8, vocab_size=50, n_layers=2, width=16, ffn_width=8,
+                      attention="full", timing_signal=True, n_local_heads=1,
+                      n_routing_heads=1).validate()
+    m = setup(cfg, noise=1.0)
     for n in (0, 3, 7, 8, 20):
-        text = np.random.default_rng(n).integers(0, 7, (2, n))
-        for chosen in decode.generate(m.params, m.centroids, cfg, 30, rng=None, prompt=text,
-                                      temperature=0):
+        text = np.random.default_rng(n).integers(0, 50, (8, n))
+        again = np.random.default_rng(1)
+        for chosen in decode.generate(m.params, m.centroids, cfg, 30, prompt=text,
+                                      rng=np.random.default_rng(1)):
             latest = text[:, max(0, text.shape[1] - 7):]
-            padded = np.concatenate([latest, np.zeros((2, 1), int)], axis=1)
-            np.testing.assert_array_equal(chosen, m.logits(padded)[:, -1].argmax(-1))
+            padded = np.concatenate([latest, np.zeros((8, 1), int)], axis=1)
+            expected = decode.choose(m.logits(padded)[:, -1], again)
+            np.testing.assert_array_equal(chosen, expected)
             text = np.concatenate([text, chosen[:, None]], axis=1)
         assert text.shape[1] == n + 30
 
