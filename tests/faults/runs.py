@@ -12,7 +12,8 @@ from rt_scratch.run.log import read_log
 ROOT = Path(__file__).parent.parent.parent
 SMALL = ("--device cpu --seq-len 16 --n-layers 2 --width 16 --ffn-width 8 --window 4 --block 4 "
          "--n-clusters 3 --local-max-distance 3 --routing-max-distance 3 --batch 2 --warmup 2 "
-         "--eval-windows 3 --log-every 1 --steps 6 --eval-every 3").split()
+         "--eval-windows 3 --log-every 1 --steps 6 --eval-every 3 --optimizer adamw "
+         "--schedule cosine --lr 0.003 --init-out-scale 1").split()
 
 
 def write_text(path, lines=120):
