@@ -14,9 +14,10 @@ from rt_scratch import data, released, report
 from rt_scratch.data import table
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, CONTRIBUTING = ((ROOT / name).read_text(encoding="utf-8")
+                        for name in ("README.md", "CONTRIBUTING.md"))
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
-PYTHON = [text for language, text in BLOCKS if language == "python"]
+PYTHON = re.findall(r"```python\n(.*?)```", README + CONTRIBUTING, re.S)
 COMMANDS = [part.strip() for language, text in BLOCKS if not language
             for line in text.splitlines() for part in line.split("#")[0].split("&&")]
 
@@ -33,7 +34,7 @@ def test_sixth_dataset(tmp_path, monkeypatch):
     names = {"__name__": "rt_scratch.data.mine"}
     exec(PYTHON[1], names)
     (tmp_path / "mine.bin").write_bytes(bytes(range(200)))
-    line = re.search(r'`"mine": (Row\(.*?\))`', README).group(1)
+    line = re.search(r'`"mine": (Row\(.*?\))`', CONTRIBUTING).group(1)
     monkeypatch.setitem(data.DATASETS, "mine", eval(line, vars(table)))
     module = type(sys)("rt_scratch.data.mine")
     module.load = names["load"]
@@ -52,7 +53,11 @@ def test_commands_parse(command):
 
 
 def test_links_lead_somewhere():
-    places = re.findall(r"\]\(([^)]+)\)", README)
-    assert places
-    for place in places:
-        assert (ROOT / place).exists(), place
+    targets = re.findall(r"\]\(([^)]+)\)", README)
+    assert len(targets) > 10
+    for target in targets:
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 170
