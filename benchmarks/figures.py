@@ -94,7 +94,7 @@ def draw_circle(axis, state, model, ids, head=0):
 
 def draw_attention(folder, path, start=203, n_tokens=56):
     """Every query and key of a short text, `n_tokens` of the validation split from `start` on."""
-    _, state, _, config, model, _ = load_model(folder, np)
+    state, _, config, model, _ = load_model(folder, np)
     text = data.load(config["dataset"], None, model.vocab_size)
     ids = np.asarray(text.splits["valid"][start : start + n_tokens]).astype(np.int64)[None]
     layer = model.n_layers // 2

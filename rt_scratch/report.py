@@ -28,7 +28,7 @@ from rt_scratch.console import Parser, say, script
 from rt_scratch.errors import UserError
 from rt_scratch.run import costs, log
 from rt_scratch.run.attention_maps import attention_maps, strongest
-from rt_scratch.run.checkpoint import load_model
+from rt_scratch.run.checkpoint import best_checkpoint, load_model
 from rt_scratch.run.evaluate import mode
 from rt_scratch.run.folder import run_codec, whole
 from rt_scratch.run.options import layer_list
@@ -92,7 +92,8 @@ def describe(folder: Path, loaded) -> dict:
     facts = [("data", config.get("data") or f"{config['dataset']}; trained elsewhere"),
              ("model", f"{costs.n_parameters(model):,} parameters, {model.n_layers} layers, "
                        f"{mode(model)}"),
-             ("checkpoint", f"{loaded.path.name}, step {loaded.state.step:,} of {train.steps:,}")]
+             ("checkpoint", f"{best_checkpoint(folder).name}, step {loaded.state.step:,} of "
+                            f"{train.steps:,}")]
     if valid:
         best = min(valid, key=lambda row: float(row["nats"]))
         facts += [("best validation score", f"{float(best['score']):.4f} {best['unit']} at step "

@@ -16,6 +16,7 @@ from helpers.strategies import normal
 
 from rt_scratch import dispatch, layers, optim, routing
 from rt_scratch.device import select_device
+from rt_scratch.dropout import Dropped
 from rt_scratch.kernels import cpu, cuda
 from rt_scratch.parameters import Leaf
 
@@ -25,7 +26,7 @@ import run_on_cpu  # noqa: E402
 
 TWINS = [("cpu", name) for name in cpu.TWINS] + [("cuda", name) for name in cuda.TWINS]
 B, H, T, D, C, M, K, W = 2, 3, 23, 4, 6, 7, 5, 4
-DROPPED = 0.3, (1, 2, 3)
+DROPPED = Dropped(0.3, (1, 2, 3))
 
 
 def plain(name):
