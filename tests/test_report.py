@@ -316,7 +316,7 @@ def test_curves_and_samples_of_a_run(runs):
     assert "window of 60" in facts["protocol"] and "warning" not in facts
     assert "leaks" in dict(page(runs / "topk")["facts"])["warning"]
     settings = {row[0]: row[1] for table in told["tables"] for row in table["rows"]}
-    assert settings["seq-len"] == "60" and settings["lr"] == "0.003"
+    assert settings["seq-len"] == "60" and float(settings["lr"]) == TrainConfig().lr
     assert page(runs / "local")["log"]["heads"] == []
 
 
