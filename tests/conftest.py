@@ -7,7 +7,7 @@ for mutate.py, stops at the first failure instead of looking for a smaller one.
 import os
 import signal
 
-for name in ("SIGINT", "SIGHUP", "SIGTERM"):  # a background job ignores them, and so do its children
+for name in ("SIGINT", "SIGHUP", "SIGTERM"):  # what a background job ignores, its children do too
     number = getattr(signal, name, None)
     if number and signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
