@@ -4,6 +4,7 @@ A part has `run(study)`, which measures what its csv does not hold yet and write
 """
 
 import csv
+import io
 import shutil
 import statistics
 import sys
@@ -97,12 +98,14 @@ class Log:
 
 def write_csv(path, columns, rows):
     """Rows, dicts, as a file that is either the old one or whole."""
-    lines = [",".join(columns)]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
     for row in rows:
-        cells = (f"{v:.6g}" if isinstance(v, float) else str(v) for v in (row[c] for c in columns))
-        lines.append(",".join(f'"{c}"' if "," in c else c for c in cells))
+        cells = (row[c] for c in columns)
+        writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in cells])
     with whole(path) as file:
-        file.write(("\n".join(lines) + "\n").encode())
+        file.write(text.getvalue().encode())
 
 
 def _number(text):
