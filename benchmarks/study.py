@@ -17,29 +17,18 @@ goes on where it was. So a part that was stopped goes on with the same command.
 
 import argparse
 import importlib
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 from common import ROOT, machine
 from race import THREADS, start_ours
+from studies import Study
 
 from rt_scratch import UserError
 from rt_scratch.console import script
-from studies import Study
 
 PARTS = ("crossover", "throughput", "worth", "ablation", "images", "lookahead", "divergence")
-MEASURED_APART = ("crossover", "throughput")  # in processes of their own
-
-
-def has_torch():
-    """Whether torch and the port can be imported; a line where not."""
-    if all(importlib.util.find_spec(name) for name in ("torch", "routing_transformer")):
-        return True
-    print("torch and routing-transformer are missing (pip install -e '.[bench]'): measured "
-          "without them", file=sys.stderr)
-    return False
 
 
 def main(argv=None):
@@ -87,8 +76,7 @@ def main(argv=None):
         if part == "images" and args.cifar10 is None and not args.parts:
             print("images: left out, it needs --cifar10 FOLDER", file=sys.stderr)
             continue
-        importlib.import_module(f"studies.{part}").run(
-            study, __file__, part in MEASURED_APART and has_torch())
+        importlib.import_module(f"studies.{part}").run(study)
 
 
 if __name__ == "__main__":

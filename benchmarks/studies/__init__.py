@@ -1,6 +1,7 @@
 """The parts of the study (study.py), one module each, and what they share: logs, runs, spreads.
 
-A part has `run(study)`, which measures what its csv does not hold yet and writes its report.
+A part has `run(study)`, which measures what its csv lacks and writes its report; what it times in
+a process of its own is its `measure`.
 """
 
 import csv
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from common import ROOT
+from common import ROOT, in_own_process
 
 from rt_scratch import UserError, data
 from rt_scratch.data import given_codec
@@ -50,6 +51,14 @@ class Study(NamedTuple):
         """A name of the text and its T for labels and files."""
         return f"{Path(self.text).name.partition('.')[0]}-{self.seq_len}"
 
+    def apart(self, part, *job):
+        """What `measure(*job)` of a part returns in a process of its own.
+
+        Threads that spin while they wait would slow torch down on a machine that is shared.
+        """
+        return in_own_process(ROOT / "benchmarks" / "study.py", [part, *job],
+                              OMP_NUM_THREADS=str(self.threads), OMP_WAIT_POLICY="PASSIVE")
+
     def log(self, name, columns):
         return Log(self.out / f"{name}.csv", columns)
 
@@ -78,8 +87,9 @@ class Log:
         self.rows = []
         if path.exists():
             with path.open(newline="", encoding="utf-8") as file:
-                self.rows = [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
-            if self.rows and tuple(self.rows[0]) != tuple(columns):
+                rows = csv.DictReader(file)
+                self.rows = [{k: _number(v) for k, v in row.items()} for row in rows]
+            if tuple(rows.fieldnames or ()) != tuple(columns):
                 raise UserError(f"{path}: its columns are not those of this version; move it away")
 
     def row(self, name, measure):

@@ -32,7 +32,7 @@ def flags_of(base, change):
     return [*base, *change]
 
 
-def run(study, file, has_torch):
+def run(study):
     """ablation.csv and ablation.md."""
     log = study.log("ablation", COLUMNS)
     for label, change in CHANGES.items():

@@ -3,20 +3,22 @@
 Forward + backward of a layer with its projections, and a training step of the model, at equal work:
 no relative positions on any side, W = K = sqrt(T) (powers of two, K W = T), local blocks of W. The
 routing contenders have half of their heads local, as in the model; `local` and `full` have one kind
-alone. Windows are batched to at least 8,192 tokens. Every measurement is a process of its own that
-may hold so much memory; contenders take turns.
+alone. Windows are batched to at least 8,192 tokens. Every measurement is a process of its own, which
+may take 8 GiB of memory; contenders take turns. float32 throughout.
 """
 
+import functools
+import importlib.util
 import math
 import os
 import statistics
+import sys
 import time
 
 import numpy as np
 from common import (
     PORT_WORK,
     exponent,
-    in_own_process,
     peak_bytes,
     size_model,
     table,
@@ -113,11 +115,11 @@ def layer(cfg, x):
 
 # ------------------------------------------------------------------------ in the calling process
 
-def run(study, file, has_torch):
+def run(study):
     """Every measurement that the csv lacks, then crossover.md and crossover.png."""
     log = study.log("crossover", COLUMNS)
-    lengths = (64, 128, 256) if study.quick else LENGTHS
-    contenders = [c for c, (whose, _) in CONTENDERS.items() if whose == "ours" or has_torch]
+    lengths = (64, 128) if study.quick else LENGTHS
+    contenders = [c for c, (whose, _) in CONTENDERS.items() if whose == "ours" or has_torch()]
     n_tokens, seconds = (256, 0.05) if study.quick else (TOKENS, 4)
     for level in ("layer", "model"):
         for width in (128,) if study.quick else SIZES:
@@ -126,12 +128,22 @@ def run(study, file, has_torch):
                     for contender in contenders:
                         job = (level, width, contender, t)
                         log.row("/".join(map(str, (*job, turn))), lambda job=job, turn=turn: one(
-                            file, log, *job, n_tokens, study.threads, seconds, turn))
+                            study, log, *job, n_tokens, seconds, turn))
                 write(study, log.rows)
     write(study, log.rows)
 
 
-def one(file, log, level, width, contender, t, n_tokens, n_threads, seconds, turn):
+@functools.cache
+def has_torch():
+    """Whether torch and the port can be imported; a line where not."""
+    if all(importlib.util.find_spec(name) for name in ("torch", "routing_transformer")):
+        return True
+    print("torch and routing-transformer are missing (pip install -e '.[bench]'): measured "
+          "without them", file=sys.stderr)
+    return False
+
+
+def one(study, log, level, width, contender, t, n_tokens, seconds, turn):
     """The row of one measurement; a note says why there is no number."""
     row = dict(level=level, width=width, contender=contender, T=t,
                batch=max(1, n_tokens // t), round=turn, load=round(os.getloadavg()[0], 1))
@@ -146,8 +158,8 @@ def one(file, log, level, width, contender, t, n_tokens, n_threads, seconds, tur
         if expected > PATIENCE:
             return row | {"note": f"not tried: two passes would take {expected:.0f} s"}
     try:
-        found = in_own_process(file, ["crossover", level, width, contender, t, n_tokens,
-                                      n_threads, seconds], OMP_NUM_THREADS=str(n_threads))
+        found = study.apart("crossover", level, width, contender, t, n_tokens, study.threads,
+                            seconds)
     except RuntimeError as error:
         note = f"out of memory ({GIB} GiB)" if any(
             word in str(error) for word in ("MemoryError", "allocate")) else str(error)

@@ -13,7 +13,7 @@ from studies import trained
 COLUMNS = ("pair", "run", "heads", "mean", "spread", "layers")
 
 
-def run(study, file, has_torch):
+def run(study):
     """divergence.csv, divergence.md: of given runs, or of a causal and a topk run."""
     log = study.log("divergence", COLUMNS)
     folders = study.folders or [trained(study, f"{study.dataset}-{kind}-{study.steps}", [

@@ -31,7 +31,7 @@ def small_flags(name):
     return [*flags, "--routing", full["routing"], f"--routing-layers={','.join(map(str, half))}"]
 
 
-def run(study, file, has_torch):
+def run(study):
     """images.csv and images.md."""
     if study.cifar10 is None:
         raise UserError("images: give --cifar10 FOLDER, the folder with data_batch_1.bin ... and "

@@ -50,7 +50,7 @@ def gap(study, folder):
     return difference(*positions(study, folder))
 
 
-def run(study, file, has_torch):
+def run(study):
     """lookahead.csv, a csv of every position per run, lookahead.md and lookahead.png."""
     log = study.log("lookahead", COLUMNS)
     for folder in study.folders:

@@ -7,7 +7,7 @@ kinds in turns. Ratios are of medians over the turns.
 import os
 import statistics
 
-from common import in_own_process, planned, table, training
+from common import planned, table, training
 from race import start_ours, timed
 
 from rt_scratch.heads import KINDS
@@ -28,7 +28,7 @@ def measure(flags, n_steps, n_threads):
     return timed(training(cfg, recipe.batch * recipe.accumulate, recipe), n_steps)
 
 
-def rates(study, file):
+def rates(study):
     """{kind: median steps per second} of the study's text model, measured where the csv lacks it.
     """
     log = study.log("throughput", COLUMNS)
@@ -36,23 +36,22 @@ def rates(study, file):
     for turn in range(study.rounds):
         for kind in KINDS:
             name = f"{study.dataset}/{kind}/{turn}"
-            own.append(log.row(name, lambda kind=kind, turn=turn: one(study, file, kind, turn)))
+            own.append(log.row(name, lambda kind=kind, turn=turn: one(study, kind, turn)))
     return {kind: statistics.median(r["steps_per_s"] for r in own if r["kind"] == kind)
             for kind in KINDS}
 
 
-def one(study, file, kind, turn):
+def one(study, kind, turn):
     flags = [str(f) for f in (*study.flags(), *kind_flags(kind))]
     load = round(os.getloadavg()[0], 1)
-    found = in_own_process(file, ["throughput", flags, 2 if study.quick else 8, study.threads],
-                           OMP_NUM_THREADS=str(study.threads))
+    found = study.apart("throughput", flags, 2 if study.quick else 8, study.threads)
     return {"dataset": study.dataset, "kind": kind, "round": turn, "peak_mib": found["peak_mib"],
             "steps_per_s": 1 / statistics.median(found["seconds"]), "load": load}
 
 
-def run(study, file, has_torch):
+def run(study):
     """throughput.csv and throughput.md, which holds every shape that was measured."""
-    rates(study, file)
+    rates(study)
     rows = study.log("throughput", COLUMNS).rows
     text = [f"# Throughput\n\n{study.head}\n{__doc__}"]
     for dataset in dict.fromkeys(r["dataset"] for r in rows):

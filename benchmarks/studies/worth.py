@@ -20,7 +20,7 @@ ADAMW = ["--optimizer", "adamw", "--lr", 3e-3, "--schedule", "cosine", "--warmup
          "--init-out-scale", 1]
 
 
-def run(study, file, has_torch):
+def run(study):
     """worth.csv, worth.md: every seed of all kinds before the next seed."""
     log = study.log("worth", COLUMNS)
     for seed in range(study.seeds):
@@ -30,7 +30,7 @@ def run(study, file, has_torch):
     for kind in KINDS:  # so that nobody takes an optimizer's effect for routing's
         one(study, log, kind, study.steps, 0, "steps", "adamw")
     write(study, log.rows)
-    speed = rates(study, file)
+    speed = rates(study)
     for seed in range(study.seeds):
         for kind in KINDS:
             if kind != BASE:
