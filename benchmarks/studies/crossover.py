@@ -3,7 +3,7 @@
 Forward + backward of a layer with its projections, and a training step of the model, at equal work:
 no relative positions on any side, W = K = sqrt(T) (powers of two, K W = T), local blocks of W. The
 routing contenders have half of their heads local, as in the model; `local` and `full` have one kind
-alone. Windows are batched to at least 8,192 tokens. Every measurement is a process of its own, which
+alone. Windows are batched to at least 8,192 tokens. Every measurement is a process of its own that
 may take 8 GiB of memory; contenders take turns. float32 throughout.
 """
 
