@@ -258,6 +258,7 @@ def test_ablation(part, monkeypatch):
 def test_images(part, tmp_path, monkeypatch):
     monkeypatch.setattr(cifar10, "RECORDS", 20)
     monkeypatch.setattr(images, "ROWS", ["paper-local", "paper-4x8"])
+    monkeypatch.setattr(train, "show_sample", lambda *_: "")  # 3,072 values of four images
     records = np.random.default_rng(0).integers(0, 10, (20, 3073), np.uint8)
     for name in ("data_batch_1.bin", "test_batch.bin"):
         (tmp_path / name).write_bytes(records.tobytes())
