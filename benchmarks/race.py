@@ -115,13 +115,18 @@ def start_torch(n_threads=THREADS):
     torch.manual_seed(0)
 
 
-def timed(function, n, warm_up=2):
-    """Seconds of n calls after the warm-up, and the peak memory of the process."""
+def timed(function, n, warm_up=2, clock=time.perf_counter, enough=math.inf):
+    """Seconds of n calls after the warm-up, and the peak memory of the process.
+
+    Once they took `enough` seconds together, no further call is made.
+    """
     seconds = []
     for i in range(warm_up + n):
-        start = time.perf_counter()
+        start = clock()
         function(i)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
+        if sum(seconds[warm_up:]) > enough:
+            break
     return {"seconds": seconds[warm_up:], "peak_mib": peak_bytes() / 2**20}
 
 

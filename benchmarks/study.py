@@ -47,6 +47,8 @@ def main(argv=None):
     add("--windows", type=int, help="of validation text per score; 0: the whole split (default "
                                     "0, with --quick 2)")
     add("--threads", type=int, default=THREADS)
+    add("--cpu-time", action="store_true",
+        help="time by the processor's clock: with --threads 1, on a machine that others use too")
     add("--cifar10", type=Path, metavar="FOLDER", help="with the official binary files")
     add("--run", type=Path, action="append", default=[], metavar="FOLDER",
         help="for lookahead and divergence: a finished run to look at, instead of training some")
@@ -61,14 +63,19 @@ def main(argv=None):
     if unknown := set(args.parts) - set(PARTS):
         raise UserError(f"{sorted(unknown)[0]}: choose from {', '.join(PARTS)}")
 
+    if args.cpu_time and args.threads > 1:
+        raise UserError("--cpu-time: adds up the time of all threads; give --threads 1 with it")
+
     def value(given, usual, quick):
         return given if given is not None else quick if args.quick else usual
 
     out = value(args.out, ROOT / "benchmarks/results/study", args.runs / "quick")
     out.mkdir(parents=True, exist_ok=True)
     study = Study(
-        out, args.runs, f"{machine()}; {args.threads} threads. {args.note}".strip(), args.quick,
-        args.threads, value(args.steps, 1000, 4), value(args.seeds, 3, 2),
+        out, args.runs, " ".join([
+            f"{machine()}; {args.threads} thread{'s' * (args.threads > 1)},",
+            f"{'CPU' if args.cpu_time else 'wall'} time. {args.note}\n"]), args.quick,
+        args.threads, args.cpu_time, value(args.steps, 1000, 4), value(args.seeds, 3, 2),
         value(args.rounds, 3, 1), value(args.windows, 0, 2), args.text,
         value(args.seq_len, 512, 64), args.cifar10, args.run)
     start_ours(args.threads)

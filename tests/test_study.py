@@ -196,22 +196,25 @@ def test_crossover(part, monkeypatch, capsys):
 
     log = studies.Log(Path("nowhere.csv"), crossover.COLUMNS)
     for t in (64, 128):
-        row = crossover.one(SimpleNamespace(apart=fails, threads=1), log, "layer", 128,
+        told = SimpleNamespace(apart=fails, threads=1, cpu_time=True)
+        row = crossover.one(told, log, "layer", 128,
                             "ours, full", t, 64, 0.1, 0)
         log.rows.append(dict.fromkeys(crossover.COLUMNS, "") | row)
     assert "out of memory" in log.rows[0]["note"] and "not tried" in log.rows[1]["note"]
 
 
 def test_worth_and_throughput(part):
-    """Six runs at equal steps, AdamW's three, four at equal time; nothing twice."""
-    table = part("worth", "--seeds", 2)
+    """Three runs at equal steps, AdamW's three, two at equal time; nothing twice."""
+    table = part("worth", "--seeds", 1, "--cpu-time")
     rows = list(csv.DictReader(table.splitlines()))
     assert [sum(r["time"] == "steps" and r["recipe"] == recipe for r in rows)
-            for recipe in ("default", "adamw")] == [6, 3]
-    assert sum(r["time"] == "time" for r in rows) == 4
+            for recipe in ("default", "adamw")] == [3, 3]
+    assert sum(r["time"] == "time" for r in rows) == 2
     speed = part("throughput")  # measured by `worth`, read here
     assert len(speed.splitlines()) == 4
-    assert part("worth", "--seeds", 2) == table
+    assert part("worth", "--seeds", 1) == table
+    with pytest.raises(UserError, match="--threads 1"):
+        study.main(["throughput", "--cpu-time", "--threads", "2"])
 
 
 def test_an_interrupted_run_goes_on(part, tmp_path, text, monkeypatch):

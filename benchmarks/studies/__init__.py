@@ -32,6 +32,7 @@ class Study(NamedTuple):
     head: str          # first line of every report: machine, versions
     quick: bool        # tiny sizes: does it run?
     threads: int
+    cpu_time: bool     # the clock of timings: the process's CPU time, else wall time
     steps: int         # of every training run
     seeds: int
     rounds: int        # turns that each contender of a timing takes

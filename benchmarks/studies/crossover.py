@@ -24,7 +24,7 @@ from common import (
     table,
     training,
 )
-from race import start_ours, start_torch
+from race import start_ours, start_torch, timed
 
 from rt_scratch import init_centroids, init_parameters, model, views
 
@@ -57,7 +57,7 @@ def configuration(level, width, contender, t, n_tokens=TOKENS):
     return size_model(SIZES[width], **changes)[0], max(1, n_tokens // t)
 
 
-def measure(level, width, contender, t, n_tokens, n_threads, seconds):
+def measure(level, width, contender, t, n_tokens, n_threads, seconds, cpu_time):
     """In a process of its own: median seconds of a pass, and memory beyond what it began with."""
     limit_memory()
     cfg, batch = configuration(level, width, contender, t, n_tokens)
@@ -77,16 +77,9 @@ def measure(level, width, contender, t, n_tokens, n_threads, seconds):
     else:
         function, _ = (rivals.twin_training if whose == "twin" else rivals.port_training)(
             cfg, batch)
-    taken = []
-    for i in range(6):
-        start = time.perf_counter()
-        function(i)
-        taken.append(time.perf_counter() - start)
-        if i and sum(taken[1:]) > seconds:
-            break
-    peak = peak_bytes()
-    return {"us_per_token": statistics.median(taken[1:]) / (batch * t) * 1e6,
-            "extra_mib": (peak - before) / 2**20, "peak_mib": peak / 2**20}
+    found = timed(function, 5, 1, time.process_time if cpu_time else time.perf_counter, seconds)
+    return {"us_per_token": statistics.median(found["seconds"]) / (batch * t) * 1e6,
+            "extra_mib": found["peak_mib"] - before / 2**20, "peak_mib": found["peak_mib"]}
 
 
 def limit_memory():
@@ -159,7 +152,7 @@ def one(study, log, level, width, contender, t, n_tokens, seconds, turn):
             return row | {"note": f"not tried: two passes would take {expected:.0f} s"}
     try:
         found = study.apart("crossover", level, width, contender, t, n_tokens, study.threads,
-                            seconds)
+                            seconds, study.cpu_time)
     except RuntimeError as error:
         note = f"out of memory ({GIB} GiB)" if any(
             word in str(error) for word in ("MemoryError", "allocate")) else str(error)

@@ -6,6 +6,7 @@ kinds in turns. Ratios are of medians over the turns.
 
 import os
 import statistics
+import time
 
 from common import planned, table, training
 from race import start_ours, timed
@@ -21,11 +22,12 @@ def kind_flags(kind):
     return ["--routing", kind] if KINDS[kind].routes else ["--attention", kind]
 
 
-def measure(flags, n_steps, n_threads):
+def measure(flags, n_steps, n_threads, cpu_time):
     """In a process of its own."""
     start_ours(n_threads)
     cfg, recipe = planned(flags)
-    return timed(training(cfg, recipe.batch * recipe.accumulate, recipe), n_steps)
+    return timed(training(cfg, recipe.batch * recipe.accumulate, recipe), n_steps,
+                 clock=time.process_time if cpu_time else time.perf_counter)
 
 
 def rates(study):
@@ -44,7 +46,8 @@ def rates(study):
 def one(study, kind, turn):
     flags = [str(f) for f in (*study.flags(), *kind_flags(kind))]
     load = round(os.getloadavg()[0], 1)
-    found = study.apart("throughput", flags, 2 if study.quick else 8, study.threads)
+    found = study.apart("throughput", flags, 2 if study.quick else 8, study.threads,
+                        study.cpu_time)
     return {"dataset": study.dataset, "kind": kind, "round": turn, "peak_mib": found["peak_mib"],
             "steps_per_s": 1 / statistics.median(found["seconds"]), "load": load}
 
