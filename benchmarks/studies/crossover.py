@@ -114,8 +114,8 @@ def run(study):
     lengths = (64, 128) if study.quick else LENGTHS
     contenders = [c for c, (whose, _) in CONTENDERS.items() if whose == "ours" or has_torch()]
     n_tokens, seconds = (256, 0.05) if study.quick else (TOKENS, 4)
-    for level in ("layer", "model"):
-        for width in (128,) if study.quick else SIZES:
+    for width in (128,) if study.quick else SIZES:
+        for level in ("layer", "model"):
             for t in lengths:
                 for turn in range(study.rounds):
                     for contender in contenders:
