@@ -119,6 +119,19 @@ def write_csv(path, columns, rows):
         file.write(text.getvalue().encode())
 
 
+def pyplot(path):
+    """matplotlib's pyplot for a file; None, and a line, where it is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"no {path.name}: pip install matplotlib")
+        return None
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
 def _number(text):
     for kind in (int, float):
         try:

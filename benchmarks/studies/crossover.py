@@ -27,6 +27,7 @@ from common import (
 from race import start_ours, start_torch, timed
 
 from rt_scratch import init_centroids, init_parameters, model, views
+from studies import pyplot
 
 CONTENDERS = {  # name: (whose, what changes in the configuration)
     "ours, causal": ("ours", {"routing": "causal"}),
@@ -240,14 +241,8 @@ def write(study, rows):
 
 def draw(panels, path):
     """Cost per token against T, log-log, a panel per level and width; crossings are marked."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"no {path.name}: pip install matplotlib")
+    if not (plt := pyplot(path)):
         return
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
     n = min(2, len(panels))
     figure, axes = plt.subplots(-(-len(panels) // n), n, squeeze=False, layout="constrained",
                                 figsize=(5.4 * n, 4.2 * -(-len(panels) // n)))

@@ -14,7 +14,7 @@ from common import table
 from rt_scratch import logits
 from rt_scratch.data.batches import eval_windows
 from rt_scratch.run.evaluate import incremental_nats, token_nats
-from studies import RUN_COLUMNS, loaded, score, trained, write_csv
+from studies import RUN_COLUMNS, loaded, pyplot, score, trained, write_csv
 
 COLUMNS = (*RUN_COLUMNS, "K", "W", "T", "capacity", "windows", "one_pass", "token_by_token",
            "ahead", "error")
@@ -101,14 +101,8 @@ def scored(study, name, folder):
 
 def draw(rows, curves, path):
     """The difference against the position, each point the mean of a 32nd of the window."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"no {path.name}: pip install matplotlib")
+    if not (plt := pyplot(path)):
         return
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
     figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     for r in rows:
         at, ahead = (np.array([part.mean() for part in np.array_split(x, 32)])
