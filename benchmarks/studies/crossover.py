@@ -43,7 +43,7 @@ LENGTHS = (256, 1024, 4096, 16384, 65536)
 FIT_FROM = 4096
 TOKENS = 8192        # at least so many in a measurement
 GIB = 8              # of memory that a process may hold
-PATIENCE = 90        # seconds; what a longer window would take beyond is not measured
+PATIENCE = 60        # seconds; what a longer window would take beyond is not measured
 COLUMNS = ("measurement", "level", "width", "contender", "T", "batch", "round",
            "us_per_token", "extra_mib", "peak_mib", "load", "note")
 
