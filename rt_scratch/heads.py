@@ -187,8 +187,8 @@ def local_step(q, k, v, p, context, store, position):
 def full_step(q, k, v, p, context, store, position):
     """One token of `full_forward`."""
     store.k[:, :, position], store.v[:, :, position] = k, v
-    seen = slice(position + 1)
-    return _attend_one(q, store.k[:, :, seen], store.v[:, :, seen], store, position + 1)
+    n = position + 1
+    return _attend_one(q, store.k[:, :, :n], store.v[:, :, :n], *_newest_rows(store, n))
 
 
 def _first_seen(cfg, position):
@@ -198,6 +198,10 @@ def _first_seen(cfg, position):
 
 def _empty_rows(reach, n, cfg, xp, dtype):
     return [xp.zeros((n, cfg.head_width), dtype) if reach else None for _ in "kv"]
+
+
+def _newest_rows(store, n):
+    return (None, None) if store.rows_k is None else (store.rows_k[-n:], store.rows_v[-n:])
 
 
 def _fill_rows(store, p, family):
@@ -259,9 +263,9 @@ class Members(NamedTuple):
     count: Any     # (B H K,) tokens that each cluster has seen
     start: Any     # (B, H) where the clusters of each head start
     age: Any       # (W,) = W - 1 .. 0: ranks that a member is behind the newest
+    hidden: Any    # (W, W): -inf at [r, j] where a member of rank r has none of age[j], else 0
+    rows: Any      # (W, 2 D) of Shaw's tables for the distances -age; zeros without them
     guide: Any     # (H, K, D) centroids of length 1; random heads: (H, T) the cluster by position
-    rows_k: Any    # (W, D) of Shaw's tables for the distances -age; None without
-    rows_v: Any
 
 
 def causal_store(cfg, heads, batch, capacity, xp, dtype):
@@ -277,11 +281,10 @@ def random_store(cfg, heads, batch, capacity, xp, dtype):
 
 
 def _members(cfg, heads, batch, capacity, xp, dtype, guide):
-    n, w = batch * heads * cfg.n_clusters, min(cfg.window, capacity)
-    return Members(
-        xp.zeros((2 * n * w, 2 * cfg.head_width), dtype), xp.zeros((n,), xp.int64),
-        xp.zeros((batch, heads), xp.int64), xp.zeros((w,), xp.int64), guide,
-        *_empty_rows(cfg.routing_max_distance, w, cfg, xp, dtype))
+    n, w, d = batch * heads * cfg.n_clusters, min(cfg.window, capacity), cfg.head_width
+    return Members(xp.zeros((2 * n * w, 2 * d), dtype), xp.zeros((n,), xp.int64),
+                   xp.zeros((batch, heads), xp.int64), xp.zeros((w,), xp.int64),
+                   xp.zeros((w, w), dtype), xp.zeros((w, 2 * d), dtype), guide)
 
 
 def causal_fill(q, k, v, p, context, store, routed):
@@ -298,19 +301,24 @@ def random_fill(q, k, v, p, context, store, routed):
 
 
 def _fill_members(q, k, v, p, context, store, route):
-    xp, (b, h, t, _) = array_module(q), q.shape
+    xp, (b, h, t, d) = array_module(q), q.shape
     n, w = context.cfg.n_clusters, len(store.age)
+    slot = xp.arange(w)
     store.start[...] = n * xp.arange(b * h).reshape(b, h)
-    store.age[...] = w - 1 - xp.arange(w)
-    _fill_rows(store, p, "routing")
+    store.age[...] = w - 1 - slot
+    store.hidden[...] = xp.where(store.age > slot[:, None], -math.inf, 0)
+    rel_k, rel_v = _tables(p, "routing")
+    if rel_k is not None:
+        store.rows[:, :d], _ = distance_rows(rel_k, 1 - w, 0)
+        store.rows[:, d:], _ = distance_rows(rel_v, 1 - w, 0)
 
     count = (route.winner[..., None] == xp.arange(n)).sum(2)         # (B, H, K)
     newest = xp.cumsum(count, axis=-1)[..., None] - 1                # in the order by cluster
-    back = (count[..., None] - 1 - xp.arange(w)) % w                 # (B, H, K, W) from it to a slot
+    back = (count[..., None] - 1 - slot) % w                         # (B, H, K, W) from it to a slot
     member = xp.take_along_axis(route.order, xp.maximum(newest - back, 0).reshape(b, h, -1), axis=2)
     kn, _ = normalize(q if k is None else k)
-    kv = gather(xp.concatenate([kn, v], axis=-1), member).reshape(b * h * n, 1, w, -1)
-    store.kv.reshape(b * h * n, 2, w, -1)[...] = kv  # slots that no member has reached hold any
+    kv = gather(xp.concatenate([kn, v], axis=-1), member).reshape(b * h * n, 1, w, 2 * d)
+    store.kv.reshape(b * h * n, 2, w, 2 * d)[...] = kv  # any token where a cluster has too few
     store.count[...] = count.reshape(-1)
 
 
@@ -332,13 +340,14 @@ def _join(qn, k, v, store, winner):
     cluster = store.start + winner                                   # (B, H)
     rank = store.count[cluster]
     store.count[cluster] = rank + 1
-    lower = 2 * w * cluster + rank % w
-    upper = lower + w
-    store.kv[lower] = store.kv[upper] = xp.concatenate(
+    slot = 2 * w * cluster + rank % w
+    newest = slot + w
+    store.kv[slot] = store.kv[newest] = xp.concatenate(
         [qn if k is None else normalize(k)[0], v], axis=-1)
-    kv = store.kv.take(upper[..., None] - store.age, axis=0)         # (B, H, W, 2 D)
-    return _attend_one(qn * d ** -0.5, kv[..., :d], kv[..., d:], store, w,
-                       store.age <= rank[..., None])
+    kv = store.kv.take(newest[..., None] - store.age, axis=0)        # (B, H, W, 2 D)
+    kv += store.rows
+    return _attend_one(qn * d ** -0.5, kv[..., :d], kv[..., d:],
+                       hidden=store.hidden[xp.minimum(rank, w - 1)])
 
 
 class Everything(NamedTuple):
@@ -389,26 +398,25 @@ def topk_step(q, k, v, p, context, store, position):
         key_index = top_members(store.key_scores[..., :n], w)
     member = (index[..., -1] == position).astype(q.dtype)            # (B, H, K)
     o = _attend_one(qn[:, :, None], gather(store.k, key_index), gather(store.v, key_index),
-                    store, w)
+                    *_newest_rows(store, w))
     return (member[..., None] * o).sum(2) / (member.sum(2) + MEAN_FLOOR)[..., None]
 
 
-def _attend_one(q, k, v, store, n, visible=None):
-    """`attention.attend` for one query: q (..., D), its n keys and values (..., n, D), by age.
+def _attend_one(q, k, v, rows_k=None, rows_v=None, hidden=None):
+    """`attention.attend` for one query: q (..., D), k and v (..., N, D), by age, the newest last.
 
-    The newest is at distance 0; `visible` (..., n), None: all.
+    rows_k, rows_v (N, D) for the distances 1 - N .. 0; hidden (..., N), -inf at keys not to be seen.
     """
-    xp = array_module(q)
-    z = (k @ q[..., None])[..., 0]                                   # (..., n)
-    if store.rows_k is not None:
-        z += q @ store.rows_k[-n:].T
-    if visible is not None:
-        z = xp.where(visible, z, -math.inf)
+    z = (k @ q[..., None])[..., 0]                                   # (..., N)
+    if rows_k is not None:
+        z += q @ rows_k.T
+    if hidden is not None:
+        z += hidden
     z -= z.max(-1, keepdims=True)
-    p = xp.exp(z, out=z)
+    p = array_module(z).exp(z, out=z)
     o = (p[..., None, :] @ v)[..., 0, :]
-    if store.rows_v is not None:
-        o += p @ store.rows_v[-n:]
+    if rows_v is not None:
+        o += p @ rows_v
     o /= p.sum(-1, keepdims=True)
     return o
 

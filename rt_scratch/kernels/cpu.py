@@ -8,6 +8,7 @@ in place, side by side on threads (`threads.parallel`), and build windows and ma
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -83,6 +84,11 @@ def _product(x, y):
 # ---------------------------------------------------------------------------------- LayerNorm
 
 def layer_norm(x, gain, bias):
+    if few(x):
+        y, mean, rstd = _normalized_few(x)
+        y *= gain
+        y += bias
+        return y, LayerNormCache(x, gain, mean, rstd)
     y, mean, rstd = _normalized(x)
 
     def piece(r):
@@ -114,6 +120,9 @@ def layer_norm_backward(dy, cache):
 
 
 def normalize(x):
+    if few(x):
+        y, mean, rstd = _normalized_few(x)
+        return y, NormalizeCache(x, mean, rstd)
     y, mean, rstd = _normalized(x)
     return y.reshape(x.shape), NormalizeCache(x, mean, rstd)
 
@@ -130,6 +139,23 @@ def normalize_backward(dn, cache):
 
     parallel(piece, tiles(len(flat), PIECE // d))
     return dx
+
+
+def _normalized_few(x):
+    """n, mean, rstd of one token per text, in as few operations as can be."""
+    column = _averages(x.shape[-1], x.dtype)
+    mean = x @ column                                                # (..., 1)
+    n = x - mean
+    rstd = (n * n) @ column
+    rstd += EPSILON
+    rstd **= -0.5
+    n *= rstd
+    return n, mean, rstd
+
+
+@functools.cache
+def _averages(d, dtype):
+    return np.full((d, 1), 1 / d, dtype)
 
 
 def _normalized(x):
@@ -184,6 +210,11 @@ def geglu_backward(dy, cache):
 
 
 def geglu_ffn(x, w_gate, w_value, w_out, dropped=None):
+    if few(x) and dropped is None:
+        a, b = x @ w_gate, x @ w_value
+        h = np.empty_like(a)
+        _geglu(a, b, h)
+        return h @ w_out, GatedCache(x, w_gate, w_value, w_out, a, b, dropped)
     rows, m = x.reshape(-1, x.shape[-1]), w_gate.shape[1]
     drop = _Drop(dropped, (*x.shape[:-1], m))
     a, b = (np.empty((len(rows), m), x.dtype) for _ in range(2))
@@ -877,9 +908,14 @@ def _wide(matrix):
     return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
 
 
+def few(x) -> bool:
+    """True for arrays so small that cutting them costs more than it gains: a token per text."""
+    return x.size < PIECE // 8
+
+
 def worthwhile(*args) -> bool:
-    """False for arrays so small that a single token's step is quicker without any of this."""
-    return first_array(args).size >= PIECE // 8
+    """False for arrays so small that the plain functions are quicker."""
+    return not few(first_array(args))
 
 
 TWINS = {f"{module}.{f.__name__}": f for module, functions in {
@@ -891,3 +927,4 @@ TWINS = {f"{module}.{f.__name__}": f for module, functions in {
     "routing": (top_members, by_cluster, inverse, gather, scatter_sum),
     "optim": (adamw_update, muon_update),
 }.items() for f in functions}
+ANY_SIZE = ("layers.layer_norm", "layers.normalize", "layers.geglu_ffn")  # have a way for few rows
