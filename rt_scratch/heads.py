@@ -245,26 +245,26 @@ def routing_backward(do, dcommitment, cache):
     return dq, dk, dv, _table_gradients("routing", *drel)
 
 
-def random_clusters(cfg, layer: int, xp, heads: int, n_tokens: int, start: int = 0):
+def random_clusters(cfg, layer: int, xp, heads: int, n_tokens: int):
     """The cluster (H, T) of each position, the same in training and decoding."""
     rng = Generator(Philox(key=[cfg.seed_random, layer]))
     drawn = rng.integers(cfg.n_clusters, size=(cfg.seq_len, heads)).T
-    return xp.asarray(drawn)[:, xp.arange(start, start + n_tokens) % cfg.seq_len]
+    return xp.asarray(drawn)[:, xp.arange(n_tokens) % cfg.seq_len]
 
 
 class Members(NamedTuple):
     """The W most recent members of each cluster, those of all B H K clusters in one array.
 
-    The member of rank r, the r-th of its cluster, stands in slot r mod W and again W slots later, so
+    A cluster has 2 W rows. Its r-th member stands in row r mod W and again in row r mod W + W, so
     that wherever the newest is, it and the W - 1 before it are one slice.
     """
 
-    kv: Any        # (B H K 2 W, 2 D) key and value side by side; W no more than the text can fill
-    count: Any     # (B H K,) tokens that each cluster has seen
-    start: Any     # (B, H) where the clusters of each head start
-    age: Any       # (W,) = W - 1 .. 0: ranks that a member is behind the newest
-    hidden: Any    # (W, W): -inf at [r, j] where a member of rank r has none of age[j], else 0
-    rows: Any      # (W, 2 D) of Shaw's tables for the distances -age; zeros without them
+    members: Any   # (B H K 2 W, 2 D + 1) key, value, and 0; -inf where there is no member yet
+    next: Any      # (B H K,) the row, of the first W, for the next member of each cluster
+    after: Any     # (B H K 2 W,) the row after each, the first of the cluster after its W-th
+    window: Any    # (W,) = 1 .. W, from a row of the first W to the slice that ends with its twin
+    rows: Any      # (W, 2 D + 1) of Shaw's tables for the distances 1 - W .. 0; zeros without them
+    start: Any     # (B, H) number of each head's first cluster
     guide: Any     # (H, K, D) centroids of length 1; random heads: (H, T) the cluster by position
 
 
@@ -281,10 +281,11 @@ def random_store(cfg, heads, batch, capacity, xp, dtype):
 
 
 def _members(cfg, heads, batch, capacity, xp, dtype, guide):
-    n, w, d = batch * heads * cfg.n_clusters, min(cfg.window, capacity), cfg.head_width
-    return Members(xp.zeros((2 * n * w, 2 * d), dtype), xp.zeros((n,), xp.int64),
-                   xp.zeros((batch, heads), xp.int64), xp.zeros((w,), xp.int64),
-                   xp.zeros((w, w), dtype), xp.zeros((w, 2 * d), dtype), guide)
+    n, w = batch * heads * cfg.n_clusters, min(cfg.window, capacity)
+    return Members(xp.zeros((2 * n * w, 2 * cfg.head_width + 1), dtype), xp.zeros((n,), xp.int64),
+                   xp.zeros((2 * n * w,), xp.int64), xp.zeros((w,), xp.int64),
+                   xp.zeros((w, 2 * cfg.head_width + 1), dtype), xp.zeros((batch, heads), xp.int64),
+                   guide)
 
 
 def causal_fill(q, k, v, p, context, store, routed):
@@ -301,25 +302,27 @@ def random_fill(q, k, v, p, context, store, routed):
 
 
 def _fill_members(q, k, v, p, context, store, route):
-    xp, (b, h, t, d) = array_module(q), q.shape
-    n, w = context.cfg.n_clusters, len(store.age)
-    slot = xp.arange(w)
+    xp, (b, h, _, d) = array_module(q), q.shape
+    n, w = context.cfg.n_clusters, len(store.window)
+    slot, first = xp.arange(w), 2 * w * xp.arange(b * h * n)
+    store.window[...] = slot + 1
     store.start[...] = n * xp.arange(b * h).reshape(b, h)
-    store.age[...] = w - 1 - slot
-    store.hidden[...] = xp.where(store.age > slot[:, None], -math.inf, 0)
+    store.after.reshape(-1, 2 * w)[:, :w] = first[:, None] + (slot + 1) % w
     rel_k, rel_v = _tables(p, "routing")
     if rel_k is not None:
         store.rows[:, :d], _ = distance_rows(rel_k, 1 - w, 0)
-        store.rows[:, d:], _ = distance_rows(rel_v, 1 - w, 0)
+        store.rows[:, d : 2 * d], _ = distance_rows(rel_v, 1 - w, 0)
 
     count = (route.winner[..., None] == xp.arange(n)).sum(2)         # (B, H, K)
+    store.next[...] = first + count.reshape(-1) % w
     newest = xp.cumsum(count, axis=-1)[..., None] - 1                # in the order by cluster
-    back = (count[..., None] - 1 - slot) % w                         # (B, H, K, W) from it to a slot
+    back = (count[..., None] - 1 - slot) % w                         # (B, H, K, W) ranks behind it
     member = xp.take_along_axis(route.order, xp.maximum(newest - back, 0).reshape(b, h, -1), axis=2)
     kn, _ = normalize(q if k is None else k)
-    kv = gather(xp.concatenate([kn, v], axis=-1), member).reshape(b * h * n, 1, w, 2 * d)
-    store.kv.reshape(b * h * n, 2, w, 2 * d)[...] = kv  # any token where a cluster has too few
-    store.count[...] = count.reshape(-1)
+    kv = gather(xp.concatenate([kn, v], axis=-1), member)            # (B, H, K W, 2 D)
+    twice = store.members.reshape(-1, 2, w, 2 * d + 1)
+    twice[..., : 2 * d] = kv.reshape(-1, 1, w, 2 * d)
+    twice[..., 2 * d] = xp.where(back < count[..., None], 0, -math.inf).reshape(-1, 1, w)
 
 
 def causal_step(q, k, v, p, context, store, position):
@@ -336,18 +339,15 @@ def random_step(q, k, v, p, context, store, position):
 
 def _join(qn, k, v, store, winner):
     """Join a cluster in the place of its oldest member; attend to all that it has."""
-    xp, w, d = array_module(qn), len(store.age), qn.shape[-1]
+    xp, w, d = array_module(qn), len(store.window), qn.shape[-1]
     cluster = store.start + winner                                   # (B, H)
-    rank = store.count[cluster]
-    store.count[cluster] = rank + 1
-    slot = 2 * w * cluster + rank % w
-    newest = slot + w
-    store.kv[slot] = store.kv[newest] = xp.concatenate(
-        [qn if k is None else normalize(k)[0], v], axis=-1)
-    kv = store.kv.take(newest[..., None] - store.age, axis=0)        # (B, H, W, 2 D)
-    kv += store.rows
-    return _attend_one(qn * d ** -0.5, kv[..., :d], kv[..., d:],
-                       hidden=store.hidden[xp.minimum(rank, w - 1)])
+    row = store.next[cluster]
+    store.next[cluster] = store.after[row]
+    store.members[row] = store.members[w:][row] = xp.concatenate(
+        [qn if k is None else normalize(k)[0], v, xp.zeros((*row.shape, 1), v.dtype)], axis=-1)
+    seen = store.members.take(row[..., None] + store.window, axis=0)  # (B, H, W, 2 D + 1)
+    seen += store.rows
+    return _attend_one(qn * d ** -0.5, seen[..., :d], seen[..., d : 2 * d], hidden=seen[..., 2 * d])
 
 
 class Everything(NamedTuple):
@@ -405,7 +405,7 @@ def topk_step(q, k, v, p, context, store, position):
 def _attend_one(q, k, v, rows_k=None, rows_v=None, hidden=None):
     """`attention.attend` for one query: q (..., D), k and v (..., N, D), by age, the newest last.
 
-    rows_k, rows_v (N, D) for the distances 1 - N .. 0; hidden (..., N), -inf at keys not to be seen.
+    rows_k, rows_v (N, D) for the distances 1 - N .. 0; hidden (..., N) is -inf at keys not seen.
     """
     z = (k @ q[..., None])[..., 0]                                   # (..., N)
     if rows_k is not None:

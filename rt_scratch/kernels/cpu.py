@@ -142,20 +142,24 @@ def normalize_backward(dn, cache):
 
 
 def _normalized_few(x):
-    """n, mean, rstd of one token per text, in as few operations as can be."""
-    column = _averages(x.shape[-1], x.dtype)
-    mean = x @ column                                                # (..., 1)
+    """n, mean, rstd in as few operations as can be."""
+    average, epsilon, _ = _few_constants(x.shape[-1], x.dtype)
+    mean = x.dot(average)                                            # (..., 1)
     n = x - mean
-    rstd = (n * n) @ column
-    rstd += EPSILON
-    rstd **= -0.5
+    rstd = (n * n).dot(average)
+    rstd += epsilon
+    np.sqrt(rstd, out=rstd)
+    np.reciprocal(rstd, out=rstd)
     n *= rstd
     return n, mean, rstd
 
 
 @functools.cache
-def _averages(d, dtype):
-    return np.full((d, 1), 1 / d, dtype)
+def _few_constants(d, dtype):
+    """Arrays, since a number costs NumPy as much as an operation on a row."""
+    average = np.full((d, 1), 1 / d, dtype)
+    gelu = [np.array(z, dtype) for z in (GELU_SCALE * GELU_CUBE, GELU_SCALE, 1, 0.5)]
+    return average, np.array(EPSILON, dtype), gelu
 
 
 def _normalized(x):
@@ -211,10 +215,18 @@ def geglu_backward(dy, cache):
 
 def geglu_ffn(x, w_gate, w_value, w_out, dropped=None):
     if few(x) and dropped is None:
-        a, b = x @ w_gate, x @ w_value
-        h = np.empty_like(a)
-        _geglu(a, b, h)
-        return h @ w_out, GatedCache(x, w_gate, w_value, w_out, a, b, dropped)
+        a, b = _few_times(x, w_gate), _few_times(x, w_value)
+        cube, scale, one, half = _few_constants(1, x.dtype)[2]
+        h = a * a
+        h *= cube
+        h += scale
+        h *= a
+        np.tanh(h, out=h)
+        h += one
+        h *= a
+        h *= b
+        h *= half
+        return _few_times(h, w_out), GatedCache(x, w_gate, w_value, w_out, a, b, dropped)
     rows, m = x.reshape(-1, x.shape[-1]), w_gate.shape[1]
     drop = _Drop(dropped, (*x.shape[:-1], m))
     a, b = (np.empty((len(rows), m), x.dtype) for _ in range(2))
@@ -254,6 +266,11 @@ def geglu_ffn_backward(dy, cache):
 
     parallel(piece, tiles(len(rows), ROWS))
     return dx.reshape(x.shape), _product(flat, da), _product(flat, db), _product(h, rows)
+
+
+def _few_times(x, w):
+    """x w, up to three rows one after the other: for a product of matrices BLAS first copies w."""
+    return (x[..., None, :] @ w)[..., 0, :] if x.shape[-1] < x.size < 4 * x.shape[-1] else x.dot(w)
 
 
 def _geglu(a, b, out):
