@@ -84,7 +84,7 @@ def _product(x, y):
 # ---------------------------------------------------------------------------------- LayerNorm
 
 def layer_norm(x, gain, bias):
-    if few(x):
+    if _few(x):
         y, mean, rstd = _normalized_few(x)
         y *= gain
         y += bias
@@ -120,7 +120,7 @@ def layer_norm_backward(dy, cache):
 
 
 def normalize(x):
-    if few(x):
+    if _few(x):
         y, mean, rstd = _normalized_few(x)
         return y, NormalizeCache(x, mean, rstd)
     y, mean, rstd = _normalized(x)
@@ -214,7 +214,7 @@ def geglu_backward(dy, cache):
 
 
 def geglu_ffn(x, w_gate, w_value, w_out, dropped=None):
-    if few(x) and dropped is None:
+    if _few(x) and dropped is None:
         a, b = _few_times(x, w_gate), _few_times(x, w_value)
         cube, scale, one, half = _few_constants(1, x.dtype)[2]
         h = a * a
@@ -925,14 +925,14 @@ def _wide(matrix):
     return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
 
 
-def few(x) -> bool:
+def _few(x) -> bool:
     """True for arrays so small that cutting them costs more than it gains: a token per text."""
     return x.size < PIECE // 8
 
 
 def worthwhile(*args) -> bool:
     """False for arrays so small that the plain functions are quicker."""
-    return not few(first_array(args))
+    return not _few(first_array(args))
 
 
 TWINS = {f"{module}.{f.__name__}": f for module, functions in {
