@@ -16,8 +16,11 @@ EXACT = dict(rtol=0, atol=1e-10)
 
 @given(configs(routings=("causal", "random"), dropout=False), seeds, st.sampled_from([0, 1, 5]))
 def test_decoding_is_the_forward_pass(cfg, seed, prompt):
-    """After prompts of several lengths; batch 2."""
-    check_decoding(setup(cfg, seed), prompt)
+    """After prompts of several lengths; batch 2; centroids of several lengths."""
+    m, rng = setup(cfg, seed), np.random.default_rng(seed)
+    for i, c in m.centroids.items():
+        m.centroids[i] = c._replace(mu=c.mu * rng.uniform(0.2, 5, (*c.mu.shape[:2], 1)))
+    check_decoding(m, prompt)
 
 
 @given(configs(routings=("topk",), dropout=False), seeds, st.sampled_from([0, 1, 5]))
