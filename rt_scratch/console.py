@@ -41,6 +41,7 @@ def script(main) -> None:
             setattr(sys, name, open(os.devnull, "w"))
         elif hasattr(stream, "reconfigure"):  # those of a notebook have none
             stream.reconfigure(errors="replace")
+    sys.unraisablehook = _unraisable
     try:
         with answered(signal.default_int_handler), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # a loss that overflows is said so
@@ -130,6 +131,12 @@ def _put(name, text, end="\n"):
             setattr(sys, name, None)
         return error
     return None
+
+
+def _unraisable(error):
+    """As Python does, but not a word on Ctrl-C while it leaves."""
+    if not issubclass(error.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(error)
 
 
 def _end(code, line):
