@@ -22,8 +22,8 @@ _most = 1 << 16  # see `limit`
 def parallel(function, items) -> list:
     """[function(item) for item in items], side by side; one after another inside such a call.
 
-    When one of them fails, or Ctrl-C is pressed, the others end at their next call of `parallel`:
-    a process that exits waits for its threads.
+    After Ctrl-C those that run end at their next call of `parallel`: a process that exits waits for
+    its threads.
     """
     items = list(items)
     if len(items) < 2 or busy():

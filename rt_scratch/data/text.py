@@ -110,8 +110,9 @@ def _load_several(given):
     names = sorted((p.relative_to(folder).as_posix() for p in found.values()),
                    key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
     k = max(1, len(names) // 20)
-    parts = {"train": names[2 * k :], "valid": names[:k], "test": names[k : 2 * k]}
-    return whole_files(folder.resolve().name or "text", folder, {s: sorted(p) for s, p in parts.items()},
+    parts = {"train": sorted(names[2 * k :]), "valid": sorted(names[:k]),
+             "test": sorted(names[k : 2 * k])}
+    return whole_files(folder.resolve().name or "text", folder, parts,
                        "a folder" if len(given) == 1 else "several texts")
 
 

@@ -100,6 +100,24 @@ def test_ctrl_c_during_imports(script, module):
     assert (result.returncode, result.stderr) == (1, "interrupted\n")
 
 
+LATE = """
+import os, signal, threading, time
+from rt_scratch.console import script
+
+def late():
+    threading.main_thread().join(0.3)  # it waits for this thread then, with nothing left to do
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.3)
+
+script(lambda: threading.Thread(target=late).start())
+"""
+
+
+def test_ctrl_c_at_the_very_end():
+    result = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_in_a_thread(text, tmp_path):
     """Where Python takes no handlers, none are set, and the run goes through."""
     raised = []

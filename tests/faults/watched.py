@@ -111,6 +111,12 @@ def serve():
     import train
     from rt_scratch.data import __main__ as encode
     scripts = {"train.py": train, "sample.py": sample, "data": encode}
+
+    def run(main, arguments):
+        mark(now, to[0], "between")
+        main(arguments)
+        mark(now, to[0], "leaving")
+
     print("ready", flush=True)
     for line in sys.stdin:
         folder, script, arguments = json.loads(line)
@@ -122,8 +128,7 @@ def serve():
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             code = 0
             try:
-                console.script(lambda: (mark(now, to[0], "between"), scripts[script].main(
-                    arguments), mark(now, to[0], "leaving")))
+                console.script(functools.partial(run, scripts[script].main, arguments))
             except SystemExit as end:
                 code = end.code
             os._exit(code)
