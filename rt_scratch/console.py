@@ -41,11 +41,21 @@ def script(main) -> None:
             setattr(sys, name, open(os.devnull, "w"))
         elif hasattr(stream, "reconfigure"):  # those of a notebook have none
             stream.reconfigure(errors="replace")
-    sys.unraisablehook = _unraisable
+    sys.unraisablehook, asked = _unraisable, []
+
+    def interrupt(number, frame):
+        asked.append(number)
+        raise KeyboardInterrupt
+
     try:
-        with answered(signal.default_int_handler), warnings.catch_warnings():
+        with answered(interrupt), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # a loss that overflows is said so
-            main()
+            try:
+                main()
+            except Exception:
+                if asked:  # code that was cleaning up failed in its turn
+                    raise KeyboardInterrupt from None
+                raise
         print(end="", flush=True)
     except UserError as error:
         _end(2, f"error: {error}")

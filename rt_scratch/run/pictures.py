@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,8 @@ def read_picture(path: Path, size: int):
     if not path.is_file():  # a pipe would keep us waiting
         raise UserError(f"{path}: no such file, or none that can be read twice")
     try:
-        with Image.open(path) as picture:
+        with warnings.catch_warnings(), Image.open(path) as picture:
+            warnings.simplefilter("ignore")  # of what is damaged Pillow says much
             return np.asarray(Image.fromarray(colours(picture)).resize((size, size)))
     except Exception as error:  # a damaged file raises nearly anything
         raise UserError(f"{path}: not an image that Pillow reads ({error})") from None

@@ -28,7 +28,8 @@ POLITE = ["SIGTERM", "SIGINT", "SIGHUP"]
 def test_killed_at_any_time(text, tmp_path, request, capsys):
     """After any signals the finished run has every array, log line and score of an unbroken one;
     after a polite one not a step is lost."""
-    kills, random_ = request.config.getoption("--kills"), random.Random(1)
+    kills = request.config.getoption("--kills")
+    random_ = random.Random(kills)
     whole, out, ended, hit, runs = tmp_path / "whole", tmp_path / "run", Counter(), Counter(), 1
     train.main([str(text), "--out", str(whole), *FLAGS])
     expected = [{c: row[c] for c in EXACT} for row in read_log(whole)]

@@ -100,6 +100,23 @@ def test_ctrl_c_during_imports(script, module):
     assert (result.returncode, result.stderr) == (1, "interrupted\n")
 
 
+@pytest.mark.parametrize("error", [AttributeError, RuntimeError, OSError])
+def test_ctrl_c_that_becomes_another_error(error, capsys):
+    """As in a `finally` that the interrupted code had not prepared yet."""
+    def work():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        finally:
+            raise error("no such attribute")
+
+    with pytest.raises(SystemExit) as ended:
+        console.script(work)
+    assert ended.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+    with pytest.raises(AttributeError):
+        console.script(lambda: 1 .missing)
+
+
 LATE = """
 import os, signal, threading, time
 from rt_scratch.console import script
