@@ -394,7 +394,7 @@ def test_damaged_zip(copied, vocabulary, tmp_path):
     path = zipped(copied)
     content = path.read_bytes()
     for wrong, message in ((content[:-100], "not a zip"),
-                           (content[:3000] + b"??" + content[3002:], "damaged, cut short")):
+                           (content[:3000] + b"??" + content[3002:], "damaged or cut short")):
         path.write_bytes(wrong)
         with pytest.raises(UserError, match=message):
             released.write_run(path, vocabulary, tmp_path / "runs" / "out")

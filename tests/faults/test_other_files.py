@@ -85,12 +85,14 @@ def test_vocabulary_of_the_released_model(tmp_path, request, capsys):
 
 
 @pytest.mark.parametrize("name", ["ckpt-3530000.index", "ckpt-3530000.data-00000-of-00001",
-                                  "hparams.json", "checkpoint"])
+                                  "hparams.json", "checkpoint", "copy.zip"])
 def test_released_checkpoint(tmp_path, request, capsys, name):
     """What is converted in spite of the damage is what was there, but for the hyperparameters."""
     pytest.importorskip("tensorflow")
     folder, vocabulary = tmp_path / "copy", tmp_path / "v.subwords"
     shutil.copytree(GOLDEN / "E1_checkpoint", folder)
+    shutil.make_archive(tmp_path / "copy", "zip", folder)
+    given = tmp_path / name if name == "copy.zip" else folder
     letters = [*"\\_u;0123456789", *map(chr, range(0x4e00, 0x4e00 + 64))]
     vocabulary.write_text("".join(f"'{s}'\n" for s in ["<pad>_", "<EOS>_", *letters]), "utf-8")
     released.write_run(folder, vocabulary, tmp_path / "right")
@@ -98,9 +100,9 @@ def test_released_checkpoint(tmp_path, request, capsys, name):
 
     def use():
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        released.write_run(folder, vocabulary, tmp_path / "out")
+        released.write_run(given, vocabulary, tmp_path / "out")
         if name != "hparams.json":
             got = checkpoint.load(tmp_path / "out" / "last.npz")[0]["params"]
             np.testing.assert_array_equal(got, right)
 
-    damaged(request, capsys, folder / name, use)
+    damaged(request, capsys, given if name == "copy.zip" else folder / name, use)
