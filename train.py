@@ -1,7 +1,7 @@
 """Train a Routing Transformer.
 
     python train.py                          the bytes of Python's standard library, in minutes
-    python train.py FILE.txt                 any text file, or several, or a folder of them
+    python train.py FILE.txt                 any text file, several, or a folder of them
     python train.py enwik8 --preset small    a dataset of the paper, see --help
     python train.py --resume                 continue the newest run exactly where it stopped
     python train.py enwik8 --out RUN --evaluate test
@@ -168,7 +168,8 @@ def parse(argv=None):
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("dataset", nargs="*",
-        help=f"{', '.join(DATASETS)}, or text files and folders of them (default: stdlib)")
+        help=f"{', '.join(DATASETS)}, or text: a file, or several and folders of them, of which "
+             "whole files are held out (default: stdlib)")
     add("--preset", help="small (default), released, paper: see presets.py")
     add("--data-dir", help="folder with the dataset's official files")
     add("--download", action="store_true", help="get the dataset first")
