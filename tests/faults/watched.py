@@ -53,7 +53,8 @@ class Watched:
         """Send it; what the script was doing then."""
         doing = self.doing()
         if doing != "leaving":
-            os.kill(self.process, getattr(signal, name))  # a zombie at the latest: nobody else
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(self.process, getattr(signal, name))
         return doing
 
     def end(self):
