@@ -85,7 +85,7 @@ def outline(name: str, vocab_size: int = 0) -> Dataset:
                    image_shape=(size, size, 3) if size else None)
 
 
-def present(name: str | Sequence[str], data_dir: str | Path | None = None) -> bool:
+def present(name: str | tuple[str, ...], data_dir: str | Path | None = None) -> bool:
     """False if `name` needs files and there is no folder for them."""
     return (name not in DATASETS or not DATASETS[name].needs_files
             or _folder(name, data_dir).is_dir())
