@@ -20,6 +20,13 @@ def test_decoding_is_the_forward_pass(cfg, seed, prompt):
     check_decoding(setup(cfg, seed), prompt)
 
 
+def test_centroids_of_several_lengths():
+    m = setup(SMALL)
+    for i, c in m.centroids.items():
+        m.centroids[i] = c._replace(mu=c.mu * np.array([0.2, 1, 5])[:, None])
+    check_decoding(m, 5)
+
+
 @given(configs(routings=("topk",), dropout=False), seeds, st.sampled_from([0, 1, 5]))
 def test_topk_decodes_by_the_prefix(cfg, seed, prompt):
     """With one layer a token's output is that of the forward pass over the prefix alone.
@@ -38,12 +45,13 @@ def test_topk_decodes_by_the_prefix(cfg, seed, prompt):
             logits = decode.step(m.params, m.centroids, cfg, memory, m.ids[:, t])
 
 
-def test_memory_does_not_grow_with_the_text():
-    """causal and local heads keep rings: the same arrays for a short and for a long text."""
-    m = setup(SMALL)
+@pytest.mark.parametrize("routing", ["causal", "random"])
+def test_memory_does_not_grow_with_the_text(routing):
+    """Such heads and local ones keep as much of a short text as of a long one."""
+    m = setup(dataclasses.replace(SMALL, routing=routing))
     sizes = []
     for capacity in (100, 100_000):
-        memory = decode.Memory(m.params, SMALL, 1, capacity)
+        memory = decode.Memory(m.params, m.cfg, 1, capacity)
         sizes.append(sum(a.size for layer in memory.stores for store in layer for a in store))
     assert sizes[0] == sizes[1]
 
