@@ -250,22 +250,23 @@ def draw(panels, path):
     for axis, (level, width, found) in zip(axes.flat, panels, strict=False):
         for contender, points in found.items():
             t, us, _ = zip(*points, strict=True)
-            axis.loglog(t, us, "o-" if contender.startswith("ours") else "s--",
-                        color=colours[contender], label=contender, markersize=4)
             meets = meeting(found, contender)
+            label = contender if meets is None else f"{contender}: faster from T = {meets:,.0f}"
+            axis.loglog(t, us, "o-" if contender.startswith("ours") else "s--",
+                        color=colours[contender], label=label, markersize=4)
             if meets and meets > t[0]:
                 at = np.exp(np.interp(np.log(meets), np.log(t), np.log(us)))
                 axis.plot(meets, at, "*", color=colours[contender], markersize=13,
                           markeredgecolor="black", zorder=3)
-                axis.annotate(f"{meets:,.0f}", (meets, at), fontsize=8, xytext=(4, -11),
-                              textcoords="offset points")
         title = "one attention layer" if level == "layer" else "training step, whole model"
         lengths = sorted({t for points in found.values() for t, *_ in points})
         axis.set(title=f"{title}, C = {width}", xlabel="T, tokens of a window", xticks=lengths,
-                 xticklabels=[f"{t:,}" for t in lengths])
+                 xticklabels=[f"{t:,}" for t in lengths],
+                 ylabel="forward + backward, microseconds per token")
+        axis.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:,g}")
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("forward + backward, microseconds per token")
-    axes[0, 0].legend(fontsize=8)
+        axis.legend(fontsize=8)
     figure.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(figure)
