@@ -535,6 +535,28 @@ def test_optimizer(twins, name, decay):
             assert_close(got_state[key], true_state[key], working_state[key])
 
 
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_optimizers_read_rate_and_step(twins, name):
+    """Arrays, not numbers: what they hold when the kernels run counts."""
+    (flat, table), lr, step = flat_buffer(), np.zeros((), np.float32), np.zeros((), np.uint32)
+    by_array, by_number = flat.copy(), flat.copy()
+    states = [optim.OPTIMIZERS[name].init(flat, table) for _ in range(2)]
+    update = getattr(twins, f"{name}_update")
+    for lr[...], step[...] in ((0.01, 0), (0.02, 7)):
+        grads = normal(flat.size, seed=int(step) + 1)
+        update(by_array, grads, states[0], table, lr, step, weight_decay=0.1)
+        update(by_number, grads, states[1], table, float(lr), int(step), weight_decay=0.1)
+        assert np.array_equal(by_array, by_number) and (by_array != flat).any()
+
+
+@pytest.mark.parametrize("size", [1, 1023, 70001])
+def test_global_norm(twins, size):
+    x = normal(size)
+    assert_close(twins.global_norm(x), np.linalg.norm(x.astype(np.float64)))
+    x[size // 2] = np.nan
+    assert np.isnan(twins.global_norm(x))
+
+
 def test_adamw_of_a_long_leaf(twins):
     table = [Leaf("w", (150001,), 0, 150001)]
     w = normal(150001)
@@ -764,7 +786,7 @@ def sanitized(file, without=None):
 
 
 @HAVE_COMPILER
-@pytest.mark.parametrize("file", ["top_members.cu", "rows.cu", "by_cluster.cu"])
+@pytest.mark.parametrize("file", ["top_members.cu", "rows.cu", "by_cluster.cu", "optim.cu"])
 def test_no_race(file):
     code, text = sanitized(file)
     assert code == 0, text[-3000:]

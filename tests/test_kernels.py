@@ -98,6 +98,7 @@ CASES = FORWARD | {f"{name}_backward": cached(plain(name), FORWARD[name]) for na
     "routing.gather": lambda rng: (*draw(rng, (B, H, T, D)), members(rng)),
     "routing.scatter_sum": lambda rng: (*draw(rng, (B, H, K, W, D)), members(rng), T),
     "routing.scatter_mean": lambda rng: (*draw(rng, (B, H, K, W, D)), members(rng), T),
+    "optim.global_norm": lambda rng: draw(rng, (3 * T,)),
     "optim.adamw_update": buffer(optim.adamw_init),
     "optim.muon_update": buffer(optim.muon_init),
     "optim.adafactor_update": buffer(optim.adafactor_init),

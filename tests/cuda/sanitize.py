@@ -44,6 +44,8 @@ def exercise(file):
         launch.launch("cluster_starts", (1,), (256,), counts, 600)
     elif file == "rows.cu":
         cuda.scatter_sum(numbers(1, 1, 3, 8, 70), np.arange(24).reshape(1, 1, 3, 8), 30)
+    elif file == "optim.cu":
+        cuda.global_norm(numbers(5000))
     elif file == "kmeans.cu":
         cuda.cluster_statistics(numbers(1, 1, 40, 70), np.arange(40).reshape(1, 1, 40) % 7, 7)
     else:
