@@ -11,11 +11,11 @@ tree of gradients; they alone write `+=` into it, and return the gradient of the
 from __future__ import annotations
 
 from collections import namedtuple
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rt_scratch.config import ModelConfig
 from rt_scratch.dispatch import array_module
-from rt_scratch.dropout import Dropped, dropout, dropout_backward, dropout_mask
+from rt_scratch.dropout import Dropped, dropout, dropout_backward
 from rt_scratch.heads import Context, parts
 from rt_scratch.layers import (
     FEED_FORWARDS,
@@ -44,7 +44,7 @@ class Noise(NamedTuple):
     """What dropout masks depend on, apart from where in the model they are."""
 
     seed: int
-    step: int
+    step: Any       # int, or a 0-d uint32 array on a GPU
     first: int = 0  # position of the first window among those of the whole step
 
 
@@ -70,8 +70,9 @@ def forward(params, centroids, cfg: ModelConfig, ids, labels=None, noise=None, f
     """
     shifted = shift_right(ids)
     if noise and cfg.target_dropout:
-        mask = _dropped(cfg.target_dropout, noise, "target")
-        shifted = shifted * (dropout_mask(array_module(ids), ids.shape, mask, "float32") > 0)
+        kept, _ = dropout(array_module(ids).ones(ids.shape, "float32"),
+                          _dropped(cfg.target_dropout, noise, "target"))
+        shifted = shifted * (kept > 0)
     x, cache_embed = embed(params, cfg, shifted, 0, labels, noise)
     x, dropped = dropout(x, _dropped(cfg.residual_dropout, noise, "input"))
     caches, memberships, routes, commitment = [], {}, {}, 0

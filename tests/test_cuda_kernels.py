@@ -259,6 +259,22 @@ def test_dropout_draws_philox(twins, rate, first, dtype):
     assert cache == (rate, key, first)
 
 
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_reads_the_step(twins, rate):
+    """Not a number but an array: what it holds when the kernel runs counts, in attention too."""
+    x, q = np.ones((3, 41), np.float32), normal(2, 5, 8)
+    step, masks = np.full((), 3, np.uint32), []
+    for later in (3, 4):
+        step[...] = later
+        pairs = [(twins.dropout(x, Dropped(rate, (1, 2, number)))[0],
+                  twins.attend(q, q, q, None, None, np.ones((5, 5), bool), 1.0,
+                               Dropped(rate, (1, 2, number)))[0]) for number in (step, later)]
+        for got, want in zip(*pairs, strict=True):
+            assert np.array_equal(got, want)
+        masks.append(pairs[0])
+    assert all((a != b).any() for a, b in zip(*masks, strict=True))
+
+
 def test_no_dropout(twins):
     x = normal(3)
     for dropped in (None, Dropped(0.0, (1, 2, 3))):

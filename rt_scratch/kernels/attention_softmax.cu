@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(256, 4) attention_softmax(
     const float* s_bqn, const float* r_bqd, const bool* mask_mqn, const int* segment_bt, T* p_bqn,
     T* u_bqd, float* lse_bq, long long first_row, long long rows, int queries, int keys,
     int distances, int mask_blocks, int blocks, int tokens, int offset, int window, float scale,
-    unsigned threshold, unsigned seed_low, unsigned seed_high, unsigned stream, unsigned step,
-    long long first_entry) {
+    unsigned threshold, unsigned seed_low, unsigned seed_high, unsigned stream,
+    const unsigned* step_1, long long first_entry) {
   long long at = (long long)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
   int lane = threadIdx.x % 32;
   if (at >= rows) return;
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(256, 4) attention_softmax(
   Sight sight = {mask_mqn, segment_bt, queries, keys, mask_blocks, blocks, tokens, offset, window};
   Logits row = {s_bqn + at * keys, r_bqd ? r_bqd + at * distances : nullptr, b, i, first,
                 distances, scale};
-  Drop drop = {threshold, seed_low, seed_high, stream, step, (u64)first_entry};
+  Drop drop = drop_of(threshold, seed_low, seed_high, stream, step_1, first_entry);
   u64 entry = drop.first + (u64)whole * keys;  // of the row, for dropout
 
   float top = LOWEST;
@@ -115,8 +115,8 @@ __global__ void __launch_bounds__(256, 4) attention_softmax_backward(
     const float* lse_bq, const float* dp_bqn, const float* dr_bqd, T* p_bqn, T* u_bqd, T* dz_bqn,
     T* du_bqd, long long first_row, long long rows, int queries, int keys, int distances,
     int mask_blocks, int blocks, int tokens, int offset, int window, float scale,
-    unsigned threshold, unsigned seed_low, unsigned seed_high, unsigned stream, unsigned step,
-    long long first_entry) {
+    unsigned threshold, unsigned seed_low, unsigned seed_high, unsigned stream,
+    const unsigned* step_1, long long first_entry) {
   long long at = (long long)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
   int lane = threadIdx.x % 32;
   if (at >= rows) return;
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(256, 4) attention_softmax_backward(
   Sight sight = {mask_mqn, segment_bt, queries, keys, mask_blocks, blocks, tokens, offset, window};
   Logits row = {s_bqn + at * keys, r_bqd ? r_bqd + at * distances : nullptr, b, i, first,
                 distances, scale};
-  Drop drop = {threshold, seed_low, seed_high, stream, step, (u64)first_entry};
+  Drop drop = drop_of(threshold, seed_low, seed_high, stream, step_1, first_entry);
   u64 entry = drop.first + (u64)whole * keys;  // of the row, for dropout
   float lse = lse_bq[whole], kept_factor = kept_scale(drop), dot = 0;
   int lead = entry % 8;

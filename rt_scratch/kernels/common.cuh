@@ -70,6 +70,13 @@ __device__ inline float warp_max(float x) {
 // bits, stream, step): dropout.dropout_mask draws the same numbers.
 struct Drop { unsigned threshold, seed_low, seed_high, stream, step; u64 first; };
 
+// The step is read from the device, so that a graph of kernels draws new numbers each time it runs;
+// null where nothing is dropped.
+__device__ inline Drop drop_of(unsigned threshold, unsigned seed_low, unsigned seed_high,
+                               unsigned stream, const unsigned* step_1, long long first) {
+  return {threshold, seed_low, seed_high, stream, step_1 ? *step_1 : 0, (u64)first};
+}
+
 __device__ inline unsigned kept(u64 octet, Drop drop) {
   if (drop.threshold == 0) return 0xff;
   unsigned c0 = (unsigned)octet, c1 = (unsigned)(octet >> 32), c2 = drop.stream, c3 = drop.step;

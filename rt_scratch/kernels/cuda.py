@@ -199,18 +199,31 @@ def dropout(x, dropped):
     x = _contiguous(x)
     y = array_module(x).empty_like(x)
     launch("dropout", (_blocks(x.size, 8 * THREADS),), (THREADS,), x, y, x.size,
-           *_drop(dropped, x.shape))
+           *_drop(dropped, x.shape, array_module(x)))
     return y, dropped
 
 
-def _drop(dropped, shape):
+def _drop(dropped, shape, xp):
     """The kernels' form of a Dropped, for an array of this shape; None draws nothing."""
     if not dropped:
-        return (0,) * 6
+        return 0, 0, 0, 0, None, 0
     seed, stream, step = dropped.key
     low = 0xFFFFFFFF
-    return (round(dropped.rate * 65536), seed & low, (seed >> 32) & low, stream & low, step & low,
-            first_entry(dropped, shape))
+    return (round(dropped.rate * 65536), seed & low, (seed >> 32) & low, stream & low,
+            _number(xp, step, "uint32"), first_entry(dropped, shape))
+
+
+def _number(xp, value, dtype):
+    """What changes from step to step as a 0-d array that a kernel reads; an array as it is.
+
+    A CUDA graph repeats every argument that was passed by value.
+    """
+    return value if hasattr(value, "dtype") else _kept_number(xp, value, dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def _kept_number(xp, value, dtype):
+    return xp.full((), value, dtype)
 
 
 # -------------------------------------------------------------------- output layer and loss
@@ -292,7 +305,7 @@ def attend(q, k, v, rel_k, rel_v, mask, scale, dropped=None):
     o = xp.empty((*queries.shape[:2], v.shape[-1]), q.dtype)
     lse = xp.empty((*q.shape[:-1], 1), xp.float32)
     rule = _rule(mask, lead, n_queries, n_keys, xp)
-    drop = _drop(dropped, (*lead, n_queries, n_keys))
+    drop = _drop(dropped, (*lead, n_queries, n_keys), xp)
     for part in _chunks(queries.shape[0], n_queries * n_keys):
         s, r = _products(queries[part], keys[part], by_key)
         p, u = _like(s, q.dtype), _like(r, q.dtype)
@@ -316,7 +329,7 @@ def attend_backward(do, cache):
     if by_key is not None:
         drel_k, drel_v = xp.zeros(by_key.shape, xp.float32), xp.zeros(by_value.shape, xp.float32)
     rule = _rule(mask, q.shape[:-2], n_queries, n_keys, xp)
-    drop = _drop(dropped, (*q.shape[:-2], n_queries, n_keys))
+    drop = _drop(dropped, (*q.shape[:-2], n_queries, n_keys), xp)
     for part in _chunks(queries.shape[0], n_queries * n_keys):
         s, r = _products(queries[part], keys[part], by_key)
         dp, dr = _products(do[part], values[part], by_value)

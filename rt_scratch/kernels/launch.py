@@ -16,7 +16,7 @@ import numpy as np
 FOLDER = Path(__file__).parent
 OPTIONS = ("-std=c++17",)  # of the compiler
 DTYPE = {"float": "float32", "__half": "float16", "__nv_bfloat16": "bfloat16", "int": "int32",
-         "long long": "int64", "bool": "bool"}
+         "unsigned": "uint32", "long long": "int64", "bool": "bool"}
 SCALAR = {"int": np.int32, "unsigned": np.uint32, "long long": np.int64, "float": np.float32}
 # The types that stand for a template parameter: activations, and words of a row that is only moved.
 INSTANCES = {"T": ("float", "__half", "__nv_bfloat16"),
