@@ -23,18 +23,20 @@ class Centroids(NamedTuple):
     total: Any     # (H, K, D) moving average of their sum
 
 
+@accelerated
 def nearest(x, mu, equal_length: bool = False):
-    """Winner of each token: argmax_k x . mu_k, the lowest index on ties.
+    """Winner of each token: argmax_k x . mu_k, the lowest index on ties; and all the products.
 
-    x (B, H, T, D), mu (H, K, D) -> integers (B, H, T). With `equal_length` the centroids are scaled
-    to length 1 first (`causal` heads): a long centroid would otherwise win more tokens than its
-    direction deserves. docs/derivations.md (47).
+    x (B, H, T, D), mu (H, K, D) -> integers (B, H, T), products (B, H, K, T). With `equal_length`
+    the centroids are scaled to length 1 first (`causal` heads): a long centroid would otherwise win
+    more tokens than its direction deserves. docs/derivations.md (47).
     """
     xp = array_module(x)
     if equal_length:
         tiny = xp.finfo(mu.dtype).tiny
         mu = mu / xp.sqrt(xp.maximum((mu * mu).sum(-1, keepdims=True), tiny))
-    return (x.astype(mu.dtype, copy=False) @ mu.swapaxes(-1, -2)).argmax(-1)
+    products = x.astype(mu.dtype, copy=False) @ mu.swapaxes(-1, -2)  # (B, H, T, K)
+    return products.argmax(-1), products.swapaxes(-1, -2)
 
 
 @accelerated
@@ -67,6 +69,7 @@ def update_centroids(state: Centroids, counts, sums, decay: float) -> Centroids:
 CommitmentCache = namedtuple("CommitmentCache", "apart")
 
 
+@accelerated
 def commitment(x, mu, winner):
     """loss = mean over all entries of (x - mu[winner])^2: keeps tokens near their centroid.
 
@@ -79,6 +82,10 @@ def commitment(x, mu, winner):
     return (apart * apart).mean(), CommitmentCache(apart)
 
 
-def commitment_backward(dloss, cache):
-    """dx = 2 dloss (x - mu[winner]) / size. docs/derivations.md (48)."""
-    return cache.apart * (2 * dloss / cache.apart.size)
+@accelerated
+def commitment_backward(dloss, cache, dx):
+    """dx += 2 dloss (x - mu[winner]) / size; dx is what attention sent back to x.
+
+    docs/derivations.md (48).
+    """
+    dx += (cache.apart * (2 * dloss / cache.apart.size)).astype(dx.dtype, copy=False)
