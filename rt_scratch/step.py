@@ -28,7 +28,7 @@ from rt_scratch.optim import (
     learning_rate,
 )
 from rt_scratch.parallel import SINGLE, World
-from rt_scratch.parameters import init_centroids, init_parameters, views
+from rt_scratch.parameters import compute_copy, init_centroids, init_parameters, views
 from rt_scratch.routing import Membership
 from rt_scratch.threads import parallel
 
@@ -138,14 +138,14 @@ def gradients(state: State, grads, parts: list[Part], model: ModelConfig, train:
 
     Every target weighs the same whatever part it is in, and a window draws the same dropout, so
     cutting a batch differently, between processes too, changes nothing but rounding. The network
-    computes in `dtype` (default: that of the parameters), on a rounded copy of them; `grads` keeps
-    theirs. The backward pass runs on state.scale times the loss. On a CPU train.parts parts run
-    side by side: as many times the activations, and as many gradient buffers.
+    computes in `dtype` (default: that of the parameters), on a copy of them whose matrices are
+    rounded; `grads` keeps theirs. The backward pass runs on state.scale times the loss. On a CPU
+    train.parts parts run side by side: as many times the activations, and as many gradient buffers.
     """
     flat, table, scale = state.flat, state.table, state.scale.value
     xp = array_module(flat)
     together = -(-train.parts // world.size) if xp is np else 1
-    params = views(flat if dtype is None else flat.astype(dtype), table)
+    params = compute_copy(flat, table, dtype)
     n = len(parts)
     spare = {slot: xp.empty_like(grads) for slot in {i % together for i in range(1, n)}}
     grads[...] = 0

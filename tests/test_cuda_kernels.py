@@ -5,6 +5,7 @@ compiled by g++ and cuBLAS written out in NumPy (tests/cuda). Threads take their
 backwards: a kernel that lacks a barrier cannot give the same bits both ways.
 """
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent / "cuda"))
 
 import nvrtc_check  # noqa: E402
 import run_on_cpu  # noqa: E402
-from helpers.models import setup  # noqa: E402
+from helpers.models import SMALL, setup  # noqa: E402
 
 from rt_scratch import (  # noqa: E402
     attention,
@@ -34,7 +35,13 @@ from rt_scratch import step as step_module  # noqa: E402
 from rt_scratch.dropout import Dropped, dropout_mask  # noqa: E402
 from rt_scratch.kernels import cuda, gemm, launch  # noqa: E402
 from rt_scratch.optim import LossScale  # noqa: E402
-from rt_scratch.parameters import init_centroids, init_parameters, views  # noqa: E402
+from rt_scratch.parameters import (  # noqa: E402
+    Place,
+    init_centroids,
+    init_parameters,
+    round_matrices,
+    views,
+)
 
 FILES = sorted({kernel.file for kernel in launch.kernels().values()})
 HAVE_COMPILER = pytest.mark.skipif(run_on_cpu.compiler() is None, reason="g++ is not installed")
@@ -151,6 +158,21 @@ def assert_close(got, truth, working=None, factor=2, dtype=None):
     if working is not None:
         allowed += factor * np.abs(working - truth).max(initial=0)
     assert (error <= allowed).all(), f"error {np.nanmax(error)} above {allowed}"
+
+
+# --------------------------------------------------------------------------------- compute copy
+
+@each_dtype
+def test_round_matrices(twins, dtype):
+    """Rows of any length, one of them over several blocks; what lies between matrices is free."""
+    places = (Place(1, 3, 5, 0, 8), Place(16, 1, 4, 64, 8), Place(20, 2, 300_001, 128, 300_008))
+    flat = normal(600_030)
+    got = twins.round_matrices(flat, places, 128 + 2 * 300_008, dtype)
+    want = round_matrices.reference(flat, places, 128 + 2 * 300_008, dtype)
+    assert got.dtype == dtype
+    for _, rows, _, start, stride in places:
+        inside = slice(start, start + rows * stride)
+        assert np.array_equal(got[inside], want[inside])
 
 
 # ------------------------------------------------------------------------------------ LayerNorm
@@ -471,7 +493,7 @@ def test_segment_sum(twins, size, width, segments, dtype):
     expected = np.zeros((segments, width))
     np.add.at(expected, index, rows.astype(np.float64))
     got = twins.segment_sum(rows, index, segments)
-    assert got.dtype == rows.dtype
+    assert got.dtype == np.float32
     assert_close(got, expected, factor=4, working=expected * (1 + epsilon("float32")))
 
 
@@ -843,3 +865,22 @@ def test_whole_model(on_cpu, monkeypatch, changes, dtype):
     assert abs(own_nats - nats) < tolerance * nats
     assert np.linalg.norm(own - grads) < tolerance * np.linalg.norm(grads)
     assert {"layer_norm", "attention_softmax", "cross_entropy_backward"} <= used
+    assert exact or "round_matrices" in used
+
+
+@each_dtype
+def test_sums_of_gradients_are_not_rounded(on_cpu, monkeypatch, dtype):
+    """Whatever the network computes in, what is summed for the parameters is summed in float32.
+
+    Matrices are products with a float32 result; here the others: LayerNorm, biases, tokens,
+    relative positions. Of rounded sums no entry would change by rounding.
+    """
+    use_twins(monkeypatch)
+    cfg = dataclasses.replace(SMALL, width=24, ffn="relu")
+    m = setup(cfg, dtype="float32")
+    grads = np.empty_like(m.flat)
+    step_module.gradients(m.state(), grads, m.parts(), cfg, config.TrainConfig(), dtype)
+    half = "float16" if np.dtype(dtype) == np.float32 else dtype
+    for leaf in m.table:
+        own = grads[leaf.start : leaf.stop]
+        assert (own != own.astype(half)).mean() > 0.5 * (own != 0).mean() > 0, leaf.name

@@ -18,7 +18,7 @@ from rt_scratch import dispatch, layers, optim, routing
 from rt_scratch.device import select_device
 from rt_scratch.dropout import Dropped
 from rt_scratch.kernels import cpu, cuda
-from rt_scratch.parameters import Leaf
+from rt_scratch.parameters import Leaf, Place
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda"))
 
@@ -90,6 +90,8 @@ FORWARD = {
 }
 CASES = FORWARD | {f"{name}_backward": cached(plain(name), FORWARD[name]) for name in FORWARD} | {
     "layers.segment_sum": lambda rng: (*draw(rng, (T, C)), rng.integers(0, K, T), K),
+    "parameters.round_matrices": lambda rng: (
+        *draw(rng, (200,)), (Place(3, 8, 6, 0, 8), Place(51, 4, 16, 64, 16)), 128, "float32"),
     "dropout.dropout": lambda rng: (*draw(rng, (B, T, C)), DROPPED),
     "kmeans.cluster_statistics": lambda rng: (*draw(rng, (B, H, T, D)), winners(rng), K),
     "routing.top_members": lambda rng: (*draw(rng, (B, H, K, T)), W),
@@ -111,7 +113,7 @@ def exact(tree):
         return tree.astype("float64") if tree.dtype.kind == "f" else tree.copy()
     if isinstance(tree, dict):
         return {key: exact(value) for key, value in tree.items()}
-    if isinstance(tree, tuple) and not isinstance(tree, Leaf):
+    if isinstance(tree, tuple) and not isinstance(tree, Leaf | Place):
         values = map(exact, tree)
         return type(tree)(*values) if hasattr(tree, "_fields") else tuple(values)
     return tree

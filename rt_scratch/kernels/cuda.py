@@ -78,6 +78,22 @@ def supports(*arguments) -> bool:
     return True
 
 
+# ------------------------------------------------------------------------------- compute copy
+
+def round_matrices(flat, places, size, dtype):
+    """Twin of parameters.round_matrices; what lies between two matrices is left as it is."""
+    xp = array_module(flat)
+    rounded = xp.empty(size, dtype)
+    launch("round_matrices", (128, len(places)), (THREADS,), flat, _lines(xp, places), rounded)
+    return rounded
+
+
+@functools.lru_cache(maxsize=4)
+def _lines(xp, places):
+    """(matrices, 5) int64: struct Place of round_matrices.cu."""
+    return xp.asarray(np.array(places, np.int64))
+
+
 # -------------------------------------------------------------------------------------- linear
 
 def linear(x, w, b=None):
@@ -152,14 +168,14 @@ def normalize_backward(dn, cache):
 
 
 def layer_norm_backward(dy, cache):
-    """Twin of layers.layer_norm_backward."""
+    """Twin of layers.layer_norm_backward; gradients of gain and bias stay in float32."""
     x, gain, mean, rstd = cache
     dy = _contiguous(dy)
     dx = _layer_norm_dx(dy, x, _float32(gain), mean, rstd)
     width = x.shape[-1]
     dgain, dbias = _column_sums("layer_norm_backward_columns", (dy, x, mean, rstd),
                                 x.size // width, width, 2, array_module(x))
-    return dx, dgain.astype(gain.dtype, copy=False), dbias.astype(gain.dtype, copy=False)
+    return dx, dgain, dbias
 
 
 def _layer_norm_dx(dy, x, gain, mean, rstd):
@@ -341,9 +357,6 @@ def attend_backward(do, cache):
             matmul(_rows(du), by_key, out=_rows(dq[part]), beta=1)
             matmul(_rows(u).T, _rows(do[part]), out=drel_v, beta=1)
             matmul(_rows(du).T, _rows(queries[part]), out=drel_k, beta=1)
-    if by_key is not None:
-        drel_k = drel_k.astype(rel_k.dtype, copy=False)
-        drel_v = drel_v.astype(rel_v.dtype, copy=False)
     return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape), drel_k, drel_v
 
 
@@ -528,7 +541,7 @@ PIECE = 64  # rows that a block of segment_pieces adds
 
 
 def segment_sum(rows, index, n: int):
-    """Twin of layers.segment_sum: sorts the index, sums runs in a fixed order, in float32."""
+    """Twin of layers.segment_sum: sorts the index, sums runs in a fixed order; float32."""
     xp = array_module(rows)
     size, width = rows.shape
     rows, index = _contiguous(rows), _int32(index)
@@ -542,7 +555,7 @@ def segment_sum(rows, index, n: int):
     launch("segment_pieces", (pieces, columns), (threads,), rows, order, ids, sums, carry, size,
            width, PIECE)
     launch("segment_finish", (n, columns), (threads,), starts, carry, sums, width, PIECE)
-    return sums.astype(rows.dtype, copy=False)
+    return sums
 
 
 def cluster_statistics(x, winner, n_clusters: int):
@@ -678,6 +691,7 @@ TWINS = {f"{module}.{f.__name__}": f for module, functions in {
                layer_norm_backward, geglu, geglu_backward, segment_sum, linear_cross_entropy,
                linear_cross_entropy_backward),
     "dropout": (dropout,),
+    "parameters": (round_matrices,),
     "attention": (attend, attend_backward, local_attention, local_attention_backward),
     "kmeans": (cluster_statistics,),
     "routing": (top_members, by_cluster, inverse, gather, scatter_sum, scatter_mean),
