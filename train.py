@@ -26,7 +26,7 @@ try:
     from rt_scratch.run.folder import RunFolder
     from rt_scratch.run.options import add_fields, check_flags, plan_run
     from rt_scratch.run.pictures import plot_loss
-    from rt_scratch.run.samples import show_sample
+    from rt_scratch.run.samples import show_sample, wanted
     from rt_scratch.step import cut, new_state, train_step
 except KeyboardInterrupt:  # it takes a second
     raise SystemExit("interrupted") from None
@@ -41,7 +41,7 @@ def work(args, world):
     xp, device = select_device(args.device, world)
     plan = world.in_turn(lambda: plan_run(args))
     model, train = plan.model, plan.train
-    _, dtype = select_precision(train.precision, xp)  # of the network; None: of the parameters
+    precision = select_precision(train.precision, xp)
     say(costs.describe(device, plan))
     if args.dry_run:
         return
@@ -54,13 +54,13 @@ def work(args, world):
                      | {"data": plan.dataset.protocol, "state": checksum(state.arrays)})
     world = world.on(xp)
     if args.evaluate:
-        score_split(args, state, plan, world)
+        score_split(args, state, plan, world, precision)
         return
     last = min(args.stop_after or train.steps, train.steps)
     try:
         with RunFolder(plan.folder, plan.config, plan.dataset.codec.file,
                        writes=world.rank == 0) as run:
-            fit(plan, run, state, progress, last, xp, dtype, world)
+            fit(plan, run, state, progress, last, xp, precision, world)
     except MemoryError as error:
         raise UserError(
             f"out of memory at --batch {train.batch} x {model.seq_len} tokens, precision "
@@ -68,7 +68,7 @@ def work(args, world):
             "smaller --batch with --accumulate, or on a GPU --precision bf16") from error
 
 
-def fit(plan, run, state, progress, last, xp, dtype, world):
+def fit(plan, run, state, progress, last, xp, precision, world):
     """The training loop, to step `last`; of several processes the first writes the run folder."""
     folder, dataset, model, train = plan[:4]
     windows, first = train.batch * train.accumulate, state.step
@@ -81,13 +81,13 @@ def fit(plan, run, state, progress, last, xp, dtype, world):
         log.trim_log(run, first, progress.scored)
         if progress.scored < first and due(first):  # what an interrupted run had still to do
             row = log.logged_row(folder, first)
-            progress = score(plan, run, state, progress, row, clock, bar, stop, world)
+            progress = score(plan, run, state, progress, row, clock, bar, stop, world, precision)
         stopping = world.any(stop.asked) and first  # there is nothing to save before a step
         while state.step < last and not stopping:
             ids, labels = training_batch(dataset, model.seq_len, windows, train.seed, state.step,
                                          progress.drawn)
             state, result = train_step(state, grads, cut(ids, labels, model, train, xp, world),
-                                       model, train, dtype, world)
+                                       model, train, precision.dtype, world)
             progress = progress._replace(drawn=progress.drawn + windows)
             done = state.step
             logging = due(done) or done % train.log_every == 0
@@ -105,7 +105,8 @@ def fit(plan, run, state, progress, last, xp, dtype, world):
                     f"state after step {state.step}": checksum(state.arrays)})
                 checkpoint.save_into(run, "last.npz", state, progress, clock.total())
             if due(done) and not stopping:
-                progress = score(plan, run, state, progress, row, clock, bar, stop, world)
+                progress = score(plan, run, state, progress, row, clock, bar, stop, world,
+                                 precision)
                 stopping = world.any(stop.asked)
         if stopping:
             world.barrier()  # nobody speaks of it before it is saved
@@ -118,13 +119,13 @@ def fit(plan, run, state, progress, last, xp, dtype, world):
     say(f"done: {folder}  (sample from it: python sample.py {quote(str(folder))})")
 
 
-def score(plan, run, state, progress, row, clock, bar, stop, world):
+def score(plan, run, state, progress, row, clock, bar, stop, world, precision):
     """Score the validation split after a step that is saved, and show a sample -> Progress."""
     folder, dataset, model, train = plan[:4]
-    valid = None
+    valid, drawing = None, wanted(state.step, progress.scored, model, train)
     with clock.aside(), stop.at_once() if world.size == 1 else contextlib.nullcontext():
         valid = evaluate(state, dataset, model, "valid", train.batch, limit=train.eval_windows,
-                         world=world)
+                         world=world, precision=precision)
     if valid is None:  # interrupted; --resume comes back here
         return progress
     if not math.isfinite(valid.nats):
@@ -141,7 +142,7 @@ def score(plan, run, state, progress, row, clock, bar, stop, world):
         checkpoint.save_into(run, name, state, progress, clock.total())
     if run.writes:
         sample = ""
-        if not stop.asked:
+        if drawing and not stop.asked:
             with harmless("the sample"), clock.aside(), stop.at_once():
                 sample = show_sample(state, dataset, model, train.seed, folder)
         text = f"step {state.step}  {valid.line}\n{log.cluster_line(row)}{sample}"
@@ -149,17 +150,18 @@ def score(plan, run, state, progress, row, clock, bar, stop, world):
     return progress
 
 
-def score_split(args, state, plan, world):
+def score_split(args, state, plan, world, precision):
     """--evaluate: print the score of a split, and with --evaluate-causally that of decoding."""
     limit = args.eval_windows
     if limit is None:
         limit = CAUSAL_WINDOWS if args.evaluate_causally else 0
     say(f"checkpoint: {plan.saved.path}, step {state.step}")
     result = evaluate(state, plan.dataset, plan.model, args.evaluate, plan.train.batch, args.stride,
-                      limit, world)
+                      limit, world, precision)
     say(doubt(result.nats, plan.model) + result.line)
     if args.evaluate_causally:
-        say(evaluate_causally(state, plan.dataset, plan.model, args.evaluate, limit, world).line)
+        say(evaluate_causally(state, plan.dataset, plan.model, args.evaluate, limit, world,
+                              precision).line)
 
 
 def parse(argv=None):

@@ -185,6 +185,8 @@ class TrainConfig:
     eval_every: int = _field(700, "steps between evaluations; 0: only at the end", least=0)
     eval_windows: int = _field(64, "windows per evaluation, evenly spread over the "
                                    "split; 0: the whole split", least=0)
+    sample_every: int = _field(0, "steps between samples, drawn at the next evaluation; 0: text at "
+                                  "each, pictures only at the end of the run", least=0)
     log_every: int = _field(20, "steps between log lines", least=1)
 
     @property

@@ -14,7 +14,7 @@ import math
 from typing import NamedTuple
 
 from rt_scratch.dispatch import array_module
-from rt_scratch.errors import UserError
+from rt_scratch.errors import GPU_PACKAGES, UserError
 
 # Values of cuBLAS's enumerations: cublasOperation_t, cudaDataType_t, cublasComputeType_t.
 AS_IS, TRANSPOSED = 0, 1
@@ -185,8 +185,7 @@ def _cublas(device: int):
     try:
         library = ctypes.CDLL(load_nvidia_dynamic_lib("cublas").abs_path)
     except (RuntimeError, OSError) as error:
-        raise UserError("the cuBLAS library was not found; "
-                        "pip install 'cupy-cuda13x[ctk]'") from error
+        raise UserError(f"the cuBLAS library was not found; {GPU_PACKAGES}") from error
     integer, pointer, long = ctypes.c_int, ctypes.c_void_p, ctypes.c_longlong
     operand = [pointer, integer, integer, long]  # address, type, leading dimension, stride
     library.cublasGemmStridedBatchedEx.argtypes = [
