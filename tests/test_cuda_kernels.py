@@ -511,6 +511,26 @@ def test_cluster_statistics(twins, b, h, tokens, width, clusters, dtype):
                  working=true_sums * (1 + epsilon("float32")))
 
 
+@pytest.mark.parametrize("heads, clusters, width", [(1, 1, 1), (3, 7, 5), (2, 1024, 3)])
+def test_replace_centroids(twins, heads, clusters, width):
+    """Three steps in place; a centroid that wins nothing stays, also where nobody wins."""
+    rng = np.random.default_rng(0)
+    mu, total = normal(heads, clusters, width), normal(heads, clusters, width, seed=1)
+    got = kmeans.Centroids(mu, rng.random((heads, clusters), np.float32), total)
+    truth = kmeans.Centroids(*(x.astype(np.float64) for x in got))
+    working = kmeans.Centroids(*(x.copy() for x in got))
+    for step in range(3):
+        counts = rng.integers(0, 3, (heads, clusters)).astype(np.float32) * (step > 0)
+        sums, stays = normal(heads, clusters, width, seed=step + 2), got.mu[counts == 0].copy()
+        twins.replace_centroids(got, counts, sums, 0.9)
+        assert np.array_equal(got.mu[counts == 0], stays)
+        for state in (truth, working):
+            kmeans.replace_centroids.reference(state, counts.astype(state.mu.dtype),
+                                               sums.astype(state.mu.dtype), 0.9)
+        for own, *others in zip(got, truth, working, strict=True):
+            assert_close(own, *others)
+
+
 # ------------------------------------------------------------------------------------- optimizers
 
 class Leaf(NamedTuple):
@@ -808,7 +828,8 @@ def sanitized(file, without=None):
 
 
 @HAVE_COMPILER
-@pytest.mark.parametrize("file", ["top_members.cu", "rows.cu", "by_cluster.cu", "optim.cu"])
+@pytest.mark.parametrize("file", ["top_members.cu", "rows.cu", "by_cluster.cu", "optim.cu",
+                                  "centroids.cu"])
 def test_no_race(file):
     code, text = sanitized(file)
     assert code == 0, text[-3000:]

@@ -18,6 +18,7 @@ from rt_scratch import dispatch, layers, optim, routing
 from rt_scratch.device import select_device
 from rt_scratch.dropout import Dropped
 from rt_scratch.kernels import cpu, cuda
+from rt_scratch.kmeans import Centroids
 from rt_scratch.parameters import Leaf, Place
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda"))
@@ -94,6 +95,9 @@ CASES = FORWARD | {f"{name}_backward": cached(plain(name), FORWARD[name]) for na
         *draw(rng, (200,)), (Place(3, 8, 6, 0, 8), Place(51, 4, 16, 64, 16)), 128, "float32"),
     "dropout.dropout": lambda rng: (*draw(rng, (B, T, C)), DROPPED),
     "kmeans.cluster_statistics": lambda rng: (*draw(rng, (B, H, T, D)), winners(rng), K),
+    "kmeans.replace_centroids": lambda rng: (
+        Centroids(*draw(rng, (H, K, D)), rng.random((H, K), "float32"), *draw(rng, (H, K, D))),
+        rng.integers(0, 3, (H, K)).astype("float32"), *draw(rng, (H, K, D)), 0.9),
     "routing.top_members": lambda rng: (*draw(rng, (B, H, K, T)), W),
     "routing.by_cluster": lambda rng: (winners(rng),),
     "routing.inverse": lambda rng: (routing.by_cluster.reference(winners(rng)),),

@@ -26,7 +26,7 @@ from rt_scratch.dispatch import array_module
 from rt_scratch.dropout import first_entry
 from rt_scratch.kernels.gemm import matmul
 from rt_scratch.kernels.launch import WORD, launch
-from rt_scratch.kmeans import MAX_CLUSTERS
+from rt_scratch.kmeans import MAX_CLUSTERS, SMOOTHING
 from rt_scratch.layers import (
     EPSILON,
     CrossEntropyCache,
@@ -572,6 +572,13 @@ def cluster_statistics(x, winner, n_clusters: int):
     return _sum_strips(counts), _sum_strips(sums)
 
 
+def replace_centroids(state, counts, sums, decay) -> None:
+    """Twin of kmeans.replace_centroids, one launch per layer."""
+    heads, clusters, width = state.mu.shape
+    launch("replace_centroids", (heads,), (THREADS,), *state, counts, sums, clusters, width,
+           1 - decay, SMOOTHING)
+
+
 # ----------------------------------------------------------------------------------- optimizers
 
 def global_norm(grads):
@@ -693,7 +700,7 @@ TWINS = {f"{module}.{f.__name__}": f for module, functions in {
     "dropout": (dropout,),
     "parameters": (round_matrices,),
     "attention": (attend, attend_backward, local_attention, local_attention_backward),
-    "kmeans": (cluster_statistics,),
+    "kmeans": (cluster_statistics, replace_centroids),
     "routing": (top_members, by_cluster, inverse, gather, scatter_sum, scatter_mean),
     "optim": (global_norm, adamw_update, muon_update, adafactor_update),
 }.items() for f in functions}
