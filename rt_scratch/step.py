@@ -96,17 +96,19 @@ def new_state(model: ModelConfig, train: TrainConfig, xp) -> State:
 
 
 def train_step(state: State, grads, parts: list[Part], model: ModelConfig, train: TrainConfig,
-               dtype=None, world: World = SINGLE):
+               dtype=None, world: World = SINGLE, lr=None):
     """One optimizer step -> (the state after it, Step).
 
     parts: what `cut` makes of the batch, for this process of `world`. Writes into the buffers of
     the state and into `grads`, a buffer like state.flat; makes no check, so that nothing waits for
     a GPU (but with fp16, where a step whose gradient overflows is left out and the loss scale
-    halved).
+    halved). lr: the learning rate, unless the schedule is to say; it and state.step may be arrays
+    of a GPU (graph.py).
     """
     result = gradients(state, grads, parts, model, train, dtype, world)
     norm = clip_by_global_norm(grads, train.clip) if train.clip else global_norm(grads)
-    lr = learning_rate(state.step, train.schedule, train.lr, train.warmup, train.steps)
+    if lr is None:
+        lr = learning_rate(state.step, train.schedule, train.lr, train.warmup, train.steps)
     fp16 = train.precision == "fp16"
     applied = not fp16 or bool(np.isfinite(float(norm)))
     if applied:
