@@ -122,18 +122,6 @@ __global__ void adafactor_columns(const float* w_n, const float* g_n, const long
   }
 }
 
-// Sum of one number per thread of a block of 256, in a fixed order, in every thread.
-__device__ inline float block_sum(float x) {
-  __shared__ float sums[8];
-  x = warp_sum(x);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = 0;
-  for (int i = 0; i < 8; i++) x += sums[i];
-  return x;
-}
-
 // Column moments from the strips; block 0 of each matrix also takes the mean of its row moments.
 __global__ void adafactor_columns_finish(const float* part_zs, const long long* table_mi,
                                          const float* row_s, float* column_s, float* mean_m,
