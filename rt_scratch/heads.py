@@ -265,8 +265,8 @@ def cluster_fill(q, k, v, context, store, routed):
 def causal_step(q, k, v, p, context, store, position):
     """One token of `causal_forward`."""
     qn, _ = normalize(q)
-    winner, _ = nearest(qn[:, :, None], context.mu, equal_length=True)
-    return _cluster_step(qn, k, v, p, context, store, winner[:, :, 0])
+    winner = nearest(qn[:, :, None], context.mu, equal_length=True)[:, :, 0]
+    return _cluster_step(qn, k, v, p, context, store, winner)
 
 
 def random_step(q, k, v, p, context, store, position):

@@ -23,13 +23,21 @@ class Centroids(NamedTuple):
     total: Any     # (H, K, D) moving average of their sum
 
 
-@accelerated
 def nearest(x, mu, equal_length: bool = False):
-    """Winner of each token: argmax_k x . mu_k, the lowest index on ties; and all the products.
+    """Winner of each token: argmax_k x . mu_k, the lowest index on ties.
 
-    x (B, H, T, D), mu (H, K, D) -> integers (B, H, T), products (B, H, K, T). With `equal_length`
-    the centroids are scaled to length 1 first (`causal` heads): a long centroid would otherwise win
-    more tokens than its direction deserves. docs/derivations.md (47).
+    x (B, H, T, D), mu (H, K, D) -> integers (B, H, T). With `equal_length` the centroids are scaled
+    to length 1 first (`causal` heads): a long centroid would otherwise win more tokens than its
+    direction deserves. docs/derivations.md (47).
+    """
+    return compare(x, mu, equal_length)[0]
+
+
+@accelerated
+def compare(x, mu, equal_length: bool = False):
+    """The winners (B, H, T) of `nearest`, and every token's product with every centroid.
+
+    Products (B, H, K, T), in the dtype of mu.
     """
     xp = array_module(x)
     if equal_length:
@@ -89,10 +97,12 @@ def commitment(x, mu, winner):
     return (apart * apart).mean(), CommitmentCache(apart)
 
 
-@accelerated
-def commitment_backward(dloss, cache, dx):
-    """dx += 2 dloss (x - mu[winner]) / size; dx is what attention sent back to x.
+def commitment_backward(dloss, cache):
+    """dx = 2 dloss (x - mu[winner]) / size. docs/derivations.md (48)."""
+    return cache.apart * (2 * dloss / cache.apart.size)
 
-    docs/derivations.md (48).
-    """
-    dx += (cache.apart * (2 * dloss / cache.apart.size)).astype(dx.dtype, copy=False)
+
+@accelerated
+def add_commitment_gradient(dx, dloss, cache):
+    """dx += commitment_backward(dloss, cache), to what attention sent back to x, in place."""
+    dx += commitment_backward(dloss, cache).astype(dx.dtype, copy=False)

@@ -30,9 +30,11 @@ from rt_scratch.attention import (
 )
 from rt_scratch.dispatch import accelerated, array_module
 from rt_scratch.kmeans import (
+    MAX_CLUSTERS,
+    add_commitment_gradient,
     cluster_statistics,
     commitment,
-    commitment_backward,
+    compare,
     nearest,
 )
 from rt_scratch.layers import normalize, normalize_backward, segment_sum
@@ -129,11 +131,11 @@ def routing_attention_backward(do, dloss, cache: RoutingCache):
         do, cache.attention, cache.n_tokens)
     if cache.key is None:  # keys are queries: the loss was counted twice
         if cache.commitment is not None:
-            commitment_backward(2 * dloss, cache.commitment, dqn)
+            add_commitment_gradient(dqn, 2 * dloss, cache.commitment)
         return normalize_backward(dqn, cache.query), None, dv, drel_k, drel_v
     if cache.commitment is not None:
-        commitment_backward(dloss, cache.commitment, dqn)
-        commitment_backward(dloss, cache.key_commitment, dkn)
+        add_commitment_gradient(dqn, dloss, cache.commitment)
+        add_commitment_gradient(dkn, dloss, cache.key_commitment)
     return (normalize_backward(dqn, cache.query), normalize_backward(dkn, cache.key), dv, drel_k,
             drel_v)
 
@@ -143,11 +145,11 @@ def routing_attention_backward(do, dloss, cache: RoutingCache):
 def topk_route(q, k, mu, rule: Rule) -> Route:
     """Each centroid takes the W queries, and the W keys, that score highest with it."""
     window = min(rule.window, q.shape[2])
-    winner, scores = nearest(q, mu)
+    winner, scores = compare(q, mu)
     members = top_members(scores, window)
     if k is q:
         return Route(winner, winner, members=members, key_members=members)
-    key_winner, key_scores = nearest(k, mu)
+    key_winner, key_scores = compare(k, mu)
     return Route(winner, key_winner, members=members, key_members=top_members(key_scores, window))
 
 
@@ -215,8 +217,8 @@ def topk_attention_backward(do, cache: TopkCache, n_tokens: int):
 
 def causal_route(q, k, mu, rule: Rule) -> Route:
     """A token joins its nearest centroid. A key lives in the cluster of its token's query."""
-    winner, _ = nearest(q, mu, equal_length=True)
-    key_winner = winner if k is q else nearest(k, mu, equal_length=True)[0]
+    winner = nearest(q, mu, equal_length=True)
+    key_winner = winner if k is q else nearest(k, mu, equal_length=True)
     return Route(winner, key_winner, order=by_cluster(winner, mu.shape[1]))
 
 
@@ -227,10 +229,10 @@ def random_route(q, k, mu, rule: Rule) -> Route:
 
 
 @accelerated
-def by_cluster(winner, n_clusters: int):
+def by_cluster(winner, n_clusters: int = MAX_CLUSTERS):
     """Positions sorted by (cluster, time): the stable order of winner (B, H, T) along time.
 
-    Winners are below n_clusters.
+    Winners are below n_clusters, at most 1024.
     """
     xp = array_module(winner)
     return xp.argsort(winner, axis=-1, kind="stable")

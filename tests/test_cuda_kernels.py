@@ -483,9 +483,16 @@ def test_scatter(twins, clusters, window, tokens, width, dtype):
     assert_close(twins.scatter_sum(rows, index, tokens), expected)
 
 
+@pytest.mark.parametrize("n", [1, 3, 1024, 1025, 267_735, 2**21 + 5])
+def test_stable_order(on_cpu, n):
+    index = np.random.default_rng(0).integers(0, n, 3000).astype(np.int32)
+    index[::3] = index[0]
+    assert np.array_equal(cuda.stable_order(index, n), np.argsort(index, kind="stable"))
+
+
 @each_dtype
 @pytest.mark.parametrize("size, width, segments", [
-    (1, 1, 1), (50, 7, 10), (1000, 33, 3), (300, 300, 1000), (129, 4, 1),
+    (1, 1, 1), (50, 7, 10), (1000, 33, 3), (300, 300, 1000), (129, 4, 1), (700, 3, 1500),
 ])
 def test_segment_sum(twins, size, width, segments, dtype):
     rows = normal(size, width, dtype=dtype)

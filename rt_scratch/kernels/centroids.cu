@@ -8,19 +8,16 @@ constexpr int CLUSTERS = 1024;  // most of a head
 __global__ void replace_centroids(float* mu_hkd, float* count_hk, float* total_hkd,
                                   const float* won_hk, const float* sum_hkd, int clusters,
                                   int width, float move, float smoothing) {
-  __shared__ float counts[CLUSTERS], parts[256];
+  __shared__ float counts[CLUSTERS];
   u64 head = (u64)blockIdx.x * clusters;
-  float part = 0;
+  float n = 0;
   for (int k = threadIdx.x; k < clusters; k += 256) {
     float count = count_hk[head + k];
     count += move * (won_hk[head + k] - count);
     counts[k] = count_hk[head + k] = count;
-    part += count;
+    n += count;
   }
-  parts[threadIdx.x] = part;
-  __syncthreads();
-  float n = 0;
-  for (int i = 0; i < 256; i++) n += parts[i];
+  n = block_sum(n);
   for (int i = threadIdx.x; i < clusters * width; i += 256) {
     int k = i / width;
     u64 at = head * width + i;

@@ -13,9 +13,10 @@ import math
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from rt_scratch.attention import AttendCache, LocalCache, clipped_reach
+from rt_scratch.attention import AttendCache, LocalCache, causal_mask, clipped_reach
 from rt_scratch.dispatch import first_array
 from rt_scratch.dropout import dropout_mask, first_entry
+from rt_scratch.kmeans import MAX_CLUSTERS
 from rt_scratch.layers import (
     EPSILON,
     GELU_CUBE,
@@ -350,7 +351,7 @@ def attend(q, k, v, rel_k, rel_v, mask, scale, dropped=None):
     flat = [z.reshape(blocks, *z.shape[-2:]) for z in (q, k, v)]
     tables = _padded_tables(rel_k, rel_v)
     o, lse = np.empty((blocks, s, v.shape[-1]), q.dtype), np.empty((blocks, s, 1), q.dtype)
-    hidden = _hidden(np.broadcast_to(mask, (*lead, s, n)), q.dtype)
+    hidden = _hidden(mask, (*lead, s, n), q.dtype)
     drop = _Drop(dropped, (*lead, s, n))
 
     def piece(r):
@@ -370,7 +371,7 @@ def attend_backward(do, cache):
     flat = [z.reshape(blocks, *z.shape[-2:]) for z in (q, k, v, do, lse)]
     tables = _padded_tables(rel_k, rel_v)
     dq, dk, dv = (np.empty(z.shape, q.dtype) for z in flat[:3])
-    hidden = _hidden(np.broadcast_to(mask, (*lead, s, n)), q.dtype)
+    hidden = _hidden(mask, (*lead, s, n), q.dtype)
     drop = _Drop(dropped, (*lead, s, n))
     groups = tiles(blocks, -(-blocks // 8))  # each adds up its own gradient of the tables
     drel = None if rel_k is None else np.zeros((2, len(groups), *rel_k.shape), q.dtype)
@@ -390,8 +391,9 @@ def attend_backward(do, cache):
             *((None, None) if drel is None else drel.sum(1)))
 
 
-def _hidden(mask, dtype):
+def _hidden(mask, shape, dtype):
     """Function of a slice of blocks that gives 0 where a query may look, else -inf."""
+    mask = np.broadcast_to(causal_mask(np, *shape[-2:]) if mask is None else mask, shape)
     if all(stride == 0 for stride in mask.strides[:-2]):  # one mask for all blocks
         bias = np.where(mask.reshape(-1, *mask.shape[-2:])[:1], 0, -np.inf).astype(dtype)
         return lambda r: bias
@@ -747,7 +749,7 @@ def top_members(scores, window):
     return out.reshape(*scores.shape[:-1], window)
 
 
-def by_cluster(winner):
+def by_cluster(winner, n_clusters=MAX_CLUSTERS):
     """Sixteen bits are enough for a cluster's number, and NumPy sorts them by radix."""
     small = winner.astype(np.uint16)
     return small.argsort(axis=-1, kind="stable")

@@ -3,18 +3,6 @@
 // read from the device: a CUDA graph of a step repeats what was passed by value.
 #include "common.cuh"
 
-// Sum of one number per thread of a block of 256, in a fixed order, in every thread.
-__device__ inline float block_sum(float x) {
-  __shared__ float sums[8];
-  x = warp_sum(x);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = 0;
-  for (int i = 0; i < 8; i++) x += sums[i];
-  return x;
-}
-
 // Sum of squares of the entries that a block of 256 takes, four per thread at a time.
 __global__ void sum_squares(const float* x_n, float* part_b, long long size) {
   float sum = 0, x[4];
