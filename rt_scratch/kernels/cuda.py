@@ -867,8 +867,9 @@ def stable_order(index, n: int):
     """
     order, bits = None, 0
     while order is None or (n - 1) >> bits:
-        digit = index >> bits & (MAX_CLUSTERS - 1)
-        own = by_cluster((digit if order is None else digit[order])[None], MAX_CLUSTERS)[0]
+        digit, values = index >> bits & (MAX_CLUSTERS - 1), (n - 1 >> bits) + 1
+        own = by_cluster((digit if order is None else digit[order])[None],
+                         min(values, MAX_CLUSTERS))[0]
         order = own if order is None else order[own]
         bits += MAX_CLUSTERS.bit_length() - 1
     return order
