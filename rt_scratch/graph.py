@@ -35,9 +35,9 @@ def recorded(train_step, train: TrainConfig, xp, world: World = SINGLE) -> Recor
 class Recorded:
     """A training step that repeats itself.
 
-    The first call runs the step as it will be recorded, which compiles kernels and fills caches. The
-    second records it, and it and all later ones start the graph. Where other arrays come, as of
-    another state or of windows of another shape, this begins anew.
+    The first call runs the step as it will be recorded, which compiles kernels and fills caches.
+    The second records it, and it and all later ones start the graph. Where other arrays come, as
+    of another state or of windows of another shape, this begins anew.
     """
 
     def __init__(self, train_step, xp):
