@@ -1,7 +1,7 @@
 """Online k-means: the centroids of routing heads, and the loss that keeps tokens near them.
 
 Centroids are state, not parameters: no gradient reaches them. `cluster_statistics` counts during
-the forward pass what each centroid won, `update_centroids` moves them once per optimizer step.
+the forward pass what each centroid won, `replace_centroids` moves them once per optimizer step.
 """
 
 from __future__ import annotations
@@ -72,6 +72,13 @@ def update_centroids(state: Centroids, counts, sums, decay: float) -> Centroids:
     smooth = (count + SMOOTHING) * n / (n + SMOOTHING * count.shape[-1])
     mu = total / xp.maximum(smooth, xp.finfo(smooth.dtype).tiny)[..., None]
     return Centroids(xp.where((counts > 0)[..., None], mu, state.mu), count, total)
+
+
+@accelerated
+def replace_centroids(state: Centroids, counts, sums, decay: float) -> None:
+    """`update_centroids` in place: the arrays of the state then hold the result."""
+    for own, new in zip(state, update_centroids(state, counts, sums, decay), strict=True):
+        own[...] = new
 
 
 CommitmentCache = namedtuple("CommitmentCache", "apart")

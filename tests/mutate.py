@@ -174,7 +174,7 @@ BUGS = [
     ("step", "state.scale.after(applied) if fp16", "state.scale.after(True) if fp16"),
     ("step", "        grads *= 1 / scale\n", "        pass\n"),
     ("step", "model.commitment * part.share", "model.commitment"),
-    ("step", "if not KINDS[model.routing].mode.learns", "if False"),
+    ("step", "if KINDS[model.routing].mode.learns", "if True"),
     ("step", "min(len(own), n))", "min(len(own), train.accumulate))"),
     ("run/costs", "return 6 * entries + 14 * keys", "return 6 * entries + 12 * keys"),
     ("run/costs", "6 * entries", "4 * entries"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -112,3 +113,22 @@ def test_precision_of_a_gpu():
         select_precision("bf16", FakeGPU("75"))
     ml_dtypes = pytest.importorskip("ml_dtypes")
     assert select_precision("auto", FakeGPU("90")) == ("bf16", ml_dtypes.bfloat16)
+
+
+@pytest.mark.parametrize("missing", ["ml_dtypes", "NumPy 2.1.2 or later, not 2.1.1"])
+def test_without_bf16_auto_is_tf32(monkeypatch, capsys, missing):
+    """With a line that says what is missing and how to get it; asked for by name it is an error."""
+    if missing == "ml_dtypes":
+        monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    else:
+        monkeypatch.setattr(np, "__version__", "2.1.1")
+    why = f"bf16 needs {missing}: pip install -e '.[cuda13]', for drivers before 580 '.[cuda12]'"
+    assert select_precision("auto", FakeGPU("90")) == ("tf32", None)
+    assert capsys.readouterr().out == f"note: --precision auto is tf32 here: {why}\n"
+    assert select_precision("tf32", FakeGPU("90")) == ("tf32", None)
+    assert select_precision("auto", FakeGPU("75")) == ("float32", None)
+    assert select_precision("auto", np) == ("float32", None)
+    assert not capsys.readouterr().out
+    with pytest.raises(UserError) as error:
+        select_precision("bf16", FakeGPU("90"))
+    assert str(error.value) == f"--precision bf16: {why}"

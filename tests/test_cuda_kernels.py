@@ -5,6 +5,7 @@ compiled by g++ and cuBLAS written out in NumPy (tests/cuda). Threads take their
 backwards: a kernel that lacks a barrier cannot give the same bits both ways.
 """
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent / "cuda"))
 
 import nvrtc_check  # noqa: E402
 import run_on_cpu  # noqa: E402
-from helpers.models import setup  # noqa: E402
+from helpers.models import SMALL, setup  # noqa: E402
 
 from rt_scratch import (  # noqa: E402
     attention,
@@ -34,7 +35,13 @@ from rt_scratch import step as step_module  # noqa: E402
 from rt_scratch.dropout import Dropped, dropout_mask  # noqa: E402
 from rt_scratch.kernels import cuda, gemm, launch  # noqa: E402
 from rt_scratch.optim import LossScale  # noqa: E402
-from rt_scratch.parameters import init_centroids, init_parameters, views  # noqa: E402
+from rt_scratch.parameters import (  # noqa: E402
+    Place,
+    init_centroids,
+    init_parameters,
+    round_matrices,
+    views,
+)
 
 FILES = sorted({kernel.file for kernel in launch.kernels().values()})
 HAVE_COMPILER = pytest.mark.skipif(run_on_cpu.compiler() is None, reason="g++ is not installed")
@@ -151,6 +158,21 @@ def assert_close(got, truth, working=None, factor=2, dtype=None):
     if working is not None:
         allowed += factor * np.abs(working - truth).max(initial=0)
     assert (error <= allowed).all(), f"error {np.nanmax(error)} above {allowed}"
+
+
+# --------------------------------------------------------------------------------- compute copy
+
+@each_dtype
+def test_round_matrices(twins, dtype):
+    """Rows of any length, one of them over several blocks; what lies between matrices is free."""
+    places = (Place(1, 3, 5, 0, 8), Place(16, 1, 4, 64, 8), Place(20, 2, 300_001, 128, 300_008))
+    flat = normal(600_030)
+    got = twins.round_matrices(flat, places, 128 + 2 * 300_008, dtype)
+    want = round_matrices.reference(flat, places, 128 + 2 * 300_008, dtype)
+    assert got.dtype == dtype
+    for _, rows, _, start, stride in places:
+        inside = slice(start, start + rows * stride)
+        assert np.array_equal(got[inside], want[inside])
 
 
 # ------------------------------------------------------------------------------------ LayerNorm
@@ -461,9 +483,16 @@ def test_scatter(twins, clusters, window, tokens, width, dtype):
     assert_close(twins.scatter_sum(rows, index, tokens), expected)
 
 
+@pytest.mark.parametrize("n", [1, 3, 1024, 1025, 267_735, 2**21 + 5])
+def test_stable_order(on_cpu, n):
+    index = np.random.default_rng(0).integers(0, n, 3000).astype(np.int32)
+    index[::3] = index[0]
+    assert np.array_equal(cuda.stable_order(index, n), np.argsort(index, kind="stable"))
+
+
 @each_dtype
 @pytest.mark.parametrize("size, width, segments", [
-    (1, 1, 1), (50, 7, 10), (1000, 33, 3), (300, 300, 1000), (129, 4, 1),
+    (1, 1, 1), (50, 7, 10), (1000, 33, 3), (300, 300, 1000), (129, 4, 1), (700, 3, 1500),
 ])
 def test_segment_sum(twins, size, width, segments, dtype):
     rows = normal(size, width, dtype=dtype)
@@ -487,6 +516,26 @@ def test_cluster_statistics(twins, b, h, tokens, width, clusters, dtype):
     assert np.array_equal(counts, true_counts)
     assert_close(sums, true_sums, dtype="float32", factor=4,
                  working=true_sums * (1 + epsilon("float32")))
+
+
+@pytest.mark.parametrize("heads, clusters, width", [(1, 1, 1), (3, 7, 5), (2, 1024, 3)])
+def test_replace_centroids(twins, heads, clusters, width):
+    """Three steps in place; a centroid that wins nothing stays, also where nobody wins."""
+    rng = np.random.default_rng(0)
+    mu, total = normal(heads, clusters, width), normal(heads, clusters, width, seed=1)
+    got = kmeans.Centroids(mu, rng.random((heads, clusters), np.float32), total)
+    truth = kmeans.Centroids(*(x.astype(np.float64) for x in got))
+    working = kmeans.Centroids(*(x.copy() for x in got))
+    for step in range(3):
+        counts = rng.integers(0, 3, (heads, clusters)).astype(np.float32) * (step > 0)
+        sums, stays = normal(heads, clusters, width, seed=step + 2), got.mu[counts == 0].copy()
+        twins.replace_centroids(got, counts, sums, 0.9)
+        assert np.array_equal(got.mu[counts == 0], stays)
+        for state in (truth, working):
+            kmeans.replace_centroids.reference(state, counts.astype(state.mu.dtype),
+                                               sums.astype(state.mu.dtype), 0.9)
+        for own, *others in zip(got, truth, working, strict=True):
+            assert_close(own, *others)
 
 
 # ------------------------------------------------------------------------------------- optimizers
@@ -533,6 +582,28 @@ def test_optimizer(twins, name, decay):
         assert_close(got, truth, working)
         for key in true_state:
             assert_close(got_state[key], true_state[key], working_state[key])
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_optimizers_read_rate_and_step(twins, name):
+    """Arrays, not numbers: what they hold when the kernels run counts."""
+    (flat, table), lr, step = flat_buffer(), np.zeros((), np.float32), np.zeros((), np.uint32)
+    by_array, by_number = flat.copy(), flat.copy()
+    states = [optim.OPTIMIZERS[name].init(flat, table) for _ in range(2)]
+    update = getattr(twins, f"{name}_update")
+    for lr[...], step[...] in ((0.01, 0), (0.02, 7)):
+        grads = normal(flat.size, seed=int(step) + 1)
+        update(by_array, grads, states[0], table, lr, step, weight_decay=0.1)
+        update(by_number, grads, states[1], table, float(lr), int(step), weight_decay=0.1)
+        assert np.array_equal(by_array, by_number) and (by_array != flat).any()
+
+
+@pytest.mark.parametrize("size", [1, 1023, 70001])
+def test_global_norm(twins, size):
+    x = normal(size)
+    assert_close(twins.global_norm(x), np.linalg.norm(x.astype(np.float64)))
+    x[size // 2] = np.nan
+    assert np.isnan(twins.global_norm(x))
 
 
 def test_adamw_of_a_long_leaf(twins):
@@ -764,7 +835,8 @@ def sanitized(file, without=None):
 
 
 @HAVE_COMPILER
-@pytest.mark.parametrize("file", ["top_members.cu", "rows.cu", "by_cluster.cu"])
+@pytest.mark.parametrize("file", ["top_members.cu", "rows.cu", "by_cluster.cu", "optim.cu",
+                                  "centroids.cu"])
 def test_no_race(file):
     code, text = sanitized(file)
     assert code == 0, text[-3000:]
@@ -821,3 +893,22 @@ def test_whole_model(on_cpu, monkeypatch, changes, dtype):
     assert abs(own_nats - nats) < tolerance * nats
     assert np.linalg.norm(own - grads) < tolerance * np.linalg.norm(grads)
     assert {"layer_norm", "attention_softmax", "cross_entropy_backward"} <= used
+    assert exact or "round_matrices" in used
+
+
+@each_dtype
+def test_sums_of_gradients_are_not_rounded(on_cpu, monkeypatch, dtype):
+    """Whatever the network computes in, what is summed for the parameters is summed in float32.
+
+    Matrices are products with a float32 result; here the others: LayerNorm, biases, tokens,
+    relative positions. Of rounded sums no entry would change by rounding.
+    """
+    use_twins(monkeypatch)
+    cfg = dataclasses.replace(SMALL, width=24, ffn="relu")
+    m = setup(cfg, dtype="float32")
+    grads = np.empty_like(m.flat)
+    step_module.gradients(m.state(), grads, m.parts(), cfg, config.TrainConfig(), dtype)
+    half = "float16" if np.dtype(dtype) == np.float32 else dtype
+    for leaf in m.table:
+        own = grads[leaf.start : leaf.stop]
+        assert (own != own.astype(half)).mean() > 0.5 * (own != 0).mean() > 0, leaf.name

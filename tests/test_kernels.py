@@ -18,7 +18,8 @@ from rt_scratch import dispatch, layers, optim, routing
 from rt_scratch.device import select_device
 from rt_scratch.dropout import Dropped
 from rt_scratch.kernels import cpu, cuda
-from rt_scratch.parameters import Leaf
+from rt_scratch.kmeans import Centroids
+from rt_scratch.parameters import Leaf, Place
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda"))
 
@@ -96,6 +97,8 @@ CASES = FORWARD | {f"{name}_backward": cached(plain(name), FORWARD[name]) for na
     "layers.add_gradients": lambda rng: (
         layers.linear_backward, *ADD(rng), tuple(draw(rng, (C, M), (M,))), *draw(rng, (B, T, C))),
     "layers.segment_sum": lambda rng: (*draw(rng, (T, C)), rng.integers(0, K, T), K),
+    "parameters.round_matrices": lambda rng: (
+        *draw(rng, (200,)), (Place(3, 8, 6, 0, 8), Place(51, 4, 16, 64, 16)), 128, "float32"),
     "dropout.dropout": lambda rng: (*draw(rng, (B, T, C)), DROPPED),
     "kmeans.compare": lambda rng: (*draw(rng, (B, H, T, D), (H, K, D)), True),
     "kmeans.commitment": lambda rng: (*draw(rng, (B, H, T, D), (H, K, D)), winners(rng)),
@@ -103,6 +106,9 @@ CASES = FORWARD | {f"{name}_backward": cached(plain(name), FORWARD[name]) for na
         *draw(rng, (B, H, T, D)), 0.5,
         plain("kmeans.commitment")(*CASES["kmeans.commitment"](rng))[1]),
     "kmeans.cluster_statistics": lambda rng: (*draw(rng, (B, H, T, D)), winners(rng), K),
+    "kmeans.replace_centroids": lambda rng: (
+        Centroids(*draw(rng, (H, K, D)), rng.random((H, K), "float32"), *draw(rng, (H, K, D))),
+        rng.integers(0, 3, (H, K)).astype("float32"), *draw(rng, (H, K, D)), 0.9),
     "routing.top_members": lambda rng: (*draw(rng, (B, H, K, T)), W),
     "routing.by_cluster": lambda rng: (winners(rng),),
     "routing.inverse": lambda rng: (routing.by_cluster.reference(winners(rng)),),
@@ -112,6 +118,7 @@ CASES = FORWARD | {f"{name}_backward": cached(plain(name), FORWARD[name]) for na
     "routing.scatter_mean_backward": lambda rng: (*draw(rng, (B, H, T, D)), plain(
         "routing.scatter_mean")(*CASES["routing.scatter_mean"](rng))[1]),
     "routing.coverage": lambda rng: (rng.integers(0, 3, (B, H, T, 1)).astype("float32"),),
+    "optim.global_norm": lambda rng: draw(rng, (3 * T,)),
     "optim.adamw_update": buffer(optim.adamw_init),
     "optim.muon_update": buffer(optim.muon_init),
     "optim.adafactor_update": buffer(optim.adafactor_init),
@@ -124,7 +131,7 @@ def exact(tree):
         return tree.astype("float64") if tree.dtype.kind == "f" else tree.copy()
     if isinstance(tree, dict):
         return {key: exact(value) for key, value in tree.items()}
-    if isinstance(tree, tuple) and not isinstance(tree, Leaf):
+    if isinstance(tree, tuple) and not isinstance(tree, Leaf | Place):
         values = map(exact, tree)
         return type(tree)(*values) if hasattr(tree, "_fields") else tuple(values)
     return tree

@@ -25,7 +25,7 @@ from rt_scratch.dispatch import array_module, qualified_name
 from rt_scratch.dropout import first_entry
 from rt_scratch.kernels.gemm import matmul
 from rt_scratch.kernels.launch import WORD, launch
-from rt_scratch.kmeans import MAX_CLUSTERS, CommitmentCache
+from rt_scratch.kmeans import MAX_CLUSTERS, SMOOTHING, CommitmentCache
 from rt_scratch.layers import (
     EPSILON,
     CrossEntropyCache,
@@ -38,10 +38,8 @@ from rt_scratch.layers import (
     ResidualCache,
 )
 from rt_scratch.optim import (
-    DECAY_POWER,
     MOMENTUM,
     NEWTON_SCHULZ,
-    adamw_of_the_rest,
     is_bias,
     orthogonalized,
     update_scale,
@@ -91,6 +89,22 @@ def supports(*arguments) -> bool:
 @functools.cache
 def _supported(dtype) -> bool:
     return dtype.kind in "iub" or dtype.name in WORD
+
+
+# ------------------------------------------------------------------------------- compute copy
+
+def round_matrices(flat, places, size, dtype):
+    """Twin of parameters.round_matrices; what lies between two matrices is left as it is."""
+    xp = array_module(flat)
+    rounded = xp.empty(size, dtype)
+    launch("round_matrices", (128, len(places)), (THREADS,), flat, _lines(xp, places), rounded)
+    return rounded
+
+
+@functools.lru_cache(maxsize=4)
+def _lines(xp, places):
+    """(matrices, 5) int64: struct Place of round_matrices.cu."""
+    return xp.asarray(np.array(places, np.int64))
 
 
 # ------------------------------------------------------------- gradients, added where they belong
@@ -851,12 +865,26 @@ def _column_threads(width: int) -> int:
 PIECE = 64  # rows that a block of segment_pieces adds
 
 
+def stable_order(index, n: int):
+    """int32 positions that sort index (N,), numbers below n: by ten bits at a time, lowest first.
+
+    CuPy's own sort waits for the GPU, which no CUDA graph can.
+    """
+    order, bits = None, 0
+    while order is None or (n - 1) >> bits:
+        digit = index >> bits & (MAX_CLUSTERS - 1)
+        own = by_cluster((digit if order is None else digit[order])[None], MAX_CLUSTERS)[0]
+        order = own if order is None else order[own]
+        bits += MAX_CLUSTERS.bit_length() - 1
+    return order
+
+
 def segment_sum(rows, index, n: int):
     """Twin of layers.segment_sum: sorts the index, sums runs in a fixed order; float32."""
     xp = array_module(rows)
     size, width = rows.shape
     rows, index = _contiguous(rows), _int32(index)
-    order = _int32(xp.argsort(index, kind="stable"))
+    order = stable_order(index, n)
     ids = index[order]
     starts, sums = xp.empty(n + 1, xp.int32), xp.empty((n, width), xp.float32)
     pieces, threads = _blocks(size, PIECE), _column_threads(width)
@@ -914,44 +942,63 @@ def add_commitment_gradient(dx, dloss, cache):
            2 * dloss / dx.size)
 
 
+def replace_centroids(state, counts, sums, decay) -> None:
+    """Twin of kmeans.replace_centroids, one launch per layer."""
+    heads, clusters, width = state.mu.shape
+    launch("replace_centroids", (heads,), (THREADS,), *state, counts, sums, clusters, width,
+           1 - decay, SMOOTHING)
+
+
 # ----------------------------------------------------------------------------------- optimizers
+
+def global_norm(grads):
+    """Twin of optim.global_norm: CuPy's dot product uses a handle that no CUDA graph takes."""
+    xp = array_module(grads)
+    parts = xp.empty(min(1024, _blocks(grads.size, 4 * THREADS)), xp.float32)
+    launch("sum_squares", parts.shape, (THREADS,), grads, parts, grads.size)
+    return xp.sqrt(parts.sum())
+
 
 def adamw_update(flat, grads, state, table, lr, step, *, beta1=0.9, beta2=0.99, eps=1e-8,
                  weight_decay=0.0) -> None:
     """Twin of optim.adamw_update, for float32 buffers."""
-    lines = _leaves(array_module(flat), tuple(table))
-    unbias1, unbias2 = 1 - beta1 ** (step + 1), math.sqrt(1 - beta2 ** (step + 1))
+    xp = array_module(flat)
+    lines = _leaves(xp, tuple(table), len(state["v"]) == len(flat))
     launch("adamw", (128, lines.shape[0]), (THREADS,), flat, grads, state["m"], state["v"], lines,
-           lr / unbias1, 1 - beta1, 1 - beta2, unbias2, eps, lr * weight_decay)
+           _number(xp, lr, "float32"), _number(xp, step, "uint32"), 1 - beta1, 1 - beta2, eps,
+           weight_decay)
 
 
-@functools.lru_cache(maxsize=4)
-def _leaves(xp, table):
-    """(leaves, 3) int64: struct Leaf of optim.cu; leaves of two or more axes decay."""
-    lines = [(leaf.start, leaf.stop - leaf.start, len(leaf.shape) >= 2) for leaf in table]
+@functools.lru_cache(maxsize=64)
+def _leaves(xp, table, full=True):
+    """(leaves, 4) int64: struct Leaf of optim.cu; leaves of two or more axes decay.
+
+    Second moments stand where the parameters stand, or, unless `full`, one leaf's after another's.
+    """
+    lines, second = [], 0
+    for leaf in table:
+        size = leaf.stop - leaf.start
+        lines.append((leaf.start, size, len(leaf.shape) >= 2, leaf.start if full else second))
+        second += size
     return xp.asarray(np.array(lines, np.int64))
 
 
 def muon_update(flat, grads, state, table, lr, step, *, weight_decay=0.0) -> None:
     """Twin of optim.muon_update: matrices of one shape as one batch of products."""
     xp = array_module(flat)
-    adamw_of_the_rest(flat, grads, state, table, lr, step, weight_decay)
-    alike = {}
-    for leaf in filter(orthogonalized, table):
-        alike.setdefault(leaf.shape, []).append(leaf)
+    alike, rest = {}, []
+    for leaf in table:
+        (alike.setdefault(leaf.shape, []) if orthogonalized(leaf) else rest).append(leaf)
+    if rest:
+        adamw_update(flat, grads, state, rest, lr, step, weight_decay=weight_decay)
     for shape, leaves in alike.items():
+        lines, size = _leaves(xp, tuple(leaves)), math.prod(shape)
+        grid = min(128, _blocks(size, 4 * THREADS)), len(leaves)
         x = xp.empty((len(leaves), *shape), flat.dtype)
-        for i, leaf in enumerate(leaves):
-            g, m = (z[leaf.start : leaf.stop].reshape(shape) for z in (grads, state["m"]))
-            m *= MOMENTUM
-            m += g
-            xp.multiply(m, MOMENTUM, out=x[i])
-            x[i] += g
-        x = _newton_schulz(x)
-        for i, leaf in enumerate(leaves):
-            w = flat[leaf.start : leaf.stop].reshape(shape)
-            w *= 1 - lr * weight_decay
-            w -= lr * update_scale(leaf) * x[i]
+        launch("muon_momentum", grid, (THREADS,), grads, state["m"], lines, x, size, MOMENTUM)
+        x = _contiguous(_newton_schulz(x))
+        launch("muon_update", grid, (THREADS,), flat, lines, x, _number(xp, lr, "float32"), size,
+               update_scale(leaves[0]), weight_decay)
 
 
 def _newton_schulz(x):
@@ -978,16 +1025,16 @@ def adafactor_update(flat, grads, state, table, lr, step, *, weight_decay=0.0) -
     xp = array_module(flat)
     lines = _matrices(xp, tuple(table))
     row, column, full = state["row"], state["column"], state["full"]
-    move = (step + 1) ** -DECAY_POWER
+    lr, step = _number(xp, lr, "float32"), _number(xp, step, "uint32")
     grid = (ADAFACTOR_BLOCKS, lines.shape[0])
     parts = xp.empty((ADAFACTOR_STRIPS, column.size), xp.float32)
     means = xp.zeros(lines.shape[0], xp.float32)
     squares = xp.empty((lines.shape[0], 2, ADAFACTOR_BLOCKS), xp.float32)
-    launch("adafactor_rows", grid, (THREADS,), flat, grads, lines, row, full, move, weight_decay)
+    launch("adafactor_rows", grid, (THREADS,), flat, grads, lines, row, full, step, weight_decay)
     launch("adafactor_columns", (32, lines.shape[0], ADAFACTOR_STRIPS), (32, 8), flat, grads,
            lines, parts, column.size, weight_decay)
     launch("adafactor_columns_finish", grid, (THREADS,), parts, lines, row, column, means,
-           ADAFACTOR_STRIPS, column.size, move)
+           ADAFACTOR_STRIPS, column.size, step)
     launch("adafactor_squares", grid, (THREADS,), flat, grads, lines, row, column, full, means,
            squares, weight_decay)
     launch("adafactor_update", grid, (THREADS,), flat, grads, lines, row, column, full, means,
@@ -1022,9 +1069,11 @@ TWINS = {f"{module}.{f.__name__}": f for module, functions in {
                geglu_ffn_backward, relu_ffn, relu_ffn_backward, segment_sum, linear_cross_entropy,
                linear_cross_entropy_backward),
     "dropout": (dropout,),
+    "parameters": (round_matrices,),
     "attention": (attend, attend_backward, local_attention, local_attention_backward),
-    "kmeans": (compare, cluster_statistics, commitment, add_commitment_gradient),
+    "kmeans": (compare, cluster_statistics, commitment, add_commitment_gradient,
+               replace_centroids),
     "routing": (top_members, by_cluster, inverse, gather, scatter_sum, scatter_mean,
                 scatter_mean_backward, coverage),
-    "optim": (adamw_update, muon_update, adafactor_update),
+    "optim": (global_norm, adamw_update, muon_update, adafactor_update),
 }.items() for f in functions}

@@ -14,7 +14,7 @@ import math
 from typing import NamedTuple
 
 from rt_scratch.dispatch import array_module
-from rt_scratch.errors import UserError
+from rt_scratch.errors import GPU_PACKAGES, UserError
 from rt_scratch.kernels.launch import dtype_name
 
 # Values of cuBLAS's enumerations: cublasOperation_t, cudaDataType_t, cublasComputeType_t.
@@ -205,8 +205,7 @@ class _Cublas:
         try:
             self._library = ctypes.CDLL(load_nvidia_dynamic_lib("cublas").abs_path)
         except (RuntimeError, OSError) as error:
-            raise UserError("the cuBLAS library was not found; "
-                            "pip install 'cupy-cuda13x[ctk]'") from error
+            raise UserError(f"the cuBLAS library was not found; {GPU_PACKAGES}") from error
         integer, pointer, long = ctypes.c_int, ctypes.c_void_p, ctypes.c_longlong
         operand = [pointer, integer, integer, long]  # address, type, leading dimension, stride
         self.product = self._library.cublasGemmStridedBatchedEx

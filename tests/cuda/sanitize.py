@@ -19,6 +19,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 import run_on_cpu  # noqa: E402
 
 from rt_scratch.kernels import cuda, launch  # noqa: E402
+from rt_scratch.kmeans import Centroids  # noqa: E402
 
 BARRIER = "__syncthreads();"
 
@@ -44,8 +45,12 @@ def exercise(file):
         launch.launch("cluster_starts", (1,), (256,), counts, 600)
     elif file == "rows.cu":
         cuda.scatter_sum(numbers(1, 1, 3, 8, 70), np.arange(24).reshape(1, 1, 3, 8), 30)
-    elif file == "kmeans.cu":
-        cuda.cluster_statistics(numbers(1, 1, 40, 70), np.arange(40).reshape(1, 1, 40) % 7, 7)
+    elif file == "optim.cu":
+        cuda.global_norm(numbers(5000))
+    elif file in ("kmeans.cu", "centroids.cu"):
+        x, winner = numbers(1, 1, 40, 70), np.arange(40).reshape(1, 1, 40) % 7
+        counts, sums = cuda.cluster_statistics(x, winner, 7)
+        cuda.replace_centroids(Centroids(sums.copy(), counts + 1, sums.copy()), counts, sums, 0.9)
     else:
         raise SystemExit(f"{file} has no block barrier")
 
