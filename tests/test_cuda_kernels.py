@@ -379,7 +379,7 @@ def test_attend(twins, monkeypatch, queries, keys, distances, rate, which, dtype
         if true is None:
             assert got is None
         else:
-            assert_close(got, true, work, factor=3)
+            assert_close(got, true, work, factor=3, dtype=dtype)
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -676,18 +676,18 @@ def test_model_on_kernels(on_cpu, monkeypatch, mode):
 
 def test_launch_refuses_what_cupy_would_misread(on_cpu):
     x, y = np.ones(8, np.float32), np.empty(8, np.float32)
-    arguments = [x, x, y, 8]
-    cuda.launch("geglu", (1,), (32,), *arguments)
-    for at, wrong, message in [(1, x.astype(np.float16), "b_n is float16"),
-                               (0, np.ones(16, np.float32)[::2], "a_n is not contiguous"),
-                               (0, np.ones(8, np.float64), "a_n is float64"),
-                               (3, np.array(8), "size is an array")]:
+    arguments = [y, x, 8, 1.0]
+    cuda.launch("relu_backward", (1,), (32,), *arguments)
+    for at, wrong, message in [(1, x.astype(np.float16), "d_n is float16"),
+                               (0, np.ones(16, np.float32)[::2], "dd_n is not contiguous"),
+                               (0, np.ones(8, np.float64), "dd_n is float64"),
+                               (2, np.array(8), "size is an array")]:
         bad = [*arguments]
         bad[at] = wrong
         with pytest.raises(TypeError, match=message):
-            cuda.launch("geglu", (1,), (32,), *bad)
+            cuda.launch("relu_backward", (1,), (32,), *bad)
     with pytest.raises(TypeError, match="takes 4 arguments"):
-        cuda.launch("geglu", (1,), (32,), x, x, y)
+        cuda.launch("relu_backward", (1,), (32,), y, x, 8)
 
 
 def test_every_kernel_is_launched():

@@ -72,7 +72,7 @@ def _contiguous(x):
 
 
 def _rows(x):
-    return x.reshape(-1, x.shape[-1])
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
 def supports(*arguments) -> bool:
@@ -81,9 +81,14 @@ def supports(*arguments) -> bool:
         if isinstance(x, tuple):
             if not supports(*x):
                 return False
-        elif hasattr(x, "dtype") and x.dtype.kind not in "iub" and x.dtype.name not in WORD:
+        elif hasattr(x, "dtype") and not _supported(x.dtype):
             return False
     return True
+
+
+@functools.cache
+def _supported(dtype) -> bool:
+    return dtype.kind in "iub" or dtype.name in WORD
 
 
 # ------------------------------------------------------------------------------- compute copy
