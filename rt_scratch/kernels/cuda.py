@@ -23,7 +23,7 @@ from rt_scratch.attention import (
 )
 from rt_scratch.dispatch import array_module, qualified_name
 from rt_scratch.dropout import first_entry
-from rt_scratch.kernels.gemm import matmul
+from rt_scratch.kernels.gemm import address, aligned_width, matmul
 from rt_scratch.kernels.launch import WORD, launch
 from rt_scratch.kmeans import MAX_CLUSTERS, SMOOTHING, CommitmentCache
 from rt_scratch.layers import (
@@ -141,16 +141,12 @@ def _stacked(first, second):
 
     None where shapes or strides differ.
     """
-    gap = _address(second) - _address(first)
+    gap = address(second) - address(first)
     if (first.shape != second.shape or first.strides != second.strides or gap <= 0
             or gap % first.itemsize):
         return None
     return array_module(first).lib.stride_tricks.as_strided(
         first, (2, *first.shape), (gap, *first.strides))
-
-
-def _address(x) -> int:
-    return x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr
 
 
 # -------------------------------------------------------------------------------------- linear
@@ -522,7 +518,7 @@ class Band(NamedTuple):
 class Pairs(NamedTuple):
     """What the products of attention have in common: (b, S, N) pairs of a query and a key."""
 
-    queries: Any        # (b, S, D)
+    queries: Any        # (b, S, D); D is padded with zeros so that rows are aligned (gemm.py)
     keys: Any           # (b, N, D); keys and values may be overlapping windows of a sequence
     values: Any         # (b, N, D)
     by_key: Any         # (P, D) rows of the tables by distance, or None
@@ -538,17 +534,20 @@ def attend(q, k, v, rel_k, rel_v, mask, scale, dropped=None):
     pairs = _pairs(q, k, v, rel_k, rel_v, mask, scale, dropped)
     lse = array_module(q).empty((*q.shape[:-1], 1), "float32")
     o = _attend(pairs, lse)
-    return o.reshape(*q.shape[:-1], v.shape[-1]), AttendCache(
+    return o[..., : v.shape[-1]].reshape(*q.shape[:-1], v.shape[-1]), AttendCache(
         q, k, v, rel_k, rel_v, mask, scale, dropped, lse)
 
 
 def attend_backward(do, cache):
     """Twin of attention.attend_backward; gradients of the tables are summed in float32."""
     q, k, v, rel_k, rel_v, *_, lse = cache
-    xp, pairs = array_module(q), _pairs(*cache[:-1])
-    drel = [None if x is None else xp.empty(x.shape, "float32") for x in (rel_k, rel_v)]
-    dq, dk, dv = _attend_backward(_flat(do), pairs, lse, drel, None)
-    return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape), *drel
+    xp, pairs, drel = array_module(q), _pairs(*cache[:-1]), (None, None)
+    if rel_k is not None:
+        drel = [xp.empty(x.shape, "float32") for x in (pairs.by_key, pairs.by_value)]
+    gradients = _attend_backward(_flat(do), pairs, lse, drel, None)
+    dq, dk, dv = (dx[..., : x.shape[-1]].reshape(x.shape)
+                  for dx, x in zip(gradients, (q, k, v), strict=True))
+    return dq, dk, dv, *(None if x is None else x[:, : rel_k.shape[-1]] for x in drel)
 
 
 def _pairs(q, k, v, rel_k, rel_v, mask, scale, dropped):
@@ -613,14 +612,23 @@ def _to_keys(weights, rows, out, part, lookback):
 
 
 def _flat(x):
-    """(..., N, D) -> (b, N, D), contiguous."""
-    return _contiguous(x.reshape(-1, *x.shape[-2:]))
+    """(..., N, D) -> (b, N, D), contiguous; with zeros behind each row where D is not aligned."""
+    n, d = x.shape[-2:]
+    if aligned_width(d, x.itemsize) == d:
+        return _contiguous(x.reshape(-1, n, d))
+    return _split_heads([x.reshape(1, 1, -1, d)], 0, x.size // d)[0].reshape(
+        -1, n, aligned_width(d, x.itemsize))
 
 
 def _tables(rel_k, rel_v, dtype):
+    """The tables (P, D) in dtype, their rows as those of `_flat`."""
     if rel_k is None:
         return None, None
-    return tuple(_contiguous(table.astype(dtype, copy=False)) for table in (rel_k, rel_v))
+    tables = [table.astype(dtype, copy=False) for table in (rel_k, rel_v)]
+    n, d = rel_k.shape
+    if aligned_width(d, tables[0].itemsize) == d:
+        return tuple(_contiguous(table) for table in tables)
+    return tuple(_split_heads([table[None, None] for table in tables], 0, n))
 
 
 def _products(rows, columns, table):
@@ -680,7 +688,7 @@ def local_attention(q, k, v, rel_k, rel_v, block, lookback, scale, segments=None
     reach = clipped_reach(t, block, lookback, segments, window)
     pairs, blocks, _ = _local_pairs(q, k, v, rel_k, rel_v, reach, scale, dropped)
     lse = array_module(q).empty((*blocks, reach.block, 1), "float32")
-    o = _attend(pairs, lse).reshape(*blocks, reach.block, -1)
+    o = _attend(pairs, lse).reshape(*blocks, reach.block, -1)[..., : v.shape[-1]]
     return join_blocks(o, t), LocalCache(q, k, v, rel_k, rel_v, reach, scale, dropped, lse)
 
 
@@ -689,11 +697,11 @@ def local_attention_backward(do, cache):
     q, k, v, rel_k, rel_v, reach, scale, dropped, lse = cache
     xp, t = array_module(q), q.shape[2]
     pairs, blocks, (rows, do) = _local_pairs(q, k, v, rel_k, rel_v, reach, scale, dropped, do)
-    drel, own = (None, None), (None, None)
+    drel, own, d = (None, None), (None, None), q.shape[-1]
     if rel_k is not None:
-        drel = _each(xp.zeros((2, *rel_k.shape), xp.float32))
-        own = [table[rows] for table in drel]
-    dq, dk, dv = (join_blocks(x.reshape(*blocks, reach.block, -1), t)
+        wide = _each(xp.zeros((2, rel_k.shape[0], pairs.by_key.shape[1]), xp.float32))
+        drel, own = [table[:, :d] for table in wide], [table[rows] for table in wide]
+    dq, dk, dv = (join_blocks(x.reshape(*blocks, reach.block, -1)[..., :d], t)
                   for x in _attend_backward(do, pairs, lse, own, reach.lookback))
     return dq, dk, dv, *drel
 
@@ -733,17 +741,21 @@ def _windows(rows, blocks, step, size):
 
 
 def _split_heads(arrays, front, length):
-    """Arrays (B, H, T, D) as (front + B H length, D), zeros in front and behind each head."""
+    """Arrays (B, H, T, D) as (front + B H length, D), zeros in front and behind each head.
+
+    And behind each row, where D is not aligned.
+    """
     xp, (b, h, t, d) = array_module(arrays[0]), arrays[0].shape
+    width = aligned_width(d, arrays[0].itemsize)
     arrays = [x if x.strides[-1] == x.itemsize else _contiguous(x) for x in arrays]
     n_rows = front + b * h * length
-    out = xp.empty((len(arrays), n_rows, d), arrays[0].dtype)
+    out = xp.empty((len(arrays), n_rows, width), arrays[0].dtype)
     size, word = _word(d * out.itemsize, out, *arrays)
-    words = d * out.itemsize // size
+    words, filled = (n * out.itemsize // size for n in (width, d))
     strides = [stride // size for x in arrays for stride in x.strides[:-1]]
     missing = 4 - len(arrays)
     launch("split_heads", (_blocks(n_rows * words), len(arrays)), (THREADS,), *arrays,
-           *[None] * missing, out, h, t, front, length, n_rows, words, *strides,
+           *[None] * missing, out, h, t, front, length, n_rows, words, filled, *strides,
            *[0] * (3 * missing), word=word)
     return _each(out)
 
@@ -755,7 +767,7 @@ def _word(row_bytes, *arrays):
     """(bytes, type) of the widest word in which rows of these arrays can be moved."""
     parts = row_bytes
     for x in arrays:
-        parts = math.gcd(parts, _address(x), *x.strides[:-1])
+        parts = math.gcd(parts, address(x), *x.strides[:-1])
     return next((n, name) for n, name in WORDS if not parts % n)
 
 

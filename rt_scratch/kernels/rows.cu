@@ -18,19 +18,21 @@ __global__ void gather_rows(const W* x_strided, const int* index_bhr, W* out_bhr
 }
 
 // Up to four arrays x[b, h, t], of the same size, as rows of one head after another: in out_arw
-// array a has `front` rows of zeros, then `length` rows per head, those from `tokens` on zeros.
+// array a has `front` rows of zeros, then `length` rows per head, those from `tokens` on zeros, as
+// are the words of a row from `filled` on.
 // One thread per word, grid (words of an array / threads, arrays).
 template <typename W>
 __global__ void split_heads(const W* x0_strided, const W* x1_strided, const W* x2_strided,
                             const W* x3_strided, W* out_arw, int heads, int tokens, int front,
-                            int length, int rows, int words, long long b0, long long h0,
-                            long long t0, long long b1, long long h1, long long t1, long long b2,
-                            long long h2, long long t2, long long b3, long long h3, long long t3) {
+                            int length, int rows, int words, int filled, long long b0,
+                            long long h0, long long t0, long long b1, long long h1, long long t1,
+                            long long b2, long long h2, long long t2, long long b3, long long h3,
+                            long long t3) {
   long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= (long long)rows * words) return;
   int row = (int)(i / words) - front, word = i % words, bh = row / length, t = row % length;
   W* out = out_arw + (u64)blockIdx.y * rows * words + i;
-  if (row < 0 || t >= tokens) {
+  if (row < 0 || t >= tokens || word >= filled) {
     *out = W();
     return;
   }

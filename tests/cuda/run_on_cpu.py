@@ -133,7 +133,11 @@ def _three(shape):
 
 
 def cublas(p: gemm.Plan, a, b, c, alpha, beta):
-    """cublasGemmStridedBatchedEx in NumPy: column-major operands by address and stride."""
+    """cublasGemmStridedBatchedEx in NumPy: column-major operands by address and stride.
+
+    Every product of every test is one that cuBLAS reads and writes 16 bytes at a time.
+    """
+    assert gemm.aligned(p, a, b, c), f"{p} at {[gemm.address(x) % 16 for x in (a, b, c)]}"
     first = _columns(b, p.operation_b, p.m, p.k, p.ld_b, p.stride_b, p.batch)
     second = _columns(a, p.operation_a, p.k, p.n, p.ld_a, p.stride_a, p.batch)
     result = _columns(c, gemm.AS_IS, p.m, p.n, p.ld_c, p.stride_c, p.batch)
