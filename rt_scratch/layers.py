@@ -41,29 +41,37 @@ def add_gradients(backward, dy, cache, buffers, dx=None):
 
 # ------------------------------------------------------------------------------------- linear
 
-LinearCache = namedtuple("LinearCache", "x w biased")
+LinearCache = namedtuple("LinearCache", "x w biased scale", defaults=(1.0,))
 
 
 @accelerated
-def linear(x, w, b=None):
-    """y = x w + b.  x (..., I), w (I, O), b (O,) or None -> (..., O). docs/derivations.md (2)."""
+def linear(x, w, b=None, scale=1.0):
+    """y = scale x w + b.  x (..., I), w (I, O), b (O,) or None -> (..., O).
+
+    docs/derivations.md (2).
+    """
     y = (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
+    if scale != 1:
+        y *= scale
     if b is not None:
         y += b
-    return y, LinearCache(x, w, b is not None)
+    return y, LinearCache(x, w, b is not None, scale)
 
 
 @accelerated
 def linear_backward(dy, cache):
     """dx = dy w^T,  dw = x^T dy,  db = sum of dy over rows, None where there was no bias.
 
-    docs/derivations.md (3).
+    With a scale dx and dw are those of scale dy. docs/derivations.md (3).
     """
-    x, w, biased = cache
+    x, w, biased, scale = cache
     rows = dy.reshape(-1, dy.shape[-1])  # (N, O)
+    db = rows.sum(0) if biased else None
+    if scale != 1:
+        rows = rows * scale
     dx = (rows @ w.T).reshape(x.shape)
     dw = x.reshape(-1, x.shape[-1]).T @ rows
-    return dx, dw, rows.sum(0) if biased else None
+    return dx, dw, db
 
 
 # ---------------------------------------------------------------------------------- LayerNorm

@@ -334,7 +334,6 @@ def attention_backward(dy, dcommitment, cache: AttentionCache, g, dx=None):
             dkh[:, part.keys] = dk_own
         for name, gradient in gradients.items():
             g[name] += gradient
-    dq *= cfg.head_width ** -0.5
     dx = add_gradients(linear_backward, dq.reshape(b, t, h * d), cache.q, (g["w_q"],), dx)
     dx = add_gradients(linear_backward, dv.reshape(b, t, h * d), cache.v, (g["w_v"],), dx)
     if n_keys:
@@ -348,8 +347,7 @@ def project(x, p, cfg: ModelConfig):
     Released code: all queries are scaled here; routing heads then normalise them, which takes the
     scale away again but for the epsilon of the LayerNorm.
     """
-    q, cache_q = linear(x, p["w_q"])
-    q *= cfg.head_width ** -0.5
+    q, cache_q = linear(x, p["w_q"], scale=cfg.head_width ** -0.5)
     k, cache_k = linear(x, p["w_k"]) if "w_k" in p else (x[..., :0], None)
     v, cache_v = linear(x, p["w_v"])
     return tuple(split_heads(z, cfg) for z in (q, k, v)), (cache_q, cache_k, cache_v)

@@ -2,16 +2,18 @@
 // Called in cuda.py by whatever sums over rows.
 #include "common.cuh"
 
-// out_g = sum of the rows of strip g of x.  Blocks of 32 columns by 8 rows, grid (C / 32, strips).
+// out_g = sum of the rows of strip g of x, which are `stride` entries apart. Blocks of 32 columns by
+// 8 rows, grid (C / 32, strips).
 template <typename T>
-__global__ void column_sum(const T* x_nc, float* out_gc, int rows, int width, int strip) {
+__global__ void column_sum(const T* x_strided, float* out_gc, int rows, int width, int strip,
+                           int stride) {
   __shared__ float sums[8][32];
   int c = blockIdx.x * 32 + threadIdx.x;
   int end = min(rows, (int)(blockIdx.y + 1) * strip);
   float sum = 0;
   if (c < width)
     for (int n = blockIdx.y * strip + threadIdx.y; n < end; n += 8)
-      sum += to_float(x_nc[(u64)n * width + c]);
+      sum += to_float(x_strided[(u64)n * stride + c]);
   sums[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
   if (threadIdx.y == 0 && c < width) {

@@ -46,26 +46,31 @@ LOGITS = 1 << 21     # logits alive at a time in the output layer
 
 # ------------------------------------------------------------------------------------- linear
 
-def linear(x, w, b=None):
+def linear(x, w, b=None, scale=1.0):
     rows = x.reshape(-1, x.shape[-1])
     y = np.empty((len(rows), w.shape[1]), x.dtype)
 
     def piece(r):
         np.matmul(rows[r], w, out=y[r])
+        if scale != 1:
+            y[r] *= scale
         if b is not None:
             y[r] += b
 
     _over_rows(piece, len(rows))
-    return y.reshape(*x.shape[:-1], w.shape[1]), LinearCache(x, w, b is not None)
+    return y.reshape(*x.shape[:-1], w.shape[1]), LinearCache(x, w, b is not None, scale)
 
 
 def linear_backward(dy, cache):
-    x, w, biased = cache
+    x, w, biased, scale = cache
     rows = dy.reshape(-1, dy.shape[-1])
+    db = np.ones(len(rows), dy.dtype) @ rows if biased else None
+    if scale != 1:
+        rows = rows * scale
     dx = np.empty((len(rows), w.shape[0]), dy.dtype)
     _over_rows(lambda r: np.matmul(rows[r], w.T, out=dx[r]), len(rows))
     dw = _product(x.reshape(-1, x.shape[-1]), rows)
-    return dx.reshape(x.shape), dw, np.ones(len(rows), dy.dtype) @ rows if biased else None
+    return dx.reshape(x.shape), dw, db
 
 
 def _over_rows(function, n):

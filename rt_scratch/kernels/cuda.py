@@ -23,7 +23,7 @@ from rt_scratch.attention import (
 )
 from rt_scratch.dispatch import array_module, qualified_name
 from rt_scratch.dropout import first_entry
-from rt_scratch.kernels.gemm import address, aligned_width, matmul
+from rt_scratch.kernels.gemm import matmul
 from rt_scratch.kernels.launch import WORD, launch
 from rt_scratch.kmeans import MAX_CLUSTERS, SMOOTHING, CommitmentCache
 from rt_scratch.layers import (
@@ -48,6 +48,7 @@ from rt_scratch.routing import MEAN_FLOOR, Coverage, ScatterMeanCache
 
 THREADS = 256
 WARPS = THREADS // 32
+ROW = 8  # entries, 16 bytes of half precision
 
 
 def _blocks(n: int, per_block: int = THREADS) -> int:
@@ -69,6 +70,24 @@ def _int32(x):
 
 def _contiguous(x):
     return x if x.flags.c_contiguous else array_module(x).ascontiguousarray(x)
+
+
+def _aligned(shape, like, dtype=None):
+    """A new array whose rows begin at multiples of ROW entries, where products read fastest."""
+    width = shape[-1]
+    wide = array_module(like).empty((*shape[:-1], width + -width % ROW), dtype or like.dtype)
+    return wide[..., :width] if width % ROW else wide
+
+
+def _by_rows(x):
+    """x (..., D) whose rows are contiguous and one stride apart, however far: x itself, or a copy.
+    """
+    step, rows = x.strides[-2] if x.ndim > 1 else x.nbytes, 1
+    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.strides[:-1]), strict=True):
+        if size > 1 and stride != rows * step:
+            return _contiguous(x)
+        rows *= size
+    return x if x.strides[-1] == x.itemsize else _contiguous(x)
 
 
 def _rows(x):
@@ -128,12 +147,12 @@ def _new(adding, dy, cache, parameters):
     return adding(dy, cache, out, 0), *out
 
 
-def _add_product(x, dy, out, add):
-    """out = x^T dy or out += x^T dy, for rows x (N, I), dy (N, O); out may be a transposed view."""
+def _add_product(x, dy, out, add, scale=1.0):
+    """out = scale x^T dy or out += it, for rows x (N, I), dy (N, O); out may be transposed."""
     if out.strides[-1] == out.itemsize:
-        matmul(x.swapaxes(-1, -2), dy, out=out, beta=add)
+        matmul(x.swapaxes(-1, -2), dy, out=out, alpha=scale, beta=add)
     else:
-        matmul(dy.swapaxes(-1, -2), x, out=out.swapaxes(-1, -2), beta=add)
+        matmul(dy.swapaxes(-1, -2), x, out=out.swapaxes(-1, -2), alpha=scale, beta=add)
 
 
 def _stacked(first, second):
@@ -141,7 +160,7 @@ def _stacked(first, second):
 
     None where shapes or strides differ.
     """
-    gap = address(second) - address(first)
+    gap = _address(second) - _address(first)
     if (first.shape != second.shape or first.strides != second.strides or gap <= 0
             or gap % first.itemsize):
         return None
@@ -149,14 +168,18 @@ def _stacked(first, second):
         first, (2, *first.shape), (gap, *first.strides))
 
 
+def _address(x) -> int:
+    return x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr
+
+
 # -------------------------------------------------------------------------------------- linear
 
-def linear(x, w, b=None):
+def linear(x, w, b=None, scale=1.0):
     """Twin of layers.linear."""
-    y = matmul(_rows(x), w)
+    y = matmul(_rows(x), w, alpha=scale)
     if b is not None:
         _add_bias(y, b)
-    return y.reshape(*x.shape[:-1], w.shape[1]), LinearCache(x, w, b is not None)
+    return y.reshape(*x.shape[:-1], w.shape[1]), LinearCache(x, w, b is not None, scale)
 
 
 def linear_backward(dy, cache):
@@ -167,14 +190,14 @@ def linear_backward(dy, cache):
 
 
 def _add_linear(dy, cache, out, add, dx=None):
-    x, w, biased = cache
+    x, w, biased, scale = cache
     rows = _contiguous(_rows(dy))
-    _add_product(_rows(x), rows, out[0], add)
+    _add_product(_rows(x), rows, out[0], add, scale)
     if biased:
-        _column_sums("column_sum", (rows,), *rows.shape, out[1:], add)
+        _column_sum(rows, out[1:], add)
     if dx is None:
-        return matmul(rows, w.T).reshape(x.shape)
-    matmul(rows, w.T, out=_rows(dx), beta=1)
+        return matmul(rows, w.T, alpha=scale).reshape(x.shape)
+    matmul(rows, w.T, out=_rows(dx), alpha=scale, beta=1)
     return dx
 
 
@@ -212,13 +235,18 @@ def _add_relu_ffn(dy, cache, out, add, dx=None):
 STRIPS = 64  # strips of rows that a sum over rows is cut into
 
 
-def _column_sums(name: str, arguments, rows: int, width: int, out, add) -> None:
+def _column_sum(x, out, add) -> None:
+    """Sum over the rows of x (N, C), in a fixed order, into the one array of out."""
+    _column_sums("column_sum", (x,), *x.shape, out, add, x.strides[0] // x.itemsize)
+
+
+def _column_sums(name: str, arguments, rows: int, width: int, out, add, *more) -> None:
     """Runs a kernel that sums strips of rows, then adds the strips, into each array (width,)."""
     strip = max(8, -(-rows // STRIPS))
     strips = _blocks(rows, strip)
     parts = array_module(out[0]).empty((len(out), strips, width), "float32")
     launch(name, (_blocks(width, 32), strips), (32, 8), *arguments, *_each(parts), rows, width,
-           strip)
+           strip, *more)
     _sum_strips(_each(parts), out, add)
 
 
@@ -446,7 +474,7 @@ def _kept_number(xp, value, dtype):
 
 # -------------------------------------------------------------------- output layer and loss
 
-CHUNK_ENTRIES = 1 << 26  # of wide intermediates (logits) alive at a time: 256 MB in float32
+CHUNK_ENTRIES = 5 << 24  # of wide intermediates (logits) alive at a time: 320 MB in float32
 
 
 def linear_cross_entropy(x, w, b, targets, weights):
@@ -456,9 +484,9 @@ def linear_cross_entropy(x, w, b, targets, weights):
     bias, target, weight = _float32(b), _int32(targets), _float32(weights)
     vocabulary = w.shape[1]
     for rows in _chunks(x.shape[0], vocabulary):
-        z = matmul(x[rows], w, dtype=xp.float32)
+        z = _logits(x[rows], w)
         launch("cross_entropy", (z.shape[0],), (_row_threads(vocabulary),), z, bias, target[rows],
-               weight[rows], lse[rows], loss[rows], vocabulary)
+               weight[rows], lse[rows], loss[rows], vocabulary, z.strides[0] // 4)
     return _sum_all(loss), CrossEntropyCache(x, w, b, targets, weights, lse)
 
 
@@ -474,15 +502,20 @@ def _add_cross_entropy(dloss, cache, out, add, dx=None):
     vocabulary = w.shape[1]
     dx = xp.empty(x.shape, x.dtype)
     for rows in _chunks(x.shape[0], vocabulary):
-        z = matmul(x[rows], w, dtype=xp.float32)
-        dz = _like(z, x.dtype)
+        z = _logits(x[rows], w)
+        dz = z if x.dtype == z.dtype else _aligned(z.shape, x)
         launch("cross_entropy_backward", (z.shape[0],), (_row_threads(vocabulary),), z, bias,
-               target[rows], weight[rows], lse[rows], dz, vocabulary)
+               target[rows], weight[rows], lse[rows], dz, vocabulary, z.strides[0] // 4)
         matmul(dz, w.T, out=dx[rows])
         later = add or rows.start > 0
         _add_product(x[rows], dz, out[0], later)
-        _column_sums("column_sum", (dz,), *dz.shape, out[1:], later)
+        _column_sum(dz, out[1:], later)
     return dx
+
+
+def _logits(x, w):
+    """x w in float32."""
+    return matmul(x, w, out=_aligned((x.shape[0], w.shape[1]), x, "float32"))
 
 
 ADDING["layers.linear_cross_entropy_backward"] = _add_cross_entropy
@@ -518,7 +551,7 @@ class Band(NamedTuple):
 class Pairs(NamedTuple):
     """What the products of attention have in common: (b, S, N) pairs of a query and a key."""
 
-    queries: Any        # (b, S, D); D is padded with zeros so that rows are aligned (gemm.py)
+    queries: Any        # (b, S, D)
     keys: Any           # (b, N, D); keys and values may be overlapping windows of a sequence
     values: Any         # (b, N, D)
     by_key: Any         # (P, D) rows of the tables by distance, or None
@@ -534,20 +567,17 @@ def attend(q, k, v, rel_k, rel_v, mask, scale, dropped=None):
     pairs = _pairs(q, k, v, rel_k, rel_v, mask, scale, dropped)
     lse = array_module(q).empty((*q.shape[:-1], 1), "float32")
     o = _attend(pairs, lse)
-    return o[..., : v.shape[-1]].reshape(*q.shape[:-1], v.shape[-1]), AttendCache(
+    return o.reshape(*q.shape[:-1], v.shape[-1]), AttendCache(
         q, k, v, rel_k, rel_v, mask, scale, dropped, lse)
 
 
 def attend_backward(do, cache):
     """Twin of attention.attend_backward; gradients of the tables are summed in float32."""
     q, k, v, rel_k, rel_v, *_, lse = cache
-    xp, pairs, drel = array_module(q), _pairs(*cache[:-1]), (None, None)
-    if rel_k is not None:
-        drel = [xp.empty(x.shape, "float32") for x in (pairs.by_key, pairs.by_value)]
-    gradients = _attend_backward(_flat(do), pairs, lse, drel, None)
-    dq, dk, dv = (dx[..., : x.shape[-1]].reshape(x.shape)
-                  for dx, x in zip(gradients, (q, k, v), strict=True))
-    return dq, dk, dv, *(None if x is None else x[:, : rel_k.shape[-1]] for x in drel)
+    xp, pairs = array_module(q), _pairs(*cache[:-1])
+    drel = [None if x is None else xp.empty(x.shape, "float32") for x in (rel_k, rel_v)]
+    dq, dk, dv = _attend_backward(_flat(do), pairs, lse, drel, None)
+    return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape), *drel
 
 
 def _pairs(q, k, v, rel_k, rel_v, mask, scale, dropped):
@@ -559,7 +589,7 @@ def _pairs(q, k, v, rel_k, rel_v, mask, scale, dropped):
 def _attend(pairs: Pairs, lse):
     """o (b, S, D), and lse of all rows."""
     queries, keys, values, by_key, by_value, *_ = pairs
-    o = array_module(queries).empty((*queries.shape[:2], values.shape[-1]), queries.dtype)
+    o = _aligned((*queries.shape[:2], values.shape[-1]), queries)
     for part in _chunks(queries.shape[0], queries.shape[1] * keys.shape[1]):
         s, r = _products(queries[part], keys[part], by_key)
         p, u = _like(s, queries.dtype), _like(r, queries.dtype)
@@ -577,10 +607,9 @@ def _attend_backward(do, pairs: Pairs, lse, drel, lookback):
     dk and dv are those of the blocks, (b, S, D).
     """
     queries, keys, values, by_key, by_value, *_ = pairs
-    xp, dtype = array_module(queries), queries.dtype
-    n_keys = keys.shape[1] if lookback is None else queries.shape[1]
-    dq = xp.empty(queries.shape, dtype)
-    dk, dv = (xp.empty((keys.shape[0], n_keys, x.shape[-1]), dtype) for x in (keys, values))
+    dtype, n_keys = queries.dtype, keys.shape[1] if lookback is None else queries.shape[1]
+    dq = _aligned(queries.shape, queries)
+    dk, dv = (_aligned((keys.shape[0], n_keys, x.shape[-1]), queries) for x in (keys, values))
     for part in _chunks(queries.shape[0], queries.shape[1] * keys.shape[1]):
         s, r = _products(queries[part], keys[part], by_key)
         dp, dr = _products(do[part], values[part], by_value)
@@ -612,23 +641,14 @@ def _to_keys(weights, rows, out, part, lookback):
 
 
 def _flat(x):
-    """(..., N, D) -> (b, N, D), contiguous; with zeros behind each row where D is not aligned."""
-    n, d = x.shape[-2:]
-    if aligned_width(d, x.itemsize) == d:
-        return _contiguous(x.reshape(-1, n, d))
-    return _split_heads([x.reshape(1, 1, -1, d)], 0, x.size // d)[0].reshape(
-        -1, n, aligned_width(d, x.itemsize))
+    """(..., N, D) -> (b, N, D), rows at one distance."""
+    return _by_rows(x).reshape(-1, *x.shape[-2:])
 
 
 def _tables(rel_k, rel_v, dtype):
-    """The tables (P, D) in dtype, their rows as those of `_flat`."""
     if rel_k is None:
         return None, None
-    tables = [table.astype(dtype, copy=False) for table in (rel_k, rel_v)]
-    n, d = rel_k.shape
-    if aligned_width(d, tables[0].itemsize) == d:
-        return tuple(_contiguous(table) for table in tables)
-    return tuple(_split_heads([table[None, None] for table in tables], 0, n))
+    return tuple(table.astype(dtype, copy=False) for table in (rel_k, rel_v))
 
 
 def _products(rows, columns, table):
@@ -688,7 +708,7 @@ def local_attention(q, k, v, rel_k, rel_v, block, lookback, scale, segments=None
     reach = clipped_reach(t, block, lookback, segments, window)
     pairs, blocks, _ = _local_pairs(q, k, v, rel_k, rel_v, reach, scale, dropped)
     lse = array_module(q).empty((*blocks, reach.block, 1), "float32")
-    o = _attend(pairs, lse).reshape(*blocks, reach.block, -1)[..., : v.shape[-1]]
+    o = _attend(pairs, lse).reshape(*blocks, reach.block, -1)
     return join_blocks(o, t), LocalCache(q, k, v, rel_k, rel_v, reach, scale, dropped, lse)
 
 
@@ -697,11 +717,11 @@ def local_attention_backward(do, cache):
     q, k, v, rel_k, rel_v, reach, scale, dropped, lse = cache
     xp, t = array_module(q), q.shape[2]
     pairs, blocks, (rows, do) = _local_pairs(q, k, v, rel_k, rel_v, reach, scale, dropped, do)
-    drel, own, d = (None, None), (None, None), q.shape[-1]
+    drel, own = (None, None), (None, None)
     if rel_k is not None:
-        wide = _each(xp.zeros((2, rel_k.shape[0], pairs.by_key.shape[1]), xp.float32))
-        drel, own = [table[:, :d] for table in wide], [table[rows] for table in wide]
-    dq, dk, dv = (join_blocks(x.reshape(*blocks, reach.block, -1)[..., :d], t)
+        drel = _each(xp.zeros((2, *rel_k.shape), xp.float32))
+        own = [table[rows] for table in drel]
+    dq, dk, dv = (join_blocks(x.reshape(*blocks, reach.block, -1), t)
                   for x in _attend_backward(do, pairs, lse, own, reach.lookback))
     return dq, dk, dv, *drel
 
@@ -741,22 +761,18 @@ def _windows(rows, blocks, step, size):
 
 
 def _split_heads(arrays, front, length):
-    """Arrays (B, H, T, D) as (front + B H length, D), zeros in front and behind each head.
-
-    And behind each row, where D is not aligned.
-    """
-    xp, (b, h, t, d) = array_module(arrays[0]), arrays[0].shape
-    width = aligned_width(d, arrays[0].itemsize)
+    """Arrays (B, H, T, D) as (front + B H length, D), zeros in front and behind each head."""
+    b, h, t, d = arrays[0].shape
     arrays = [x if x.strides[-1] == x.itemsize else _contiguous(x) for x in arrays]
     n_rows = front + b * h * length
-    out = xp.empty((len(arrays), n_rows, width), arrays[0].dtype)
+    out = _aligned((len(arrays), n_rows, d), arrays[0])
     size, word = _word(d * out.itemsize, out, *arrays)
-    words, filled = (n * out.itemsize // size for n in (width, d))
+    words = d * out.itemsize // size
     strides = [stride // size for x in arrays for stride in x.strides[:-1]]
     missing = 4 - len(arrays)
     launch("split_heads", (_blocks(n_rows * words), len(arrays)), (THREADS,), *arrays,
-           *[None] * missing, out, h, t, front, length, n_rows, words, filled, *strides,
-           *[0] * (3 * missing), word=word)
+           *[None] * missing, out, h, t, front, length, n_rows, words, out.strides[1] // size,
+           *strides, *[0] * (3 * missing), word=word)
     return _each(out)
 
 
@@ -767,7 +783,7 @@ def _word(row_bytes, *arrays):
     """(bytes, type) of the widest word in which rows of these arrays can be moved."""
     parts = row_bytes
     for x in arrays:
-        parts = math.gcd(parts, address(x), *x.strides[:-1])
+        parts = math.gcd(parts, _address(x), *x.strides[:-1])
     return next((n, name) for n, name in WORDS if not parts % n)
 
 
@@ -811,16 +827,17 @@ def inverse(order):
 
 def gather(x, index):
     """Twin of routing.gather, for any dtype; x may be strided except along its last axis."""
-    xp = array_module(x)
     if x.strides[-1] != x.itemsize:
         x = _contiguous(x)
     index = _int32(index)
-    out = xp.empty((*index.shape, x.shape[-1]), x.dtype)
+    shape = (*index.shape, x.shape[-1])  # integers enter no product
+    out = _aligned(shape, x) if x.dtype.kind not in "iub" else array_module(x).empty(shape, x.dtype)
     heads, rows = x.shape[1], math.prod(index.shape[2:])
     size, word = _word(x.shape[-1] * x.itemsize, x, out)
     words = x.shape[-1] * x.itemsize // size
     launch("gather_rows", (_blocks(rows * words), x.shape[0] * heads), (THREADS,), x, index, out,
-           heads, rows, words, *(stride // size for stride in x.strides[:-1]), word=word)
+           heads, rows, words, out.strides[-2] // size,
+           *(stride // size for stride in x.strides[:-1]), word=word)
     return out
 
 
@@ -840,26 +857,27 @@ def scatter_mean(rows, index, n_tokens: int):
 
 def _scatter(rows, index, n_tokens, floor):
     xp = array_module(rows)
-    rows, index = _contiguous(rows), _int32(index)
+    rows, index = _by_rows(rows), _int32(index)
     b, h = index.shape[:2]
     window, width = index.shape[-1], rows.shape[-1]
     out = xp.empty((b, h, n_tokens, width), rows.dtype)
     times = None if floor < 0 else xp.empty((b, h, n_tokens, 1), rows.dtype)
     launch("scatter_rows", (_blocks(n_tokens, WARPS), b * h), (THREADS,), rows, index, out, times,
-           math.prod(index.shape[2:-1]), window, n_tokens, width, floor)
+           math.prod(index.shape[2:-1]), window, n_tokens, width,
+           rows.strides[-2] // rows.itemsize, floor)
     return out, times
 
 
 def scatter_mean_backward(dout, cache):
     """Twin of routing.scatter_mean_backward: division and gather in one kernel."""
-    xp, (index, times) = array_module(dout), cache
+    index, times = cache
     if dout.strides[-1] != dout.itemsize:
         dout = _contiguous(dout)
     index, (_, h, t, d) = _int32(index), dout.shape
-    out, rows = xp.empty((*index.shape, d), dout.dtype), math.prod(index.shape[2:])
+    out, rows = _aligned((*index.shape, d), dout), math.prod(index.shape[2:])
     strides = [stride // dout.itemsize for stride in dout.strides[:3]]
     launch("gather_mean", (_blocks(rows * d), dout.shape[0] * h), (THREADS,), dout, times, index,
-           out, h, rows, t, d, MEAN_FLOOR, *strides)
+           out, h, rows, t, d, out.strides[-2] // out.itemsize, MEAN_FLOOR, *strides)
     return out
 
 

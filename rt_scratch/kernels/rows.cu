@@ -4,35 +4,34 @@
 #include "common.cuh"
 
 // out[b, h, r] = x[b, h, index[b, h, r]]: rows of `words` words of type W (the widest that divides
-// a row), strides of x in words. One thread per word, grid (words of a head / threads, B H).
+// a row), strides in words, `stride` from row to row of out. One thread per word, grid (words of a head / threads, B H).
 template <typename W>
-__global__ void gather_rows(const W* x_strided, const int* index_bhr, W* out_bhrw, int heads,
-                            int rows, int words, long long stride_b, long long stride_h,
+__global__ void gather_rows(const W* x_strided, const int* index_bhr, W* out_strided, int heads,
+                            int rows, int words, int stride, long long stride_b, long long stride_h,
                             long long stride_t) {
   long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= (long long)rows * words) return;
   int row = i / words, word = i % words, bh = blockIdx.y;
   const W* x_t = x_strided + bh / heads * stride_b + bh % heads * stride_h;
   int token = index_bhr[(u64)bh * rows + row];
-  out_bhrw[(u64)bh * rows * words + i] = x_t[token * stride_t + word];
+  out_strided[((u64)bh * rows + row) * stride + word] = x_t[token * stride_t + word];
 }
 
 // Up to four arrays x[b, h, t], of the same size, as rows of one head after another: in out_arw
-// array a has `front` rows of zeros, then `length` rows per head, those from `tokens` on zeros, as
-// are the words of a row from `filled` on.
+// array a has `front` rows of zeros, then `length` rows per head, those from `tokens` on zeros;
+// its rows are `stride` words apart.
 // One thread per word, grid (words of an array / threads, arrays).
 template <typename W>
 __global__ void split_heads(const W* x0_strided, const W* x1_strided, const W* x2_strided,
-                            const W* x3_strided, W* out_arw, int heads, int tokens, int front,
-                            int length, int rows, int words, int filled, long long b0,
-                            long long h0, long long t0, long long b1, long long h1, long long t1,
-                            long long b2, long long h2, long long t2, long long b3, long long h3,
-                            long long t3) {
+                            const W* x3_strided, W* out_strided, int heads, int tokens, int front,
+                            int length, int rows, int words, int stride, long long b0, long long h0,
+                            long long t0, long long b1, long long h1, long long t1, long long b2,
+                            long long h2, long long t2, long long b3, long long h3, long long t3) {
   long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= (long long)rows * words) return;
   int row = (int)(i / words) - front, word = i % words, bh = row / length, t = row % length;
-  W* out = out_arw + (u64)blockIdx.y * rows * words + i;
-  if (row < 0 || t >= tokens || word >= filled) {
+  W* out = out_strided + ((u64)blockIdx.y * rows + front + row) * stride + word;
+  if (row < 0 || t >= tokens) {
     *out = W();
     return;
   }
@@ -55,17 +54,17 @@ __device__ inline int lower_bound(const int* index_w, int window, int token) {
 }
 
 // out[t] = sum of rows[k, w] over index[k, w] == t, in the order of k; with floor >= 0 divided by
-// (their number + floor). Each list index[k] ascends and names a token once at most. times_bht (or
-// null) receives the numbers. One warp per token, grid (T / warps, B H): its lanes look for the
+// (their number + floor). Rows are `stride` entries apart. Each list index[k] ascends and names a
+// token once at most. times_bht (or null) receives the numbers. One warp per token, grid (T / warps, B H): its lanes look for the
 // token in 32 lists at a time, then add up the rows found, 128 columns at a time.
 template <typename T>
-__global__ void scatter_rows(const T* row_bhkwd, const int* index_bhkw, T* out_bhtd, T* times_bht,
-                             int lists, int window, int tokens, int width, float floor) {
+__global__ void scatter_rows(const T* row_strided, const int* index_bhkw, T* out_bhtd, T* times_bht,
+                             int lists, int window, int tokens, int width, int stride, float floor) {
   int t = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (t >= tokens) return;
   u64 bh = blockIdx.y;
   const int* index_kw = index_bhkw + bh * lists * window;
-  const T* row_kwd = row_bhkwd + bh * lists * window * width;
+  const T* row_kwd = row_strided + bh * lists * window * stride;
   T* out_d = out_bhtd + (bh * tokens + t) * width;
   for (int left = 0; left < width; left += 128) {
     float sums[4] = {0, 0, 0, 0};
@@ -82,7 +81,7 @@ __global__ void scatter_rows(const T* row_bhkwd, const int* index_bhkw, T* out_b
         u64 row = (u64)(group + source) * window + __shfl_sync(ALL, at, source);
         for (int i = 0; i < 4; i++) {
           int d = left + 32 * i + lane;
-          if (d < width) sums[i] += to_float(row_kwd[row * width + d]);
+          if (d < width) sums[i] += to_float(row_kwd[row * stride + d]);
         }
       }
     }
@@ -94,11 +93,12 @@ __global__ void scatter_rows(const T* row_bhkwd, const int* index_bhkw, T* out_b
   }
 }
 
-// out[b, h, r] = x[b, h, t] / (times[b, h, t] + floor) with t = index[b, h, r]. One thread per
-// entry, grid (entries of a head / threads, B H).
+// out[b, h, r] = x[b, h, t] / (times[b, h, t] + floor) with t = index[b, h, r]; rows of out are
+// `stride` entries apart. One thread per entry, grid (entries of a head / threads, B H).
 template <typename T>
 __global__ void gather_mean(const T* x_strided, const T* times_bht, const int* index_bhr,
-                            T* out_bhrd, int heads, int rows, int tokens, int width, float floor,
+                            T* out_strided, int heads, int rows, int tokens, int width, int stride,
+                            float floor,
                             long long stride_b, long long stride_h, long long stride_t) {
   long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= (long long)rows * width) return;
@@ -106,7 +106,7 @@ __global__ void gather_mean(const T* x_strided, const T* times_bht, const int* i
   int t = index_bhr[(u64)bh * rows + row];
   float x = to_float(x_strided[bh / heads * stride_b + bh % heads * stride_h + t * stride_t + d]);
   float times = to_float(times_bht[(u64)bh * tokens + t]);
-  store(out_bhrd + (u64)bh * rows * width + i, x / (times + floor));
+  store(out_strided + ((u64)bh * rows + row) * stride + d, x / (times + floor));
 }
 
 // Shares of the entries of times that are 0, and that are above 1. One block of 256 threads.
