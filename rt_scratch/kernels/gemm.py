@@ -16,6 +16,7 @@ from typing import NamedTuple
 from rt_scratch.dispatch import array_module
 from rt_scratch.errors import GPU_PACKAGES, UserError
 from rt_scratch.kernels.launch import dtype_name
+from rt_scratch.parameters import ROW
 
 # Values of cuBLAS's enumerations: cublasOperation_t, cudaDataType_t, cublasComputeType_t.
 AS_IS, TRANSPOSED = 0, 1
@@ -86,13 +87,13 @@ def _plan(shape_a, bytes_a, size_a, shape_b, bytes_b, size_b, shape_c, bytes_c, 
     stride_c = _batch_stride(shape_c, bytes_c, size_c, batch_shape)
     if batch > 1 and stride_c == 0:
         raise ValueError("the result must not be broadcast")
+    if rows == 1 and stride_a >= inner:
+        ld_a, ld_c = stride_a, stride_c
     if (batch > 1 and stride_b == 0 and a_by_rows
             and stride_a == rows * ld_a and stride_c == rows * ld_c):
         rows, batch = rows * batch, 1  # one tall product instead of many small ones
     if batch == 1:
         stride_a = stride_b = stride_c = 0
-    if rows == 1:  # any distance to the next row does
-        ld_a, ld_c = ld_a + -ld_a % ALIGNMENT if a_by_rows else ld_a, ld_c + -ld_c % ALIGNMENT
     return Plan(AS_IS if b_by_rows else TRANSPOSED, AS_IS if a_by_rows else TRANSPOSED,
                 shape_c[-1], rows, inner, ld_b, stride_b, ld_a, stride_a, ld_c, stride_c, batch)
 
@@ -102,9 +103,9 @@ def _matrix(shape, strides, size):
     rows, columns = shape[-2:]
     step_row, step_column = (s // size for s in strides[-2:])
     if (step_column == 1 or columns == 1) and (step_row >= columns or rows == 1):
-        return True, step_row if rows > 1 else columns
+        return True, step_row if rows > 1 else columns + -columns % ALIGNMENT  # any will do
     if (step_row == 1 or rows == 1) and (step_column >= rows or columns == 1):
-        return False, step_column if columns > 1 else rows
+        return False, step_column if columns > 1 else rows + -rows % ALIGNMENT
     raise ValueError(f"matrix of shape {(rows, columns)} with strides {strides[-2:]} "
                      "has neither contiguous rows nor contiguous columns")
 
@@ -200,21 +201,23 @@ def address(x) -> int:
     return x.ctypes.data if hasattr(x, "ctypes") else x.data.ptr
 
 
-def aligned_width(width: int, itemsize: int) -> int:
-    """The least number of entries, from width on, that fill whole multiples of 16 bytes."""
-    return width + -width % (ALIGNMENT // itemsize)
+def well_placed(x) -> bool:
+    """Whether an array and all its rows (or columns, as it lies) begin at multiples of 16 bytes."""
+    return not (address(x) % ALIGNMENT or any(
+        stride % ALIGNMENT for n, stride in zip(x.shape, x.strides, strict=True)
+        if n > 1 and stride != x.itemsize))
 
 
-def aligned_rows(xp, shape, dtype):
-    """A new array of this shape, its rows 16 bytes or a multiple apart: a view of a wider one."""
-    dtype = xp.dtype(dtype)
-    return xp.empty((*shape[:-1], aligned_width(shape[-1], dtype.itemsize)), dtype)[
-        ..., : shape[-1]]
+def aligned_rows(shape, like, dtype=None):
+    """A new array whose rows begin where products read fastest: a view of a wider one, if need be.
+    """
+    width = shape[-1]
+    wide = array_module(like).empty((*shape[:-1], width + -width % ROW), dtype or like.dtype)
+    return wide[..., :width] if width % ROW else wide
 
 
 def _call_aligned(p: Plan, a, b, c, alpha, beta):
     """`_call` by way of copies that lie well."""
-    xp = array_module(a)
     if _misplaced(a, p.ld_a, p.stride_a):
         a = _aligned_copy(a)
     if _misplaced(b, p.ld_b, p.stride_b):
@@ -222,7 +225,7 @@ def _call_aligned(p: Plan, a, b, c, alpha, beta):
     if not _misplaced(c, p.ld_c, p.stride_c):
         _call(plan(a, b, c), a, b, c, alpha, beta)
         return
-    result = aligned_rows(xp, c.shape, "float32" if beta else c.dtype)
+    result = aligned_rows(c.shape, c, "float32" if beta else None)
     _call(plan(a, b, result), a, b, result, alpha, 0.0)
     if beta and beta != 1:
         c *= beta
@@ -233,7 +236,7 @@ def _call_aligned(p: Plan, a, b, c, alpha, beta):
 
 
 def _aligned_copy(x):
-    copy = aligned_rows(array_module(x), x.shape, x.dtype)
+    copy = aligned_rows(x.shape, x)
     copy[...] = x
     return copy
 
