@@ -9,13 +9,15 @@ what would make the host wait for the GPU:
 - functions, methods and keywords that CuPy does not have (checked against the real package when it
   is installed, GPU or not).
 
-Reductions give 0-d arrays, as CuPy's do, never scalars.
+Reductions give 0-d arrays, as CuPy's do, never scalars. `with capturing():` also refuses what a CUDA
+graph cannot record: copies from the host, CuPy's products (its cuBLAS handle) and sorts (they wait).
 """
 
 import contextlib
 import inspect
 import operator
 import sys
+from types import SimpleNamespace
 
 import numpy
 
@@ -26,7 +28,9 @@ except ImportError:
 
 SCALARS = (bool, int, float, numpy.generic)
 UFUNC_METHODS = {"reduceat": {"add"}, "accumulate": {"add", "multiply"}}
-_may_read = False
+UNRECORDED = {"matmul", "dot", "vdot", "inner", "outer", "einsum", "tensordot", "sort", "argsort",
+              "lexsort", "partition", "argpartition", "unique", "nonzero", "searchsorted"}
+_may_read = _captures = _clears = False
 sys.modules["strictxp"] = sys.modules[__name__]
 
 
@@ -43,6 +47,31 @@ def reading():
         yield
     finally:
         _may_read = before
+
+
+class Unrecorded(AssertionError):
+    """A CUDA graph cannot hold this."""
+
+
+@contextlib.contextmanager
+def capturing(warm_up=False):
+    """Inside, as while CuPy's stream is captured, or in the warm-up before, where all is allowed.
+
+    Either way new arrays hold zeros, so that indices fit where no kernel fills them.
+    """
+    global _captures, _clears
+    _captures, _clears = not warm_up, True
+    try:
+        yield
+    finally:
+        _captures = _clears = False
+
+
+def _record(name, *arguments):
+    if _captures and name in UNRECORDED:
+        raise Unrecorded(f"{name} in a CUDA graph")
+    if _captures and any(isinstance(x, numpy.ndarray) for x in arguments):
+        raise Unrecorded(f"{name}: a copy from the host in a CUDA graph")
 
 
 def _read(what):
@@ -116,8 +145,11 @@ class ndarray:
         if name in ("item", "tolist", "tobytes"):
             _read(f".{name}()")
         value = getattr(self._host, name)
+        if name == "data":
+            return SimpleNamespace(ptr=self._host.ctypes.data)
         if not callable(value):
             return _outer(value)
+        _record(name)
         return lambda *args, **options: _outer(
             value(*map(_inner, args), **{k: _inner(v) for k, v in options.items()}))
 
@@ -151,6 +183,7 @@ for _name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".spl
 def _matmul(self, other):
     if not isinstance(other, ndarray):
         raise TypeError(f"product of a device array and {type(other)}")
+    _record("matmul")
     return _outer(self._host @ other._host)
 
 
@@ -182,6 +215,10 @@ class _Function:
     def __call__(self, *args, **options):
         if self.signature is not None:
             self.signature.bind(*args, **options)  # TypeError for what CuPy does not take
+        _record(self.name, *args)
+        if _clears and self.name in ("empty", "empty_like"):
+            return _outer(numpy.zeros_like(_inner(args[0]), *args[1:], **options)
+                          if self.name == "empty_like" else numpy.zeros(*args, **options))
         if self.name in ("asarray", "array"):  # the way in: from NumPy as well
             args = (args[0]._host if isinstance(args[0], ndarray) else args[0], *args[1:])
             return _outer(numpy.array(*args, **options))
@@ -194,6 +231,10 @@ class _Function:
         call = getattr(self.function, method)
         return lambda *args, **options: _outer(
             call(*map(_inner, args), **{k: _inner(v) for k, v in options.items()}))
+
+
+lib = SimpleNamespace(stride_tricks=SimpleNamespace(as_strided=lambda x, shape, strides: ndarray(
+    numpy.lib.stride_tricks.as_strided(x._host, shape, strides))))
 
 
 def __getattr__(name):
