@@ -35,9 +35,9 @@ def recorded(train_step, train: TrainConfig, xp, world: World = SINGLE) -> Recor
 class Recorded:
     """A training step that repeats itself.
 
-    The first call runs as ever, which compiles kernels and fills caches. The second records, and it
-    and all later ones start the graph. Where other arrays come, as of another state or of windows
-    of another shape, this begins anew.
+    The first call runs the step as it will be recorded, which compiles kernels and fills caches.
+    The second records it, and it and all later ones start the graph. Where other arrays come, as
+    of another state or of windows of another shape, this begins anew.
     """
 
     def __init__(self, train_step, xp):
@@ -45,36 +45,43 @@ class Recorded:
         self._used = self._graph = None
 
     def __call__(self, state, grads, parts, model, train, dtype=None, world=SINGLE):
-        arguments = grads, model, train, dtype, world
         used = [*state.arrays, grads], [[x.shape for x in _arrays(part)] for part in parts], train
-        if not self._used or not _same(used, self._used):
+        first = self._used is None or not _same(used, self._used)
+        if first:
             self._used, self._graph = used, None
-            return self._train_step(state, grads, parts, model, train, dtype, world)
-        if self._graph is None:
-            self._record(state, parts, *arguments)
+            self._step, self._lr = self._xp.zeros((), "uint32"), self._xp.zeros((), "float32")
+            self._parts = [part._replace(
+                ids=part.ids.copy(), weights=part.weights.copy(),
+                labels=None if part.labels is None else part.labels.copy()) for part in parts]
+
+        def run():
+            return self._train_step(state._replace(step=self._step), grads, self._parts, model,
+                                    train, dtype, world, self._lr)[1]
+
         lr = learning_rate(state.step, train.schedule, train.lr, train.warmup, train.steps)
         self._step.fill(state.step)
         self._lr.fill(lr)
         for own, new in zip(self._parts, parts, strict=True):
             for to, source in zip(_arrays(own), _arrays(new), strict=True):
                 to[...] = source
-        self._graph.launch()
-        return state._replace(step=state.step + 1), self._result._replace(lr=lr)
+        if first:
+            result = run()
+        else:
+            if self._graph is None:
+                self._record(run)
+            self._graph.launch()
+            result = self._result
+        return state._replace(step=state.step + 1), result._replace(lr=lr)
 
-    def _record(self, state, parts, grads, model, train, dtype, world):
-        """Every array that the graph uses is made here or was passed; the pool keeps the former."""
+    def _record(self, run):
+        """What the step allocates lives in a pool of the graph's own, which nothing else uses."""
         xp = self._xp
-        self._step, self._lr = xp.zeros((), "uint32"), xp.zeros((), "float32")
-        self._parts = [part._replace(ids=part.ids.copy(), weights=part.weights.copy(),
-                                     labels=None if part.labels is None else part.labels.copy())
-                       for part in parts]
+        xp.get_default_memory_pool().free_all_blocks()  # of the first call, which had it from there
         self._pool, stream = xp.cuda.MemoryPool(), xp.cuda.get_current_stream()
         with xp.cuda.using_allocator(self._pool.malloc):
             stream.begin_capture()
             try:
-                _, self._result = self._train_step(
-                    state._replace(step=self._step), grads, self._parts, model, train, dtype,
-                    world, self._lr)
+                self._result = run()
             finally:
                 self._graph = stream.end_capture()
 

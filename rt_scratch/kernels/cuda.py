@@ -23,7 +23,7 @@ from rt_scratch.attention import (
 )
 from rt_scratch.dispatch import array_module, qualified_name
 from rt_scratch.dropout import first_entry
-from rt_scratch.kernels.gemm import matmul
+from rt_scratch.kernels.gemm import address, aligned_rows, matmul, well_placed
 from rt_scratch.kernels.launch import WORD, launch
 from rt_scratch.kmeans import MAX_CLUSTERS, SMOOTHING, CommitmentCache
 from rt_scratch.layers import (
@@ -70,13 +70,6 @@ def _int32(x):
 
 def _contiguous(x):
     return x if x.flags.c_contiguous else array_module(x).ascontiguousarray(x)
-
-
-def _aligned(shape, like, dtype=None):
-    """A new array whose rows begin at multiples of ROW entries, where products read fastest."""
-    width = shape[-1]
-    wide = array_module(like).empty((*shape[:-1], width + -width % ROW), dtype or like.dtype)
-    return wide[..., :width] if width % ROW else wide
 
 
 def _by_rows(x):
@@ -160,16 +153,12 @@ def _stacked(first, second):
 
     None where shapes or strides differ.
     """
-    gap = _address(second) - _address(first)
+    gap = address(second) - address(first)
     if (first.shape != second.shape or first.strides != second.strides or gap <= 0
             or gap % first.itemsize):
         return None
     return array_module(first).lib.stride_tricks.as_strided(
         first, (2, *first.shape), (gap, *first.strides))
-
-
-def _address(x) -> int:
-    return x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr
 
 
 # -------------------------------------------------------------------------------------- linear
@@ -500,22 +489,25 @@ def _add_cross_entropy(dloss, cache, out, add, dx=None):
     xp = array_module(x)
     bias, target, weight = _float32(b), _int32(targets), _float32(weights * dloss)
     vocabulary = w.shape[1]
-    dx = xp.empty(x.shape, x.dtype)
+    dx, dw = xp.empty(x.shape, x.dtype), out[0]
+    if not well_placed(dw):  # one addition at the end, not one per chunk
+        dw = aligned_rows(w.shape, x, "float32")
     for rows in _chunks(x.shape[0], vocabulary):
         z = _logits(x[rows], w)
-        dz = z if x.dtype == z.dtype else _aligned(z.shape, x)
+        dz = z if x.dtype == z.dtype else aligned_rows(z.shape, x)
         launch("cross_entropy_backward", (z.shape[0],), (_row_threads(vocabulary),), z, bias,
                target[rows], weight[rows], lse[rows], dz, vocabulary, z.strides[0] // 4)
         matmul(dz, w.T, out=dx[rows])
-        later = add or rows.start > 0
-        _add_product(x[rows], dz, out[0], later)
-        _column_sum(dz, out[1:], later)
+        _add_product(x[rows], dz, dw, rows.start > 0 or add and dw is out[0])
+        _column_sum(dz, out[1:], add or rows.start > 0)
+    if dw is not out[0]:
+        out[0][...] = dw + out[0] if add else dw
     return dx
 
 
 def _logits(x, w):
     """x w in float32."""
-    return matmul(x, w, out=_aligned((x.shape[0], w.shape[1]), x, "float32"))
+    return matmul(x, w, out=aligned_rows((x.shape[0], w.shape[1]), x, "float32"))
 
 
 ADDING["layers.linear_cross_entropy_backward"] = _add_cross_entropy
@@ -589,7 +581,7 @@ def _pairs(q, k, v, rel_k, rel_v, mask, scale, dropped):
 def _attend(pairs: Pairs, lse):
     """o (b, S, D), and lse of all rows."""
     queries, keys, values, by_key, by_value, *_ = pairs
-    o = _aligned((*queries.shape[:2], values.shape[-1]), queries)
+    o = aligned_rows((*queries.shape[:2], values.shape[-1]), queries)
     for part in _chunks(queries.shape[0], queries.shape[1] * keys.shape[1]):
         s, r = _products(queries[part], keys[part], by_key)
         p, u = _like(s, queries.dtype), _like(r, queries.dtype)
@@ -608,8 +600,8 @@ def _attend_backward(do, pairs: Pairs, lse, drel, lookback):
     """
     queries, keys, values, by_key, by_value, *_ = pairs
     dtype, n_keys = queries.dtype, keys.shape[1] if lookback is None else queries.shape[1]
-    dq = _aligned(queries.shape, queries)
-    dk, dv = (_aligned((keys.shape[0], n_keys, x.shape[-1]), queries) for x in (keys, values))
+    dq = aligned_rows(queries.shape, queries)
+    dk, dv = (aligned_rows((keys.shape[0], n_keys, x.shape[-1]), queries) for x in (keys, values))
     for part in _chunks(queries.shape[0], queries.shape[1] * keys.shape[1]):
         s, r = _products(queries[part], keys[part], by_key)
         dp, dr = _products(do[part], values[part], by_value)
@@ -765,7 +757,7 @@ def _split_heads(arrays, front, length):
     b, h, t, d = arrays[0].shape
     arrays = [x if x.strides[-1] == x.itemsize else _contiguous(x) for x in arrays]
     n_rows = front + b * h * length
-    out = _aligned((len(arrays), n_rows, d), arrays[0])
+    out = aligned_rows((len(arrays), n_rows, d), arrays[0])
     size, word = _word(d * out.itemsize, out, *arrays)
     words = d * out.itemsize // size
     strides = [stride // size for x in arrays for stride in x.strides[:-1]]
@@ -783,7 +775,7 @@ def _word(row_bytes, *arrays):
     """(bytes, type) of the widest word in which rows of these arrays can be moved."""
     parts = row_bytes
     for x in arrays:
-        parts = math.gcd(parts, _address(x), *x.strides[:-1])
+        parts = math.gcd(parts, address(x), *x.strides[:-1])
     return next((n, name) for n, name in WORDS if not parts % n)
 
 
@@ -831,7 +823,7 @@ def gather(x, index):
         x = _contiguous(x)
     index = _int32(index)
     shape = (*index.shape, x.shape[-1])  # integers enter no product
-    out = _aligned(shape, x) if x.dtype.kind not in "iub" else array_module(x).empty(shape, x.dtype)
+    out = array_module(x).empty(shape, x.dtype) if x.dtype.kind in "iub" else aligned_rows(shape, x)
     heads, rows = x.shape[1], math.prod(index.shape[2:])
     size, word = _word(x.shape[-1] * x.itemsize, x, out)
     words = x.shape[-1] * x.itemsize // size
@@ -874,7 +866,7 @@ def scatter_mean_backward(dout, cache):
     if dout.strides[-1] != dout.itemsize:
         dout = _contiguous(dout)
     index, (_, h, t, d) = _int32(index), dout.shape
-    out, rows = _aligned((*index.shape, d), dout), math.prod(index.shape[2:])
+    out, rows = aligned_rows((*index.shape, d), dout), math.prod(index.shape[2:])
     strides = [stride // dout.itemsize for stride in dout.strides[:3]]
     launch("gather_mean", (_blocks(rows * d), dout.shape[0] * h), (THREADS,), dout, times, index,
            out, h, rows, t, d, out.strides[-2] // out.itemsize, MEAN_FLOOR, *strides)
@@ -902,8 +894,9 @@ def stable_order(index, n: int):
     """
     order, bits = None, 0
     while order is None or (n - 1) >> bits:
-        digit = index >> bits & (MAX_CLUSTERS - 1)
-        own = by_cluster((digit if order is None else digit[order])[None], MAX_CLUSTERS)[0]
+        digit, values = index >> bits & (MAX_CLUSTERS - 1), (n - 1 >> bits) + 1
+        own = by_cluster((digit if order is None else digit[order])[None],
+                         min(values, MAX_CLUSTERS))[0]
         order = own if order is None else order[own]
         bits += MAX_CLUSTERS.bit_length() - 1
     return order
