@@ -18,6 +18,7 @@ OPTIONS = ("-std=c++17",)  # of the compiler
 DTYPE = {"float": "float32", "__half": "float16", "__nv_bfloat16": "bfloat16", "int": "int32",
          "unsigned": "uint32", "long long": "int64", "bool": "bool"}
 SCALAR = {"int": np.int32, "unsigned": np.uint32, "long long": np.int64, "float": np.float32}
+NUMBERS = (bool, int, float)
 # The types that stand for a template parameter: activations, and words of a row that is only moved.
 INSTANCES = {"T": ("float", "__half", "__nv_bfloat16"),
              "W": ("unsigned char", "unsigned short", "unsigned", "uint2", "uint4")}
@@ -126,7 +127,7 @@ def launch(name: str, grid, block, *arguments, word: str | None = None) -> None:
     for check, value in zip(checks, arguments, strict=True):
         parameter, scalar, expected, activated, strided = check
         if scalar is not None:
-            if isinstance(value, np.ndarray) or hasattr(value, "get"):
+            if type(value) not in NUMBERS and hasattr(value, "shape"):
                 raise TypeError(f"{name}: {parameter} is an array; a number is expected")
             value = scalar(value)
         elif value is not None:
