@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rt_scratch import layers
+from rt_scratch import kmeans, layers
 from rt_scratch.attention import (
     AttendCache,
     LocalCache,
@@ -961,6 +961,9 @@ def commitment(x, mu, winner):
 
 def add_commitment_gradient(dx, dloss, cache):
     """Twin of kmeans.add_commitment_gradient."""
+    if not dx.flags.c_contiguous:  # heads of a width that is no multiple of 8
+        kmeans.add_commitment_gradient.reference(dx, dloss, cache)
+        return
     launch("add_scaled", (_blocks(dx.size, 8 * THREADS),), (THREADS,), dx, cache.apart, dx.size,
            2 * dloss / dx.size)
 

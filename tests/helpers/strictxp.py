@@ -9,8 +9,9 @@ what would make the host wait for the GPU:
 - functions, methods and keywords that CuPy does not have (checked against the real package when it
   is installed, GPU or not).
 
-Reductions give 0-d arrays, as CuPy's do, never scalars. `with capturing():` also refuses what a CUDA
-graph cannot record: copies from the host, CuPy's products (its cuBLAS handle) and sorts (they wait).
+Reductions give 0-d arrays, as CuPy's do, never scalars. `with capturing():` also refuses what a
+CUDA graph cannot record: copies from the host, CuPy's products (its cuBLAS handle), its sorts (they
+wait).
 """
 
 import contextlib
