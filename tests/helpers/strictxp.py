@@ -9,9 +9,11 @@ what would make the host wait for the GPU:
 - functions, methods and keywords that CuPy does not have (checked against the real package when it
   is installed, GPU or not).
 
-Reductions give 0-d arrays, as CuPy's do, never scalars.
+Reductions give 0-d arrays, as CuPy's do, never scalars. `operations` counts what would start a
+kernel: functions, operators and methods that compute or copy, not views.
 """
 
+import collections
 import contextlib
 import inspect
 import operator
@@ -25,6 +27,9 @@ except ImportError:
     cupy = None
 
 SCALARS = (bool, int, float, numpy.generic)
+VIEWS = set("reshape swapaxes transpose squeeze view broadcast_to expand_dims moveaxis empty "
+            "empty_like promote_types finfo result_type can_cast ndim shape".split())
+operations = collections.Counter()  # by name
 UFUNC_METHODS = {"reduceat": {"add"}, "accumulate": {"add", "multiply"}}
 _may_read = False
 sys.modules["strictxp"] = sys.modules[__name__]
@@ -69,8 +74,20 @@ def _outer(value):
     return value
 
 
-def _index(index):
-    for i in index if isinstance(index, tuple) else (index,):
+def _counted(name, argument, result):
+    """The result of an operation, which is counted unless it is its argument, or a view."""
+    same = isinstance(argument, ndarray) and getattr(result, "_host", None) is argument._host
+    if name not in VIEWS and not same:
+        operations[name] += 1
+    return result
+
+
+def _index(index, name=None):
+    """NumPy's form of an index; counted as an operation with a name, or where it copies."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if name or any(isinstance(i, ndarray) for i in parts):
+        operations[name or "take"] += 1
+    for i in parts:
         if isinstance(i, ndarray) and i.dtype == bool:
             _read("indexing with a mask")
         if isinstance(i, slice) and any(isinstance(x, ndarray) for x in (i.start, i.stop, i.step)):
@@ -108,7 +125,7 @@ class ndarray:
         return _outer(self._host[_index(index)])
 
     def __setitem__(self, index, value):
-        self._host[_index(index)] = _inner(value)
+        self._host[_index(index, "copy")] = _inner(value)
 
     def __getattr__(self, name):
         if name.startswith("__") or cupy is not None and not hasattr(cupy.ndarray, name):
@@ -118,24 +135,25 @@ class ndarray:
         value = getattr(self._host, name)
         if not callable(value):
             return _outer(value)
-        return lambda *args, **options: _outer(
-            value(*map(_inner, args), **{k: _inner(v) for k, v in options.items()}))
+        return lambda *args, **options: _counted(name, self, _outer(
+            value(*map(_inner, args), **{k: _inner(v) for k, v in options.items()})))
 
 
 def _operator(name, function):
     def apply(self, other):
         if not isinstance(other, (ndarray, *SCALARS)):
             raise TypeError(f"{name} of a device array and {type(other)}")
-        return _outer(function(self._host, _inner(other)))
+        return _counted(name, self, _outer(function(self._host, _inner(other))))
 
     def reflected(self, other):
         if not isinstance(other, SCALARS):
             raise TypeError(f"{name} of {type(other)} and a device array")
-        return _outer(function(other, self._host))
+        return _counted(name, self, _outer(function(other, self._host)))
 
     def in_place(self, other):
         if not isinstance(other, (ndarray, *SCALARS)):
             raise TypeError(f"{name} of a device array and {type(other)}")
+        operations[name] += 1
         self._host[...] = function(self._host, _inner(other))
         return self
 
@@ -151,15 +169,15 @@ for _name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".spl
 def _matmul(self, other):
     if not isinstance(other, ndarray):
         raise TypeError(f"product of a device array and {type(other)}")
-    return _outer(self._host @ other._host)
+    return _counted("matmul", self, _outer(self._host @ other._host))
 
 
 ndarray.__matmul__ = _matmul
 
 
 def _plain(name, function):
-    setattr(ndarray, f"__{name}__", lambda self, *other: _outer(
-        function(self._host, *map(_inner, other))))
+    setattr(ndarray, f"__{name}__", lambda self, *other: _counted(name, self, _outer(
+        function(self._host, *map(_inner, other)))))
 
 
 for _name in "lt le gt ge eq ne neg abs invert".split():
@@ -184,9 +202,9 @@ class _Function:
             self.signature.bind(*args, **options)  # TypeError for what CuPy does not take
         if self.name in ("asarray", "array"):  # the way in: from NumPy as well
             args = (args[0]._host if isinstance(args[0], ndarray) else args[0], *args[1:])
-            return _outer(numpy.array(*args, **options))
-        return _outer(self.function(*map(_inner, args),
-                                    **{k: _inner(v) for k, v in options.items()}))
+            return _counted(self.name, None, _outer(numpy.array(*args, **options)))
+        return _counted(self.name, args[0] if args else None, _outer(self.function(
+            *map(_inner, args), **{k: _inner(v) for k, v in options.items()})))
 
     def __getattr__(self, method):
         if self.name not in UFUNC_METHODS.get(method, ()):
@@ -194,6 +212,15 @@ class _Function:
         call = getattr(self.function, method)
         return lambda *args, **options: _outer(
             call(*map(_inner, args), **{k: _inner(v) for k, v in options.items()}))
+
+
+class lib:
+    """Of cupy.lib what gives views."""
+
+    class stride_tricks:
+        @staticmethod
+        def as_strided(x, shape=None, strides=None):
+            return _outer(numpy.lib.stride_tricks.as_strided(_inner(x), shape, strides))
 
 
 def __getattr__(name):
