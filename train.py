@@ -43,6 +43,7 @@ def work(args, world):
     plan = world.in_turn(lambda: plan_run(args))
     model, train = plan.model, plan.train
     plan = plan._replace(precision=select_precision(train.precision, xp))
+    step_once = recorded(train_step, train, xp, world) if train.cuda_graph else train_step
     say(costs.describe(device, plan))
     if args.dry_run:
         return
@@ -61,7 +62,7 @@ def work(args, world):
     try:
         with RunFolder(plan.folder, plan.config, plan.dataset.codec.file,
                        writes=world.rank == 0) as run:
-            fit(plan, run, state, progress, last, xp, world)
+            fit(plan, run, state, progress, last, xp, world, step_once)
     except MemoryError as error:
         raise UserError(
             f"out of memory at --batch {train.batch} x {model.seq_len} tokens, precision "
@@ -69,12 +70,11 @@ def work(args, world):
             "smaller --batch with --accumulate, or on a GPU --precision bf16") from error
 
 
-def fit(plan, run, state, progress, last, xp, world):
+def fit(plan, run, state, progress, last, xp, world, step_once):
     """The training loop, to step `last`; of several processes the first writes the run folder."""
     folder, dataset, model, train = plan[:4]
     windows, first = train.batch * train.accumulate, state.step
     grads, clock = xp.empty_like(state.flat), log.Clock(progress.seconds)
-    step_once = recorded(train_step, train, xp, world) if train.cuda_graph else train_step
 
     def due(step):
         return step == last or (train.eval_every and step % train.eval_every == 0)
