@@ -197,7 +197,7 @@ def swiglu(a, b):
 
     Shazeer 2020. The tanh form does not overflow. docs/derivations.md (19).
     """
-    s = 0.5 * (1 + array_module(a).tanh(0.5 * a))
+    s = _sigmoid(a)
     return a * s * b, GateCache(a, b)
 
 
@@ -207,8 +207,13 @@ def swiglu_backward(dy, cache):
     docs/derivations.md (17), (19).
     """
     a, b = cache
-    s = 0.5 * (1 + array_module(a).tanh(0.5 * a))
+    s = _sigmoid(a)
     return dy * b * s * (1 + a * (1 - s)), dy * (a * s)
+
+
+def _sigmoid(a):
+    """In the dtype of a: CuPy's product of bfloat16 and a Python number is float32."""
+    return (0.5 * (1 + array_module(a).tanh(0.5 * a))).astype(a.dtype, copy=False)
 
 
 GatedCache = namedtuple("GatedCache", "x w_gate w_value w_out a b dropped")

@@ -24,7 +24,7 @@ from rt_scratch.attention import (
 from rt_scratch.dispatch import array_module, qualified_name
 from rt_scratch.dropout import first_entry
 from rt_scratch.kernels.gemm import address, aligned_rows, matmul, well_placed
-from rt_scratch.kernels.launch import WORD, launch
+from rt_scratch.kernels.launch import WORD, dtype_name, launch
 from rt_scratch.kmeans import MAX_CLUSTERS, SMOOTHING, CommitmentCache
 from rt_scratch.layers import (
     EPSILON,
@@ -57,13 +57,13 @@ def _blocks(n: int, per_block: int = THREADS) -> int:
 
 def _float32(x):
     """x as contiguous float32; x itself where it is, or where it is None."""
-    if x is None or (x.dtype == "float32" and x.flags.c_contiguous):
+    if x is None or (dtype_name(x.dtype) == "float32" and x.flags.c_contiguous):
         return x
     return array_module(x).ascontiguousarray(x, dtype="float32")
 
 
 def _int32(x):
-    if x.dtype == "int32" and x.flags.c_contiguous:
+    if dtype_name(x.dtype) == "int32" and x.flags.c_contiguous:
         return x
     return array_module(x).ascontiguousarray(x, dtype="int32")
 

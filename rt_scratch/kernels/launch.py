@@ -106,6 +106,12 @@ def _checks(name: str) -> tuple[Check, ...]:
                  for declared, parameter in kernels()[name].parameters)
 
 
+@functools.lru_cache(maxsize=1 << 12)
+def _converted(scalar: type, value):
+    """scalar(value), which NumPy takes its time for."""
+    return scalar(value)
+
+
 @functools.cache
 def dtype_name(dtype) -> str:
     """dtype.name, which NumPy spells out anew each time."""
@@ -129,7 +135,7 @@ def launch(name: str, grid, block, *arguments, word: str | None = None) -> None:
         if scalar is not None:
             if type(value) not in NUMBERS and hasattr(value, "shape"):
                 raise TypeError(f"{name}: {parameter} is an array; a number is expected")
-            value = scalar(value)
+            value = _converted(scalar, value)
         elif value is not None:
             dtype = dtype_name(value.dtype)
             if activated:
