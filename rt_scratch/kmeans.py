@@ -39,12 +39,16 @@ def compare(x, mu, equal_length: bool = False):
 
     Products (B, H, K, T), in the dtype of mu.
     """
-    xp = array_module(x)
     if equal_length:
-        tiny = xp.finfo(mu.dtype).tiny
-        mu = mu / xp.sqrt(xp.maximum((mu * mu).sum(-1, keepdims=True), tiny))
+        mu = unit_length(mu)
     products = x.astype(mu.dtype, copy=False) @ mu.swapaxes(-1, -2)  # (B, H, T, K)
     return products.argmax(-1), products.swapaxes(-1, -2)
+
+
+def unit_length(mu):
+    """Centroids scaled to length 1. docs/derivations.md (47)."""
+    xp = array_module(mu)
+    return mu / xp.sqrt(xp.maximum((mu * mu).sum(-1, keepdims=True), xp.finfo(mu.dtype).tiny))
 
 
 @accelerated
