@@ -176,8 +176,7 @@ def parse(argv=None):
     add("--data-dir", help="folder with the dataset's official files")
     add("--download", action="store_true", help="get the dataset first")
     add("--out", type=Path, help="run folder (default: runs/DATASET)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto",
-        help="auto takes a GPU if there is one (default)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU, if any")
     add("--resume", action="store_true", help="continue a run exactly")
     add("--stop-after", type=int, default=0, metavar="STEP",
         help="stop and save after this step of the schedule")
@@ -188,8 +187,7 @@ def parse(argv=None):
     add("--evaluate-causally", action="store_true",
         help=f"with --evaluate: also score by incremental decoding, on --eval-windows (default "
              f"{CAUSAL_WINDOWS}) windows")
-    add("--stride", type=int, default=0,
-        help="with --evaluate: tokens between windows (default: no overlap)")
+    add("--stride", type=int, default=0, help="with --evaluate: tokens between windows; 0: disjoint")
     add("--dry-run", action="store_true", help="describe the run and stop; needs no files")
     add_fields(parser)
     args = parser.parse_intermixed_args(argv)  # files may follow flags
