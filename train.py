@@ -187,7 +187,7 @@ def parse(argv=None):
     add("--evaluate-causally", action="store_true",
         help=f"with --evaluate: also score by incremental decoding, on --eval-windows (default "
              f"{CAUSAL_WINDOWS}) windows")
-    add("--stride", type=int, default=0, help="with --evaluate: tokens between windows; 0: disjoint")
+    add("--stride", type=int, default=0, help="with --evaluate: tokens between windows (0: T)")
     add("--dry-run", action="store_true", help="describe the run and stop; needs no files")
     add_fields(parser)
     args = parser.parse_intermixed_args(argv)  # files may follow flags
