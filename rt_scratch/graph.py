@@ -9,6 +9,8 @@ the GPU, and products go through a cuBLAS handle of our own (kernels/gemm.py).
 
 from __future__ import annotations
 
+import contextlib
+
 from rt_scratch.config import TrainConfig
 from rt_scratch.errors import UserError
 from rt_scratch.optim import learning_rate
@@ -37,7 +39,8 @@ class Recorded:
 
     The first call runs the step as it will be recorded, which compiles kernels and fills caches.
     The second records it, and it and all later ones start the graph. Where other arrays come, as
-    of another state or of windows of another shape, this begins anew.
+    of another state or of windows of another shape, this begins anew. The arrays of the result are
+    the graph's: the next call writes into them.
     """
 
     def __init__(self, train_step, xp):
@@ -82,8 +85,11 @@ class Recorded:
             stream.begin_capture()
             try:
                 self._result = run()
-            finally:
-                self._graph = stream.end_capture()
+            except BaseException:
+                with contextlib.suppress(Exception):  # what went wrong first is worth telling
+                    stream.end_capture()
+                raise
+            self._graph = stream.end_capture()
 
 
 def _arrays(part):

@@ -156,6 +156,29 @@ def test_replays_are_steps(monkeypatch, optimizer):
         np.testing.assert_array_equal(a, b)
 
 
+def test_an_error_while_recording_is_told(monkeypatch):
+    """Not that of a capture that cannot end then; and the next call tries again."""
+    gpu, calls = Gpu(), []
+
+    def step(*arguments):
+        calls.append(gpu._captures)
+        if gpu._captures and len(calls) == 2:
+            raise MemoryError("all of it")
+        return gpu.train_step(*arguments)
+
+    m, once = setup(SMALL, batch=2, dtype="float32"), Recorded(step, gpu)
+    state = m.state()._replace(optimizer=OPTIMIZERS["adamw"].init(m.flat, m.table))
+    arguments = state, np.empty_like(m.flat), m.parts(), SMALL, TrainConfig(optimizer="adamw")
+    once(*arguments)
+    monkeypatch.setattr(gpu, "end_capture", lambda: 1 / 0)
+    with pytest.raises(MemoryError, match="all of it"):
+        once(*arguments)
+    monkeypatch.undo()
+    gpu._captures = False
+    once(*arguments)
+    assert calls == [False, True, True] and gpu.captures == 2
+
+
 @pytest.mark.parametrize("settings, size, why", [
     ({"precision": "fp16"}, 1, "not with --precision fp16: the host reads every gradient's norm"),
     ({"precision": "float64"}, 1, "not with --precision float64"),
