@@ -56,8 +56,9 @@ def counts(monkeypatch):
             assert 0 < across < 2**31 and all(0 < n < 2**16 for n in others), (instance, grid)
         return start
 
-    def product(p, *_):
+    def product(p, a, b, c, *_):
         counted["product"] += 1
+        assert gemm.aligned(p, a, b, c), p
         assert 0 < p.batch and min(p.m, p.n, p.k) > 0
 
     def address(x):

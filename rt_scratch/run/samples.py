@@ -122,8 +122,8 @@ def wanted(step: int, scored: int, model: ModelConfig, train: TrainConfig) -> bo
     Always at the end. Before it where --sample-every has a multiple since then; by default text,
     which takes a moment, every time, and pictures, which take minutes, never.
     """
-    every = train.sample_every or (model.kind == "text")
-    return step == train.steps or (every and step // every > scored // every)
+    every = train.sample_every or (1 if model.kind == "text" else train.steps)
+    return step == train.steps or step // every > scored // every
 
 
 def keep_sample(folder: Path, step: int, text: str) -> None:
