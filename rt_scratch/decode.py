@@ -19,7 +19,8 @@ from rt_scratch.model import block, embed, mu_of, next_logits
 
 
 class Memory:
-    """The text so far: per layer the store of each kind of head, and the next position.
+    """The text so far: per layer the store of each kind of head, the ids that the input layer still
+    sees, and the next position.
 
     `prefill` and `step` write into it; it belongs to one text per batch row.
     """
@@ -27,10 +28,12 @@ class Memory:
     def __init__(self, params, cfg: ModelConfig, batch: int, capacity: int, labels=None):
         """Empty, for texts of up to `capacity` positions."""
         table = params["embed"]["table"]
+        xp = array_module(table)
         self.position, self.labels = 0, labels
+        self.recent = xp.zeros((batch, cfg.input_tokens - 1), "int64")
         self.stores = [
             [part.kind.store(cfg, part.heads.stop - part.heads.start, batch, capacity,
-                             array_module(table), table.dtype) for part in parts(cfg, i)]
+                             xp, table.dtype) for part in parts(cfg, i)]
             for i in range(cfg.n_layers)]
 
 
@@ -51,7 +54,9 @@ def step(params, centroids, cfg: ModelConfig, memory: Memory, ids):
 
 
 def _advance(params, centroids, cfg, memory, shifted):
-    x, _ = embed(params, cfg, shifted, memory.position, memory.labels)
+    x, _ = embed(params, cfg, shifted, memory.position, memory.labels, before=memory.recent)
+    seen = array_module(shifted).concatenate([memory.recent, shifted], axis=1)
+    memory.recent = seen[:, seen.shape[1] - memory.recent.shape[1] :]
     for i in range(cfg.n_layers):
         x, _, _ = block(x, params["layers"][i], cfg, i, mu_of(centroids, i), memory=memory)
     memory.position += shifted.shape[1]

@@ -280,6 +280,19 @@ def shift_right(ids):
     return xp.concatenate([xp.zeros_like(ids[:, :1]), ids[:, :-1]], axis=1)
 
 
+def recent(ids, n: int, before=None):
+    """ids (B, T) -> (B, T, n): entry j of position t is id t - j, for a convolution over n tokens.
+
+    before (B, n - 1): the ids before the first; without them id 0, as in `shift_right`.
+    """
+    xp = array_module(ids)
+    t = ids.shape[1]
+    if before is None:
+        before = xp.zeros((len(ids), n - 1), ids.dtype)
+    both = xp.concatenate([before, ids], axis=1)                     # (B, n - 1 + T)
+    return xp.stack([both[:, n - 1 - j : n - 1 - j + t] for j in range(n)], axis=-1)
+
+
 EmbeddingCache = namedtuple("EmbeddingCache", "ids table")
 
 

@@ -1,6 +1,6 @@
 """The Routing Transformer: one block, the whole model, forward and backward.
 
-Data flow, text:   ids -> shift right -> embedding -> dense -> blocks -> [LayerNorm] -> output
+Data flow, text:   ids -> shift right -> embeddings -> dense -> blocks -> [LayerNorm] -> output
            image:  values -> shift right -> channel table + positions -> blocks -> output
 
 Two conventions meet here. Plain functions (layers, attention, routing) return gradients. The parts
@@ -29,6 +29,7 @@ from rt_scratch.layers import (
     linear_backward,
     linear_cross_entropy,
     linear_cross_entropy_backward,
+    recent,
     shift_right,
     timing_signal,
 )
@@ -156,8 +157,13 @@ def mu_of(centroids, layer: int):
 EmbedCache = namedtuple("EmbedCache", "cfg table dense classes dropped")
 
 
-def embed(params, cfg: ModelConfig, shifted, start: int, labels=None, noise=None):
-    """Embeddings (B, T, C) of already shifted ids at positions start, start + 1, ..."""
+def embed(params, cfg: ModelConfig, shifted, start: int, labels=None, noise=None, before=None):
+    """Embeddings (B, T, C) of already shifted ids at positions start, start + 1, ...
+
+    text: x_t = sum_j embedding(id_(t - j)) w_j + b over the last input_tokens ids, w_j (E, C) the
+    slices of w: a causal convolution (released code: one id). `before`: see layers.recent.
+    docs/derivations.md (3) to (5).
+    """
     p = params["embed"]
     drop = _dropped(cfg.embed_dropout, noise, "embed")
     cache_class = None
@@ -168,8 +174,8 @@ def embed(params, cfg: ModelConfig, shifted, start: int, labels=None, noise=None
             x = x + c[:, None]
         x, dropped = dropout(x, drop)
         return x, EmbedCache(cfg, cache, None, cache_class, dropped)
-    e, cache = embedding(shifted, p["table"])
-    e, dropped = dropout(e, drop)
+    e, cache = embedding(recent(shifted, cfg.input_tokens, before), p["table"])
+    e, dropped = dropout(e.reshape(*shifted.shape, -1), drop)        # (B, T, n E)
     x, cache_dense = linear(e, p["w"], p["b"])
     if cfg.timing_signal:
         x = x + timing_signal(array_module(x), x.shape[1], x.shape[2], x.dtype, start)
@@ -189,7 +195,8 @@ def _embed_backward(dx, cache: EmbedCache, g):
     de, dw, db = linear_backward(dx, cache.dense)
     g["w"] += dw
     g["b"] += db
-    g["table"] += embedding_backward(dropout_backward(de, cache.dropped), cache.table)
+    de = dropout_backward(de, cache.dropped).reshape(*cache.table.ids.shape, -1)
+    g["table"] += embedding_backward(de, cache.table)
 
 
 OutputCache = namedtuple("OutputCache", "norm dense")

@@ -130,7 +130,7 @@ def adamw_update(flat, grads, state, table, lr, step, *, beta1=0.9, beta2=0.99, 
 # --------------------------------------------------------------------------------------- Muon
 
 MOMENTUM = 0.95
-NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # steep at 0, then within about 0.3 of 1
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5  # steep at 0, then within about 0.3 of 1
 
 
 def orthogonalized(leaf) -> bool:
@@ -183,9 +183,9 @@ def newton_schulz(x):
         return newton_schulz(x.swapaxes(-1, -2)).swapaxes(-1, -2)
     norm = xp.sqrt((x * x).sum((-2, -1), keepdims=True))
     x = x / xp.maximum(norm, xp.finfo(x.dtype).tiny)
-    for _ in range(5):
+    for first, third, fifth in NEWTON_SCHULZ:
         a = x @ x.swapaxes(-1, -2)
-        x = NEWTON_SCHULZ[0] * x + (NEWTON_SCHULZ[1] * a + NEWTON_SCHULZ[2] * (a @ a)) @ x
+        x = first * x + (third * a + fifth * (a @ a)) @ x
     return x
 
 

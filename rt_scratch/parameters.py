@@ -40,7 +40,7 @@ def parameter_table(cfg: ModelConfig) -> list[Leaf]:
 
     if cfg.kind == "text":
         add("embed.table", cfg.vocab_size, e)
-        add("embed.w", e, c)
+        add("embed.w", cfg.input_tokens * e, c)
         add("embed.b", c, init="zeros")
     else:
         add("embed.table", 3 * cfg.vocab_size, c)

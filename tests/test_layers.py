@@ -123,6 +123,18 @@ def test_shift_right(seed, b, t):
     assert (shifted[:, 0] == 0).all() and (shifted[:, 1:] == ids[:, :-1]).all()
 
 
+@given(seeds, sizes, lengths, sizes)
+def test_recent(seed, b, t, n):
+    ids = np.random.default_rng(seed).integers(1, 9, (b, t))
+    seen = layers.recent(ids, n)
+    for j in range(n):
+        assert (seen[:, :j, j] == 0).all() and (seen[:, j:, j] == ids[:, : t - j]).all()
+    cut = t // 2
+    padded = np.concatenate([np.zeros((b, n - 1), int), ids], axis=1)
+    later = layers.recent(ids[:, cut:], n, padded[:, cut : cut + n - 1])
+    np.testing.assert_array_equal(later, seen[:, cut:])
+
+
 @given(seeds, sizes, lengths, sizes, sizes)
 def test_embedding(seed, b, t, v, e):
     rng = np.random.default_rng(seed)
