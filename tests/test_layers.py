@@ -128,7 +128,7 @@ def test_recent(seed, b, t, n):
     ids = np.random.default_rng(seed).integers(1, 9, (b, t))
     seen = layers.recent(ids, n)
     for j in range(n):
-        assert (seen[:, :j, j] == 0).all() and (seen[:, j:, j] == ids[:, : t - j]).all()
+        assert (seen[:, :j, j] == 0).all() and (seen[:, j:, j] == ids[:, : max(t - j, 0)]).all()
     cut = t // 2
     padded = np.concatenate([np.zeros((b, n - 1), int), ids], axis=1)
     later = layers.recent(ids[:, cut:], n, padded[:, cut : cut + n - 1])
