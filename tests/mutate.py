@@ -218,7 +218,7 @@ BUGS = [
     ("data/released_subwords", "rstrip(\"\\\\\"))) % 2", "rstrip(\"\\\\\"))) % 1"),
     ("optim", "        m *= MOMENTUM\n", ""),
     ("optim", "newton_schulz(g + MOMENTUM * m)", "newton_schulz(m)"),
-    ("optim", "fifth in NEWTON_SCHULZ:", "fifth in NEWTON_SCHULZ[1:]:"),
+    ("optim", "for a, b, c in NEWTON_SCHULZ:", "for a, b, c in NEWTON_SCHULZ[1:]:"),
     ("optim", "0.2 * math.sqrt(max(leaf.shape))", "0.2 * math.sqrt(min(leaf.shape))"),
     ("optim", '            and "_rel_" not in leaf.name)', "            )"),
     ("optim", "        done += last - first\n", ""),
