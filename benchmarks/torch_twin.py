@@ -46,7 +46,8 @@ def loss(params, mu, cfg, ids):
 def forward(params, mu, cfg, ids):
     """(logits (B, T, V), commitment loss)."""
     e = params["embed"]
-    x = e["table"][pad(ids, (1, -1))] @ e["w"] + e["b"]
+    taps = e["w"].reshape(cfg.input_tokens, cfg.token_width, cfg.width)
+    x = e["b"] + sum(e["table"][pad(ids, (j, -j))] @ tap for j, tap in enumerate(taps, 1))
     if cfg.timing_signal:
         half = cfg.width // 2
         rate = 10000 ** (-torch.arange(half, dtype=x.dtype) / max(half - 1, 1))
@@ -223,6 +224,7 @@ def cases():
     change = dataclasses.replace
     return {
         "causal": small,
+        "three input tokens": change(small, input_tokens=3),
         # In `topk` equal tokens at other positions score equally; the timing signal breaks ties.
         "topk": change(small, routing="topk", timing_signal=True),
         "causal, separate keys, post-norm": change(small, share_qk=False, norm="post"),
