@@ -46,8 +46,12 @@ def loss(params, mu, cfg, ids):
 def forward(params, mu, cfg, ids):
     """(logits (B, T, V), commitment loss)."""
     e = params["embed"]
-    taps = e["w"].reshape(cfg.input_tokens, cfg.token_width, cfg.width)
-    x = e["b"] + sum(e["table"][pad(ids, (j, -j))] @ tap for j, tap in enumerate(taps, 1))
+    seen = [pad(ids, (j, -j)) for j in range(1, cfg.input_tokens + 1)]
+    rows = [e["table"][token] for token in seen]
+    if cfg.ngram_rows:
+        number = sum(token * cfg.vocab_size**j for j, token in enumerate(seen))
+        rows.append(e["ngrams"][number % cfg.ngram_rows])
+    x = torch.cat(rows, -1) @ e["w"] + e["b"]
     if cfg.timing_signal:
         half = cfg.width // 2
         rate = 10000 ** (-torch.arange(half, dtype=x.dtype) / max(half - 1, 1))
@@ -225,6 +229,7 @@ def cases():
     return {
         "causal": small,
         "three input tokens": change(small, input_tokens=3),
+        "trigrams": change(small, input_tokens=3, ngram_rows=13),
         # In `topk` equal tokens at other positions score equally; the timing signal breaks ties.
         "topk": change(small, routing="topk", timing_signal=True),
         "causal, separate keys, post-norm": change(small, share_qk=False, norm="post"),

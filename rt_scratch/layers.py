@@ -293,6 +293,17 @@ def recent(ids, n: int, before=None):
     return xp.stack([both[:, n - 1 - j : n - 1 - j + t] for j in range(n)], axis=-1)
 
 
+def ngram(ids, base: int, rows: int):
+    """(..., n) -> (...): a row of a table of `rows` for every n-gram, sum_j ids_j base^j mod rows.
+
+    N-grams that share a row share it by accident, if `rows` is a prime number: `base` and its
+    powers should have no divisor in common with it.
+    """
+    xp = array_module(ids)
+    digits = xp.asarray([pow(base, j, rows) for j in range(ids.shape[-1])])
+    return (ids * digits).sum(-1) % rows
+
+
 EmbeddingCache = namedtuple("EmbeddingCache", "ids table")
 
 

@@ -29,6 +29,7 @@ from rt_scratch.layers import (
     linear_backward,
     linear_cross_entropy,
     linear_cross_entropy_backward,
+    ngram,
     recent,
     shift_right,
     timing_signal,
@@ -154,14 +155,15 @@ def mu_of(centroids, layer: int):
 
 # ---------------------------------------------------------------------------------- input, output
 
-EmbedCache = namedtuple("EmbedCache", "cfg table dense classes dropped")
+EmbedCache = namedtuple("EmbedCache", "cfg table dense ngrams classes dropped")
 
 
 def embed(params, cfg: ModelConfig, shifted, start: int, labels=None, noise=None, before=None):
     """Embeddings (B, T, C) of already shifted ids at positions start, start + 1, ...
 
-    text: x_t = sum_j embedding(id_(t - j)) w_j + b over the last input_tokens ids, w_j (E, C) the
-    slices of w: a causal convolution (released code: one id). `before`: see layers.recent.
+    text: x_t = [embedding(id_t), embedding(id_(t - 1)), ..., row of the n-gram] w + b over the last
+    input_tokens ids: a causal convolution. Released code: one id, no n-gram. `before`: see
+    layers.recent.
     docs/derivations.md (3) to (5).
     """
     p = params["embed"]
@@ -173,13 +175,18 @@ def embed(params, cfg: ModelConfig, shifted, start: int, labels=None, noise=None
             c, cache_class = embedding(labels, p["classes"])
             x = x + c[:, None]
         x, dropped = dropout(x, drop)
-        return x, EmbedCache(cfg, cache, None, cache_class, dropped)
-    e, cache = embedding(recent(shifted, cfg.input_tokens, before), p["table"])
-    e, dropped = dropout(e.reshape(*shifted.shape, -1), drop)        # (B, T, n E)
+        return x, EmbedCache(cfg, cache, None, None, cache_class, dropped)
+    seen, cache_ngrams = recent(shifted, cfg.input_tokens, before), None
+    e, cache = embedding(seen, p["table"])
+    e = e.reshape(*shifted.shape, -1)                                # (B, T, n E)
+    if cfg.ngram_rows:
+        row, cache_ngrams = embedding(ngram(seen, cfg.vocab_size, cfg.ngram_rows), p["ngrams"])
+        e = array_module(e).concatenate([e, row], axis=-1)
+    e, dropped = dropout(e, drop)
     x, cache_dense = linear(e, p["w"], p["b"])
     if cfg.timing_signal:
         x = x + timing_signal(array_module(x), x.shape[1], x.shape[2], x.dtype, start)
-    return x, EmbedCache(cfg, cache, cache_dense, None, dropped)
+    return x, EmbedCache(cfg, cache, cache_dense, cache_ngrams, None, dropped)
 
 
 def _embed_backward(dx, cache: EmbedCache, g):
@@ -195,8 +202,11 @@ def _embed_backward(dx, cache: EmbedCache, g):
     de, dw, db = linear_backward(dx, cache.dense)
     g["w"] += dw
     g["b"] += db
-    de = dropout_backward(de, cache.dropped).reshape(*cache.table.ids.shape, -1)
-    g["table"] += embedding_backward(de, cache.table)
+    de = dropout_backward(de, cache.dropped)
+    if cache.cfg.ngram_rows:
+        de, drow = array_module(de).split(de, [-cache.cfg.ngram_width], axis=-1)
+        g["ngrams"] += embedding_backward(drow, cache.ngrams)
+    g["table"] += embedding_backward(de.reshape(*cache.table.ids.shape, -1), cache.table)
 
 
 OutputCache = namedtuple("OutputCache", "norm dense")

@@ -19,7 +19,8 @@ _RELEASED_IMAGE = dict(
     _RELEASED_TEXT, ffn="relu", ffn_width=2048, residual_dropout=0.3, width=1024,
     local_max_distance=0, routing_max_distance=0,
 )
-TEXT = dict(input_tokens=3)  # not a default of config.py: the released models look at one token
+# Not defaults of config.py, because the released models look at one token and no n-gram.
+TEXT = dict(input_tokens=3, ngram_rows=6763)
 _ADAMW = dict(  # what the recorded results of the small presets were trained with
     init_out_scale=1.0, optimizer="adamw", lr=3e-3, schedule="cosine", warmup=50, eval_every=600)
 _SMALL = dict(_ADAMW, seq_len=1024, n_clusters=16)  # and the defaults of config.py

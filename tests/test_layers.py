@@ -135,6 +135,17 @@ def test_recent(seed, b, t, n):
     np.testing.assert_array_equal(later, seen[:, cut:])
 
 
+@given(seeds, sizes, st.sampled_from([1, 7, 101]))
+def test_ngram(seed, n, rows):
+    """The number that Python's own integers make of the digits, long or short."""
+    base = 250
+    ids = np.random.default_rng(seed).integers(0, base, (2, 5, n))
+    found = layers.ngram(ids, base, rows)
+    for b, t in np.ndindex(2, 5):
+        digits = ids[b, t].tolist()
+        assert found[b, t] == sum(d * base**j for j, d in enumerate(digits)) % rows
+
+
 @given(seeds, sizes, lengths, sizes, sizes)
 def test_embedding(seed, b, t, v, e):
     rng = np.random.default_rng(seed)

@@ -46,6 +46,7 @@ def configs(draw, kinds=("text", "image"), routings=ROUTING, dropout=True):
         pad_id=draw(st.sampled_from([-1, 0])), n_layers=2, width=4 * sum(heads),
         embed_width=0 if image else draw(st.sampled_from([0, 5])),
         input_tokens=1 if image else draw(st.sampled_from([1, 3])),
+        ngram_rows=0 if image else draw(st.sampled_from([0, 7])),
         tie_embedding=not image and draw(st.booleans()),
         timing_signal=not image and draw(st.booleans()),
         ffn=draw(st.sampled_from([*FEED_FORWARDS])), ffn_width=5,
