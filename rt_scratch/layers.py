@@ -285,8 +285,7 @@ def recent(ids, n: int, before=None):
 
     before (B, n - 1): the ids before the first; without them id 0, as in `shift_right`.
     """
-    xp = array_module(ids)
-    t = ids.shape[1]
+    xp, t = array_module(ids), ids.shape[1]
     if before is None:
         before = xp.zeros((len(ids), n - 1), ids.dtype)
     both = xp.concatenate([before, ids], axis=1)                     # (B, n - 1 + T)

@@ -100,6 +100,41 @@ def test_ctrl_c_during_imports(script, module):
     assert (result.returncode, result.stderr) == (1, "interrupted\n")
 
 
+@pytest.mark.parametrize("error", [AttributeError, RuntimeError, OSError])
+def test_ctrl_c_that_becomes_another_error(error, capsys):
+    """As in a `finally` that the interrupted code had not prepared yet."""
+    def work():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        finally:
+            raise error("no such attribute")
+
+    with pytest.raises(SystemExit) as ended:
+        console.script(work)
+    assert ended.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+    with pytest.raises(AttributeError):
+        console.script(lambda: 1 .missing)
+
+
+LATE = """
+import os, signal, threading, time
+from rt_scratch.console import script
+
+def late():
+    threading.main_thread().join(0.3)  # it waits for this thread then, with nothing left to do
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.3)
+
+script(lambda: threading.Thread(target=late).start())
+"""
+
+
+def test_ctrl_c_at_the_very_end():
+    result = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_in_a_thread(text, tmp_path):
     """Where Python takes no handlers, none are set, and the run goes through."""
     raised = []
