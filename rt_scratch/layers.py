@@ -265,10 +265,11 @@ def segment_sum(rows, index, n: int):
     """
     xp = array_module(rows)
     order = xp.argsort(index, kind="stable")
-    sorted_rows = xp.concatenate([rows[order], xp.zeros_like(rows[:1])])  # (N + 1, D)
-    bounds = xp.searchsorted(index[order], xp.arange(n + 1))
-    sums = xp.add.reduceat(sorted_rows, bounds[:-1], axis=0)  # an empty run gives a stray row
-    return sums * (bounds[1:] > bounds[:-1])[:, None]
+    index = index[order]
+    starts = xp.append(0, xp.flatnonzero(index[1:] != index[:-1]) + 1)  # of runs of one number
+    out = xp.zeros((n, rows.shape[1]), rows.dtype)
+    out[index[starts]] = xp.add.reduceat(rows[order], starts, axis=0)
+    return out
 
 
 def shift_right(ids):

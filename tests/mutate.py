@@ -58,7 +58,7 @@ BUGS = [
     ("layers", "targets[rows]] -= 1", "targets[rows]] -= 0.999"),
     ("layers", "dz *= (dloss * weights[rows])", "dz *= (dloss * weights[rows] ** 2)"),
     ("layers", "        db += dz.sum(0)\n", ""),
-    ("layers", "* (bounds[1:] > bounds[:-1])[:, None]", ""),
+    ("layers", "out[index[starts]] = ", "out[: len(starts)] = "),
     ("attention", "segment_sum(drows, distance_index(table, first, last)",
      "segment_sum(drows, distance_index(table, first + 1, last + 1)"),
     ("attention", "flat[..., s - 1 : s - 1 + s * p].reshape(*lead, s, p)[..., :n] = y",
