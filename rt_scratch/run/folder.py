@@ -99,6 +99,13 @@ class RunFolder:
         self.close()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.path)
+        try:
+            self._fill()
+        except BaseException:  # a full disk, Ctrl-C
+            self.close()
+            raise
+
+    def _fill(self):
         for old in self.path.iterdir():
             if TEMPORARY.fullmatch(old.name):
                 with contextlib.suppress(OSError):

@@ -353,6 +353,19 @@ def test_two_trainings_in_one_process(tmp_path):
     RunFolder(tmp_path / "run", {}, None).close()
 
 
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt])
+def test_a_folder_that_cannot_be_filled_is_not_kept_locked(tmp_path, monkeypatch, error):
+    def fail(handle):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(type(error) if isinstance(error, OSError) else error):
+            RunFolder(tmp_path / "run", {}, None)
+        assert names(tmp_path / "run") == []
+    RunFolder(tmp_path / "run", {}, None).close()
+
+
 def test_simultaneous_saves(tmp_path):
     """40 pairs of writers of one file: it is whole, and of one of them."""
     path = tmp_path / "last.npz"
