@@ -329,10 +329,11 @@ def segment_sum(rows, index, n: int):
     """
     xp = array_module(rows)
     order = xp.argsort(index, kind="stable")
-    sorted_rows = xp.concatenate([rows[order], xp.zeros_like(rows[:1])])  # (N + 1, D)
-    bounds = xp.searchsorted(index[order], xp.arange(n + 1))
-    sums = xp.add.reduceat(sorted_rows, bounds[:-1], axis=0)  # an empty run gives a stray row
-    return sums * (bounds[1:] > bounds[:-1])[:, None]
+    index = index[order]
+    starts = xp.append(0, xp.flatnonzero(index[1:] != index[:-1]) + 1)  # of runs of one number
+    out = xp.zeros((n, rows.shape[1]), rows.dtype)
+    out[index[starts]] = xp.add.reduceat(rows[order], starts, axis=0)
+    return out
 
 
 def shift_right(ids):
@@ -342,6 +343,29 @@ def shift_right(ids):
     """
     xp = array_module(ids)
     return xp.concatenate([xp.zeros_like(ids[:, :1]), ids[:, :-1]], axis=1)
+
+
+def recent(ids, n: int, before=None):
+    """ids (B, T) -> (B, T, n): entry j of position t is id t - j, for a convolution over n tokens.
+
+    before (B, n - 1): the ids before the first; without them id 0, as in `shift_right`.
+    """
+    xp, t = array_module(ids), ids.shape[1]
+    if before is None:
+        before = xp.zeros((len(ids), n - 1), ids.dtype)
+    both = xp.concatenate([before, ids], axis=1)                     # (B, n - 1 + T)
+    return xp.stack([both[:, n - 1 - j : n - 1 - j + t] for j in range(n)], axis=-1)
+
+
+def ngram(ids, base: int, rows: int):
+    """(..., n) -> (...): a row of a table of `rows` for every n-gram, sum_j ids_j base^j mod rows.
+
+    N-grams that share a row share it by accident, if `rows` is a prime number: `base` and its
+    powers should have no divisor in common with it.
+    """
+    xp = array_module(ids)
+    digits = xp.asarray([pow(base, j, rows) for j in range(ids.shape[-1])])
+    return (ids * digits).sum(-1) % rows
 
 
 EmbeddingCache = namedtuple("EmbeddingCache", "ids table")

@@ -1,6 +1,6 @@
 """The Routing Transformer: one block, the whole model, forward and backward.
 
-Data flow, text:   ids -> shift right -> embedding -> dense -> blocks -> [LayerNorm] -> output
+Data flow, text:   ids -> shift right -> embeddings -> dense -> blocks -> [LayerNorm] -> output
            image:  values -> shift right -> channel table + positions -> blocks -> output
 
 Two conventions meet here. Plain functions (layers, attention, routing) return gradients. The parts
@@ -30,6 +30,8 @@ from rt_scratch.layers import (
     linear_backward,
     linear_cross_entropy,
     linear_cross_entropy_backward,
+    ngram,
+    recent,
     residual,
     residual_backward,
     shift_right,
@@ -153,11 +155,17 @@ def mu_of(centroids, layer: int):
 
 # ---------------------------------------------------------------------------------- input, output
 
-EmbedCache = namedtuple("EmbedCache", "cfg table dense classes dropped")
+EmbedCache = namedtuple("EmbedCache", "cfg table dense ngrams classes dropped")
 
 
-def embed(params, cfg: ModelConfig, shifted, start: int, labels=None, noise=None):
-    """Embeddings (B, T, C) of already shifted ids at positions start, start + 1, ..."""
+def embed(params, cfg: ModelConfig, shifted, start: int, labels=None, noise=None, before=None):
+    """Embeddings (B, T, C) of already shifted ids at positions start, start + 1, ...
+
+    text: x_t = [embedding(id_t), embedding(id_(t - 1)), ..., row of the n-gram] w + b over the last
+    input_tokens ids: a causal convolution. Released code: one id, no n-gram. `before`: see
+    layers.recent.
+    docs/derivations.md (3) to (5).
+    """
     p = params["embed"]
     drop = _dropped(cfg.embed_dropout, noise, "embed")
     cache_class = None
@@ -167,13 +175,18 @@ def embed(params, cfg: ModelConfig, shifted, start: int, labels=None, noise=None
             c, cache_class = embedding(labels, p["classes"])
             x = x + c[:, None]
         x, dropped = dropout(x, drop)
-        return x, EmbedCache(cfg, cache, None, cache_class, dropped)
-    e, cache = embedding(shifted, p["table"])
+        return x, EmbedCache(cfg, cache, None, None, cache_class, dropped)
+    seen, cache_ngrams = recent(shifted, cfg.input_tokens, before), None
+    e, cache = embedding(seen, p["table"])
+    e = e.reshape(*shifted.shape, -1)                                # (B, T, n E)
+    if cfg.ngram_rows:
+        row, cache_ngrams = embedding(ngram(seen, cfg.vocab_size, cfg.ngram_rows), p["ngrams"])
+        e = array_module(e).concatenate([e, row], axis=-1)
     e, dropped = dropout(e, drop)
     x, cache_dense = linear(e, p["w"], p["b"])
     if cfg.timing_signal:
         x = x + timing_signal(array_module(x), x.shape[1], x.shape[2], x.dtype, start)
-    return x, EmbedCache(cfg, cache, cache_dense, None, dropped)
+    return x, EmbedCache(cfg, cache, cache_dense, cache_ngrams, None, dropped)
 
 
 def _embed_backward(dx, cache: EmbedCache, g):
@@ -187,7 +200,11 @@ def _embed_backward(dx, cache: EmbedCache, g):
         g["columns"] += dcolumns
         return
     de = add_gradients(linear_backward, dx, cache.dense, (g["w"], g["b"]))
-    g["table"] += embedding_backward(dropout_backward(de, cache.dropped), cache.table)
+    de = dropout_backward(de, cache.dropped)
+    if cache.cfg.ngram_rows:
+        de, drow = array_module(de).split(de, [-cache.cfg.ngram_width], axis=-1)
+        g["ngrams"] += embedding_backward(drow, cache.ngrams)
+    g["table"] += embedding_backward(de.reshape(*cache.table.ids.shape, -1), cache.table)
 
 
 OutputCache = namedtuple("OutputCache", "norm dense")

@@ -46,8 +46,10 @@ def parameter_table(cfg: ModelConfig) -> list[Leaf]:
 
     if cfg.kind == "text":
         add("embed.table", cfg.vocab_size, e)
-        add("embed.w", e, c)
+        add("embed.w", cfg.input_tokens * e + cfg.ngram_width, c)
         add("embed.b", c, init="zeros")
+        if cfg.ngram_rows:
+            add("embed.ngrams", cfg.ngram_rows, cfg.ngram_width)
     else:
         add("embed.table", 3 * cfg.vocab_size, c)
         add("embed.rows", cfg.image_size, 1, 3 * c, init="positions")

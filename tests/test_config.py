@@ -32,6 +32,8 @@ IMAGE = dict(kind="image", image_size=2, seq_len=12)
     (dict(centroid_decay=1.5), "--centroid-decay 1.5: must be at most 1"),
     (dict(n_classes=3), "for images"),
     (dict(**IMAGE, embed_width=5), "are for text"),
+    (dict(**IMAGE, input_tokens=3), "are for text"),
+    (dict(**IMAGE, ngram_rows=3), "are for text"),
     (dict(kind="image", image_size=3), "--seq-len must be 3 x size x size = 27"),
 ])
 def test_impossible_models(change, word):

@@ -163,6 +163,29 @@ def test_shift_right(seed, b, t):
     assert (shifted[:, 0] == 0).all() and (shifted[:, 1:] == ids[:, :-1]).all()
 
 
+@given(seeds, sizes, lengths, sizes)
+def test_recent(seed, b, t, n):
+    ids = np.random.default_rng(seed).integers(1, 9, (b, t))
+    seen = layers.recent(ids, n)
+    for j in range(n):
+        assert (seen[:, :j, j] == 0).all() and (seen[:, j:, j] == ids[:, : max(t - j, 0)]).all()
+    cut = t // 2
+    padded = np.concatenate([np.zeros((b, n - 1), int), ids], axis=1)
+    later = layers.recent(ids[:, cut:], n, padded[:, cut : cut + n - 1])
+    np.testing.assert_array_equal(later, seen[:, cut:])
+
+
+@given(seeds, sizes, st.sampled_from([1, 7, 101]))
+def test_ngram(seed, n, rows):
+    """The number that Python's own integers make of the digits, long or short."""
+    base = 250
+    ids = np.random.default_rng(seed).integers(0, base, (2, 5, n))
+    found = layers.ngram(ids, base, rows)
+    for b, t in np.ndindex(2, 5):
+        digits = ids[b, t].tolist()
+        assert found[b, t] == sum(d * base**j for j, d in enumerate(digits)) % rows
+
+
 @given(seeds, sizes, lengths, sizes, sizes)
 def test_embedding(seed, b, t, v, e):
     rng = np.random.default_rng(seed)

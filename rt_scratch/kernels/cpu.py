@@ -908,14 +908,14 @@ def muon_update(flat, grads, state, table, lr, step, *, weight_decay=0.0):
             change += g.reshape(leaf.shape)
             one[...] = _wide(change)
             one *= 1 / max(math.sqrt(np.vdot(one, one)), np.finfo(x.dtype).tiny)
-        for _ in range(5):
+        for first, third, fifth in NEWTON_SCHULZ:
             a = x @ x.swapaxes(-1, -2)
             b = a @ a.swapaxes(-1, -2)
-            b *= NEWTON_SCHULZ[2]
-            a *= NEWTON_SCHULZ[1]
+            b *= fifth
+            a *= third
             b += a
             y = b @ x
-            x *= NEWTON_SCHULZ[0]
+            x *= first
             x += y
         for one, leaf in zip(x, leaves, strict=True):
             w = _wide(flat[leaf.start : leaf.stop].reshape(leaf.shape))

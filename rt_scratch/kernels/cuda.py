@@ -1034,11 +1034,11 @@ def _newton_schulz(x):
         return _newton_schulz(_contiguous(x.swapaxes(-1, -2))).swapaxes(-1, -2)
     norm = xp.sqrt((x * x).sum((-2, -1), keepdims=True))
     x /= xp.maximum(norm, xp.finfo(x.dtype).tiny)
-    for _ in range(5):
+    for first, third, fifth in NEWTON_SCHULZ:
         a = matmul(x, x.swapaxes(-1, -2))
         b = a.copy()
-        matmul(a, a, out=b, alpha=NEWTON_SCHULZ[2], beta=NEWTON_SCHULZ[1])
-        x = matmul(b, x, out=x.copy(), beta=NEWTON_SCHULZ[0])
+        matmul(a, a, out=b, alpha=fifth, beta=third)
+        x = matmul(b, x, out=x.copy(), beta=first)
     return x
 
 
