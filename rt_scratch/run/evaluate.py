@@ -80,19 +80,9 @@ def evaluate_causally(state: State, dataset: Dataset, model: ModelConfig, split:
         found.append((0.0, 0.0, 0))
         if i % world.size != world.rank:
             continue
-        nats = 0.0
         labels = xp.asarray(dataset.labels[split][index]) if model.n_classes else None
-        ids = xp.asarray(ids)
-        logits, memory = decode.prefill(
-            params, state.centroids, model, ids[:, :0], model.seq_len, labels)
-        for t in range(ids.shape[1]):
-            z = to_host(logits).astype("float64")
-            z -= z.max(-1, keepdims=True)
-            hit = np.take_along_axis(z, to_host(ids[:, t : t + 1]).astype(np.int64), axis=1)[:, 0]
-            nats += float((weights[:, t] * (np.log(np.exp(z).sum(-1)) - hit)).sum())
-            if t + 1 < ids.shape[1]:
-                logits = decode.step(params, state.centroids, model, memory, ids[:, t])
-        found[i] = (nats, float(weights.sum()),
+        nats = incremental_nats(params, state.centroids, model, xp.asarray(ids), labels)
+        found[i] = (float((weights * nats).sum()), float(weights.sum()),
                     words_scored(dataset, split, weights, index, model.seq_len))
     nats, n, n_words = _add(found, world)
     value = score(nats, n, dataset, split, n_words)
@@ -102,6 +92,26 @@ def evaluate_causally(state: State, dataset: Dataset, model: ModelConfig, split:
         f"{split} {value:.4f} {dataset.unit}  by incremental decoding, nothing seen ahead  "
         f"({limit} of {total} windows, evenly spread, {_scored(dataset, split, n)}, context "
         f"{model.seq_len}, {mode(model)}{own})"))
+
+
+def incremental_nats(params, centroids, model: ModelConfig, ids, labels=None):
+    """-log p(token t | tokens before t) by incremental decoding: ids (B, T) -> (B, T), on the host.
+    """
+    logits, memory = decode.prefill(params, centroids, model, ids[:, :0], model.seq_len, labels)
+    nats = np.empty(ids.shape)
+    for t in range(ids.shape[1]):
+        nats[:, t] = token_nats(logits, ids[:, t])
+        if t + 1 < ids.shape[1]:
+            logits = decode.step(params, centroids, model, memory, ids[:, t])
+    return nats
+
+
+def token_nats(logits, ids):
+    """-log softmax(logits)[id], in float64 on the host: logits (..., V), ids (...) -> (...)."""
+    z = to_host(logits).astype("float64")
+    z -= z.max(-1, keepdims=True)
+    hit = np.take_along_axis(z, to_host(ids)[..., None].astype(np.int64), axis=-1)[..., 0]
+    return np.log(np.exp(z).sum(-1)) - hit
 
 
 def _scored(dataset, split, n):
