@@ -3,7 +3,7 @@
 `released` is what the authors' code sets, for other lengths `released-12k` and `released-1k`, for
 their baselines without routing `released-local`; `paper` where the paper says something else; for
 CIFAR-10 the rows of its table 1, where `paper-HxL` has H routing heads of 8 in the last L layers of
-12; `small` is ours and fits a laptop; the default dataset and own text have TEXT alone. A flag given
+12; `small` is ours and fits a laptop; the default dataset and own text have TEXT. A flag given
 on the command line wins over the preset.
 """
 
