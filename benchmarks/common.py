@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from rt_scratch import ModelConfig, TrainConfig, cut, decode, new_state, train_step
+from rt_scratch.graph import recorded
 from rt_scratch.run.options import plan_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,10 +46,11 @@ def training(cfg, batch, train=RECIPE, xp=np, dtype=None):
     state = new_state(cfg, train, xp)
     grads = xp.empty_like(state.flat)
     parts = cut(random_tokens(cfg, batch, cfg.seq_len), None, cfg, train, xp)
+    step_once = recorded(train_step, train, xp) if train.cuda_graph else train_step
 
     def one(_):
         nonlocal state
-        state, told = train_step(state, grads, parts, cfg, train, dtype)
+        state, told = step_once(state, grads, parts, cfg, train, dtype)
         return told
 
     return one

@@ -54,7 +54,12 @@ def loss(params, mu, cfg, ids):
 def forward(params, mu, cfg, ids):
     """(logits (B, T, V), commitment loss)."""
     e = params["embed"]
-    x = e["table"][pad(ids, (1, -1))] @ e["w"] + e["b"]
+    seen = [pad(ids, (j, -j)) for j in range(1, cfg.input_tokens + 1)]
+    rows = [e["table"][token] for token in seen]
+    if cfg.ngram_rows:
+        number = sum(token * cfg.vocab_size**j for j, token in enumerate(seen))
+        rows.append(e["ngrams"][number % cfg.ngram_rows])
+    x = torch.cat(rows, -1) @ e["w"] + e["b"]
     if cfg.timing_signal:
         half = cfg.width // 2
         rate = 10000 ** (-torch.arange(half, dtype=x.dtype) / max(half - 1, 1))
@@ -234,6 +239,8 @@ def cases():
     change = dataclasses.replace
     return {
         "causal": small,
+        "three input tokens": change(small, input_tokens=3),
+        "trigrams": change(small, input_tokens=3, ngram_rows=13),
         # In `topk` equal tokens at other positions score equally; the timing signal breaks ties.
         "topk": change(small, routing="topk", timing_signal=True),
         "causal, separate keys, post-norm": change(small, share_qk=False, norm="post"),

@@ -64,7 +64,8 @@ def test_where_the_paper_differs():
     assert changed("pg19") == {"routing_layers": (-2, -1)}
     with pytest.raises(UserError, match="pg19 has released, small, released-local, paper"):
         preset("pg19", "large")
-    assert preset("some.txt", "small") == {}
+    assert preset("some.txt", "small") == preset("stdlib", "small") == {"input_tokens": 3,
+                                                                       "ngram_rows": 6763}
 
 
 def test_rows_of_the_papers_table_of_images(tmp_path):
