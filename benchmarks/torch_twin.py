@@ -3,7 +3,8 @@
     python benchmarks/torch_twin.py        logits and gradients of both in float64, side by side
 
 Written from the paper and the definitions of `rt_scratch.model`, not from its code: relative
-positions are gathered, blocks are cut with `unfold`, clusters are sorted and scattered by torch.
+positions are gathered, blocks are cut with `unfold`, clusters are sorted and scattered by torch;
+full attention without relative positions is torch's fused kernel.
 Text, gated feed-forward layers, heads local, full, causal and topk, shared or separate keys.
 """
 
@@ -13,7 +14,14 @@ import sys
 import numpy as np
 import torch
 from common import size_model
-from torch.nn.functional import cross_entropy, gelu, layer_norm, pad, silu
+from torch.nn.functional import (
+    cross_entropy,
+    gelu,
+    layer_norm,
+    pad,
+    scaled_dot_product_attention,
+    silu,
+)
 
 from rt_scratch import init_centroids, init_parameters, model, views
 
@@ -101,6 +109,9 @@ def attention(x, p, mu, cfg, kinds):
         if routes:
             o, commitment = routing(q[:, own], None if cfg.share_qk else k[:, key], v[:, own], mu,
                                     p, cfg)
+        elif kind == "full" and "local_rel_k" not in p:
+            o = scaled_dot_product_attention(q[:, own], k[:, key], v[:, own], is_causal=True,
+                                             scale=1.0)
         else:
             s, lookback = (t, 0) if kind == "full" else (cfg.block, cfg.lookback)
             o = local(q[:, own], k[:, key], v[:, own], p.get("local_rel_k"), p.get("local_rel_v"),
@@ -240,6 +251,7 @@ def cases():
             embed_width=12, tie_embedding=True),
         "routing in the last layer only": change(small, routing="topk", routing_layers=(-1,)),
         "full attention in the first layer, SwiGLU": change(small, full_layers=(0,), ffn="swiglu"),
+        "full attention, fused": change(small, attention="full", local_max_distance=0),
     }
 
 

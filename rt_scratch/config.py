@@ -191,10 +191,14 @@ class TrainConfig:
         "auto", "arithmetic of the network. auto: bf16 on a GPU that has it, else float32. tf32, "
                 "bf16 and fp16 (with loss scaling) are for GPUs; parameters, their gradients, "
                 "statistics and centroids stay float32", PRECISIONS)
+    cuda_graph: bool = _field(False, "record a step as one CUDA graph and repeat it: Python then "
+                                     "starts one thing per step, not thousands")
     seed: int = _field(0, "seed of weights, data order and dropout", least=0)
     eval_every: int = _field(700, "steps between evaluations; 0: only at the end", least=0)
     eval_windows: int = _field(64, "windows per evaluation, evenly spread over the "
                                    "split; 0: the whole split", least=0)
+    sample_every: int = _field(0, "steps between samples, drawn at the next evaluation; 0: text at "
+                                  "each, pictures only at the end of the run", least=0)
     log_every: int = _field(20, "steps between log lines", least=1)
 
     @property

@@ -3,7 +3,8 @@
 An optimizer is a pair, a row of `OPTIMIZERS`: init(flat, table) -> state, a dict of flat arrays,
 and update(flat, grads, state, table, lr, step, weight_decay). It is the one part that changes what
 it was given: parameters and state are updated in place. `table` lists the leaves of the buffer
-(name, shape, start, stop).
+(name, shape, start, stop). The twins on a GPU take lr and step as numbers or as 0-d arrays, float32
+and uint32, that they read there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import NamedTuple
 from rt_scratch.dispatch import accelerated, array_module
 
 
+@accelerated
 def global_norm(grads):
     """sqrt of the sum of squares, a 0-d array; not finite if any gradient is not."""
     return array_module(grads).sqrt(grads @ grads)

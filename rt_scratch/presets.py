@@ -1,9 +1,10 @@
 """Presets: the fields in which each dataset's recipes differ from the defaults of config.py.
 
 `released` is what the authors' code sets, for other lengths `released-12k` and `released-1k`, for
-their baselines without routing `released-local`; `paper` where the paper says something else;
-`small` is ours and fits a laptop; the default dataset and own text have TEXT alone. A flag given on
-the command line wins over the preset.
+their baselines without routing `released-local`; `paper` where the paper says something else; for
+CIFAR-10 the rows of its table 1, where `paper-HxL` has H routing heads of 8 in the last L layers of
+12; `small` is ours and fits a laptop; the default dataset and own text have TEXT. A flag given
+on the command line wins over the preset.
 """
 
 from __future__ import annotations
@@ -87,6 +88,14 @@ PRESETS["enwik8"]["paper"] = dict(PRESETS["enwik8"]["released"], n_clusters=32, 
 PRESETS["wikitext103"]["paper"] = dict(
     PRESETS["wikitext103"]["released"], n_layers=10, n_clusters=16, window=256)
 PRESETS["pg19"]["paper"] = dict(PRESETS["pg19"]["released"], routing_layers=(-2, -1))
+for _heads in (2, 4, 8):
+    for _layers in (2, 4, 8, 12):
+        PRESETS["cifar10"][f"paper-{_heads}x{_layers}"] = dict(
+            PRESETS["cifar10"]["released"], n_local_heads=8 - _heads, n_routing_heads=_heads,
+            routing_layers=tuple(range(-_layers, 0)))
+PRESETS["cifar10"]["paper-random"] = dict(PRESETS["cifar10"]["paper-4x8"], routing="random")
+PRESETS["cifar10"]["paper-local"] = dict(PRESETS["cifar10"]["released"], attention="local")
+PRESETS["cifar10"]["paper-full"] = dict(PRESETS["cifar10"]["released"], attention="full")
 
 
 def preset(dataset: str, name: str) -> dict:
