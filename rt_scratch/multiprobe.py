@@ -1,0 +1,237 @@
+"""Multi-probe routing: a key joins one cluster, a query looks into several.
+
+In `causal` heads a query sees its own cluster and nothing else, so the one key that it needs is
+lost whenever a border between clusters runs between the two. Here every key joins the cluster
+nearest to its own vector, and a query looks into the R clusters nearest to it, at the W latest keys
+of each: strictly causal, at most R W keys per token, one softmax over all of them. Looking into
+several cells is multi-probe search (Lv et al. 2007, for hashing; Jegou et al. 2011, for k-means).
+With keys that are queries and R = 1 it is `causal`. Not in the paper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import namedtuple
+from typing import Any, NamedTuple
+
+from rt_scratch.attention import distance_rows, distance_rows_backward
+from rt_scratch.dispatch import array_module
+from rt_scratch.dropout import dropout_mask
+from rt_scratch.kmeans import MAX_CLUSTERS, directions, nearest
+from rt_scratch.routing import Coverage, Mode, Route, Rule, by_cluster, gather, scatter_sum
+
+
+def multiprobe_route(q, k, mu, rule: Rule) -> Route:
+    """A key joins its nearest centroid, a query looks into its R nearest, all of them if K < R."""
+    probes = nearest_several(q, mu, rule.n_probes)
+    winner = probes[..., 0]
+    key_winner = winner if k is q else nearest(k, mu, equal_length=True)
+    return Route(winner, key_winner, probes=probes)
+
+
+def nearest_several(x, mu, n: int):
+    """The n nearest centroids of each token by direction, best first, the lowest index on ties.
+
+    x (B, H, T, D), mu (H, K, D) -> integers (B, H, T, min(n, K)). The first is that of
+    `kmeans.nearest`.
+    """
+    xp, found = array_module(x), []
+    scores = x.astype(mu.dtype, copy=False) @ directions(mu).swapaxes(-1, -2)  # (B, H, T, K)
+    for _ in range(min(n, mu.shape[1])):
+        found.append(scores.argmax(-1))
+        scores = xp.where(found[-1][..., None] == xp.arange(mu.shape[1]), -math.inf, scores)
+    return xp.stack(found, axis=-1)
+
+
+# ------------------------------------------------------------------------------------- integers
+
+class Tiles(NamedTuple):
+    """Blocks of S rows, a row being a query in one of its clusters, and the keys of each block."""
+
+    query: Any     # (B, H, N, S) position of the row's query; 0 for rows to spare
+    rows: Any      # (B, H, T, R) rows of each query, among the N S
+    keys: Any      # (B, H, N, 3 S) positions
+    column: Any    # (B, H, N, S, 1) of the latest key that the row sees
+    visible: Any   # (B, H, N, S, 3 S) True where the row sees the key; nothing in rows to spare
+
+
+def tiles(probes, key_winner, window: int) -> Tiles:
+    """Which rows are computed together, and what they see.
+
+    probes (B, H, T, R), key_winner (B, H, T). Sort the keys by (cluster, time). What a row sees is
+    a run of at most W slots of that order, up to the latest key of its cluster that is not after
+    the query. Cut the order into blocks of S = W / 2: the run ends in one block and reaches two
+    back. Rows are sorted by the slot where their run ends, and each block's rows are cut into tiles
+    of S: at most R T / S + T / S of them, a number that no GPU has to be asked for.
+    docs/derivations.md (67), (68).
+    """
+    xp = array_module(probes)
+    b, h, t, r = probes.shape
+    w = min(window, t)
+    s = -(-w // 2)
+    n_blocks, position = -(-t // s), xp.arange(t)
+    n_tiles = (r * t + n_blocks * (s - 1)) // s
+    lead = xp.arange(b)[:, None, None], xp.arange(h)[None, :, None]
+
+    order = by_cluster(key_winner)                                   # (B, H, T)
+    time = xp.take_along_axis(key_winner * t + position, order, 2)   # increasing
+    span = MAX_CLUSTERS * t
+    first = _below(time, probes * t, span).reshape(b, h, r * t)      # slot of the cluster's start
+    end = _below(time, probes * t + position[:, None] + 1, span).reshape(b, h, r * t)
+
+    last = xp.maximum(end - 1, 0)                                    # slot of the latest key
+    by_last = xp.argsort(last, axis=-1, kind="stable")
+    last, first, end = (xp.take_along_axis(x, by_last, 2) for x in (last, first, end))
+    block = last // s
+    starts = _below(last, xp.broadcast_to(s * xp.arange(n_blocks + 1), (b, h, n_blocks + 1)), 2 * t)
+    needed = -(-(starts[..., 1:] - starts[..., :-1]) // s)           # tiles of each block
+    tile = xp.cumsum(needed, axis=-1) - needed
+    row = (xp.take_along_axis(tile, block, 2) * s + xp.arange(r * t)
+           - xp.take_along_axis(starts, block, 2))                   # (B, H, R T), sorted rows
+
+    def placed(values, index, size):
+        out = xp.zeros((b, h, size), xp.int64)
+        out[(*lead, index)] = values
+        return out
+
+    first_slot = s * (placed(block, row // s, n_tiles)[..., None] - 2)  # (B, H, N, 1)
+    slots = first_slot + xp.arange(3 * s)                            # (B, H, N, 3 S)
+    low, high, query = (placed(x, row, n_tiles * s).reshape(b, h, n_tiles, s) for x in (
+        xp.maximum(first, end - w), end, by_last // r))
+    keys = xp.take_along_axis(order, xp.clip(slots, 0, t - 1).reshape(b, h, -1), 2)
+    visible = ((slots[..., None, :] >= low[..., None]) & (slots[..., None, :] < high[..., None]))
+    return Tiles(query, placed(row, by_last, r * t).reshape(b, h, t, r), keys.reshape(slots.shape),
+                 (high - 1 - first_slot)[..., None], visible)
+
+
+def _below(rows, x, span: int):
+    """How many entries of the increasing rows (B, H, n) are below x (B, H, ...), each in its row.
+
+    Entries are below `span`, x at most `span`.
+    """
+    xp = array_module(rows)
+    b, h, n = rows.shape
+    row = xp.arange(b * h).reshape(b, h, 1)
+    flat = x.reshape(b, h, -1) + span * row
+    found = xp.searchsorted((rows + span * row).reshape(-1), flat.reshape(-1))
+    return (found.reshape(flat.shape) - n * row).reshape(x.shape)
+
+
+# ------------------------------------------------------------------------------------ attention
+
+MultiprobeCache = namedtuple(
+    "MultiprobeCache", "q k v rows_k rows_v tables tiles scale dropped lse o")
+
+
+def multiprobe_attention(q, k, v, rel_k, rel_v, route: Route, rule: Rule, dropped=None):
+    """o_t = sum_s p_ts (v_s + rel_v[d]), p_t = softmax_s scale q_t . (k_s + rel_k[d]).
+
+    s runs over the W latest keys, up to t, of each of the R clusters that t looks into; d is the
+    rank of s in its cluster minus that of the latest of them, so 0, -1, ... A query that sees no
+    key gets 0; Coverage says how many do. q, k, v (B, H, T, D) -> (B, H, T, D). Half precisions are
+    computed in float32. docs/derivations.md (67) to (69).
+    """
+    xp, t = array_module(q), q.shape[2]
+    tile = tiles(route.probes, route.key_winner, rule.window)
+    reach = 1 - min(rule.window, t)
+    rows_k, cache_k = distance_rows(rel_k, reach, 0) if rel_k is not None else (None, None)
+    rows_v, cache_v = distance_rows(rel_v, reach, 0) if rel_v is not None else (None, None)
+    z = _logits(q, k, rows_k, tile, rule.scale)                      # (B, H, N, S, 3 S)
+    lse = _logsumexp(_of_queries(_logsumexp(z, -1), tile), 3)[:, :, :, 0]       # (B, H, T, 1)
+    lse = xp.maximum(lse, xp.finfo(lse.dtype).min)                   # where nothing is seen
+    p = xp.exp(z - gather(lse, tile.query))
+    if dropped:
+        p *= dropout_mask(xp, p.shape, dropped, p.dtype)
+    o = p @ gather(_wide(v), tile.keys)
+    if rows_v is not None:
+        o += _by_distance(p, tile, rows_v) @ _wide(rows_v)
+    o = _of_queries(o, tile).sum(3).astype(q.dtype, copy=False)
+    seen_nothing = (lse == xp.finfo(lse.dtype).min).mean()
+    return (o, MultiprobeCache(q, k, v, rows_k, rows_v, (cache_k, cache_v), tile, rule.scale,
+                               dropped, lse, o),
+            Coverage(seen_nothing, xp.zeros((), lse.dtype)))
+
+
+def multiprobe_attention_backward(do, cache: MultiprobeCache, n_tokens: int):
+    """dz_ts = p_ts (dp_ts - do_t . o_t): the sum over all rows of a query, from what they made.
+
+    Returns dq, dk, dv, drel_k, drel_v. docs/derivations.md (70), (71).
+    """
+    q, k, v, rows_k, rows_v, tables, tile, scale, dropped, lse, o = cache
+    xp, dtype = array_module(q), q.dtype
+    do, o = _wide(do), _wide(o)
+    p = xp.exp(_logits(q, k, rows_k, tile, scale) - gather(lse, tile.query))
+    keep = dropout_mask(xp, p.shape, dropped, p.dtype) if dropped else None
+    used = p if keep is None else p * keep
+    do_rows = gather(do, tile.query)                                 # (B, H, N, S, D)
+    dv = used.swapaxes(-1, -2) @ do_rows
+    dp = do_rows @ gather(_wide(v), tile.keys).swapaxes(-1, -2)
+    drel_k = drel_v = None
+    if rows_v is not None:
+        drel_v = _outer(_by_distance(used, tile, rows_v), do_rows)
+        dp += _by_key(do_rows @ _wide(rows_v).T, tile)
+    if keep is not None:
+        dp *= keep
+    dz = scale * p * (dp - gather((do * o).sum(-1, keepdims=True), tile.query))
+    queries = gather(_wide(q), tile.query)
+    dq = dz @ gather(_wide(k), tile.keys)
+    dk = dz.swapaxes(-1, -2) @ queries
+    if rows_k is not None:
+        by_distance = _by_distance(dz, tile, rows_k)
+        dq += by_distance @ _wide(rows_k)
+        drel_k = distance_rows_backward(_outer(by_distance, queries).astype(dtype, copy=False),
+                                        tables[0])
+        drel_v = distance_rows_backward(drel_v.astype(dtype, copy=False), tables[1])
+    dq = _of_queries(dq, tile).sum(3)
+    dk, dv = (scatter_sum(x, tile.keys, n_tokens) for x in (dk, dv))
+    return *(x.astype(dtype, copy=False) for x in (dq, dk, dv)), drel_k, drel_v
+
+
+def _logits(q, k, rows_k, tile, scale):
+    xp = array_module(q)
+    queries = gather(_wide(q), tile.query)
+    z = queries @ gather(_wide(k), tile.keys).swapaxes(-1, -2)
+    if rows_k is not None:
+        z += _by_key(queries @ _wide(rows_k).T, tile)
+    return xp.where(tile.visible, scale * z, -math.inf)
+
+
+def _logsumexp(z, axis):
+    """log sum exp z over an axis, which stays; -inf where all are -inf."""
+    xp = array_module(z)
+    top = xp.maximum(z.max(axis, keepdims=True), xp.finfo(z.dtype).min)
+    total = xp.exp(z - top).sum(axis, keepdims=True)
+    return xp.where(total > 0, top + xp.log(xp.maximum(total, xp.finfo(z.dtype).tiny)), -math.inf)
+
+
+def _of_queries(x, tile):
+    """Rows (B, H, N, S, D) of tiles -> those of each query (B, H, T, R, D)."""
+    return gather(x.reshape(*x.shape[:2], -1, x.shape[-1]), tile.rows)
+
+
+def _by_key(x, tile):
+    """x (..., S, P) by distance 1 - P .. 0 -> (..., S, 3 S) by key; anything where none is seen."""
+    xp, p = array_module(x), x.shape[-1]
+    column = xp.arange(tile.keys.shape[-1]) - tile.column + p - 1
+    return xp.take_along_axis(x, xp.clip(column, 0, p - 1), axis=-1)
+
+
+def _by_distance(y, tile, rows):
+    """The inverse and transpose of `_by_key`, for y that is 0 where nothing is seen."""
+    xp, p = array_module(y), rows.shape[0]
+    column = xp.arange(p) + tile.column - p + 1
+    return xp.take_along_axis(y, xp.clip(column, 0, y.shape[-1] - 1), axis=-1)
+
+
+def _outer(x, y):
+    """Sum over all rows of x_row^T y_row: (..., S, P), (..., S, D) -> (P, D)."""
+    return x.reshape(-1, x.shape[-1]).T @ y.reshape(-1, y.shape[-1])
+
+
+def _wide(x):
+    """float32 for the half precisions, x itself otherwise: CuPy has no batched product of bf16."""
+    return x.astype("float32") if x.dtype.itemsize == 2 else x
+
+
+MULTIPROBE = Mode(multiprobe_route, multiprobe_attention, multiprobe_attention_backward,
+                  learns=True)
