@@ -1,9 +1,9 @@
 """Incremental decoding: one token at a time through the same blocks, and sampling.
 
 Each kind of head keeps what its next token needs (heads.py): local heads a ring of their last
-(lookback + 1) S positions, causal and random heads the W most recent members of each cluster. Both
-compute what `model.forward` computes for the whole text, up to rounding, at a cost that does not
-grow with it. A topk head must choose its members again for every token.
+(lookback + 1) S positions, causal, random and multiprobe heads the W most recent members of each
+cluster. They compute what `model.forward` computes for the whole text, up to rounding, at a cost
+that does not grow with it. A topk head must choose its members again for every token.
 """
 
 from __future__ import annotations
