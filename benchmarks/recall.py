@@ -133,11 +133,11 @@ def piece(name: str, folder: Path, seed: int) -> dict:
         state = new_state(model, train, np)
     state, told["loss"] = fit(state, model, train, pairs, rng)
     told["accuracy"], told["by distance"] = accuracy(state, model, pairs)
-    told["other pairs"] = {n: accuracy(state, model, n)[0] for n in (4, 8, 15) if n != pairs}
-    if model.seq_len > 64 or "first" in locals():
-        told["other T"] = {t: accuracy(state, replace(model, seq_len=t, window=max(
-            1, model.window * t // model.seq_len)), min(pairs, 14 if t > 64 else 8))[0]
-            for t in (64, 256, 1024) if t != model.seq_len}
+    told["other pairs"] = {n: accuracy(state, model, n)[0] for n in (4, 8, 15)
+                           if n != pairs and 4 * n <= model.seq_len}
+    told["other T"] = {t: accuracy(state, replace(model, seq_len=t, window=max(
+        1, model.window * t // model.seq_len)), min(pairs, t // 4))[0]  # the same K W / T
+        for t in (64, 256, 1024) if t != model.seq_len}
     return told | {"seconds": round(time.time() - started)}
 
 
