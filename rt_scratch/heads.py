@@ -26,7 +26,12 @@ from rt_scratch.attention import local_attention, local_attention_backward
 from rt_scratch.dispatch import array_module
 from rt_scratch.kmeans import nearest
 from rt_scratch.layers import normalize
-from rt_scratch.multiprobe import MULTIPROBE, nearest_several
+from rt_scratch.multiprobe import (
+    MULTIPROBE,
+    multiprobe_fill,
+    multiprobe_step,
+    multiprobe_store,
+)
 from rt_scratch.routing import (
     CAUSAL,
     MEAN_FLOOR,
@@ -248,24 +253,17 @@ class Members(NamedTuple):
 
 
 def cluster_store(cfg, heads, batch, capacity, xp, dtype):
-    """Of all routing heads but topk."""
+    """Of causal and random heads."""
     shape = batch, heads, cfg.n_clusters, min(cfg.window, capacity) + 1, cfg.head_width
     return Members(xp.zeros(shape, dtype), xp.zeros(shape, dtype), xp.zeros(shape[:3], xp.int64))
 
 
 def cluster_fill(q, k, v, context, store, routed):
     """Of causal and random heads: every cluster's latest members of the prompt."""
-    _fill_rings(q if k is None else k, v, routed.route.winner, store)
-
-
-def multiprobe_fill(q, k, v, context, store, routed):
-    """The same, each key in the cluster of its own vector."""
-    _fill_rings(q if k is None else k, v, routed.route.key_winner, store)
-
-
-def _fill_rings(k, v, winner, store):
-    xp, w = array_module(k), store.k.shape[3] - 1
-    hot = winner[..., None] == xp.arange(store.k.shape[2])           # (B, H, T, K)
+    cfg, winner, w = context.cfg, routed.route.winner, store.k.shape[3] - 1
+    xp = array_module(q)
+    kn, _ = normalize(q if k is None else k)
+    hot = winner[..., None] == xp.arange(cfg.n_clusters)             # (B, H, T, K)
     so_far = xp.cumsum(hot, axis=2)
     rank = xp.take_along_axis(so_far, winner[..., None], axis=3)[..., 0] - 1
     total = so_far[:, :, -1]                                         # (B, H, K)
@@ -273,51 +271,37 @@ def _fill_rings(k, v, winner, store):
     slot = xp.where(newest, rank % w, w)
     b, h = winner.shape[:2]
     at = (xp.arange(b)[:, None, None], xp.arange(h)[None, :, None], winner, slot)
-    store.k[at], store.v[at] = normalize(k)[0], v
+    store.k[at], store.v[at] = kn, v
     store.count[...] = total
 
 
 def causal_step(q, k, v, p, context, store, position):
     """One token of `causal_forward`."""
     qn, _ = normalize(q)
-    winner = nearest(qn[:, :, None], context.mu, equal_length=True)
-    return _cluster_step(qn, k, v, p, context, store, winner[:, :, 0], winner)
+    winner = nearest(qn[:, :, None], context.mu, equal_length=True)[:, :, 0]
+    return _cluster_step(qn, k, v, p, context, store, winner)
 
 
 def random_step(q, k, v, p, context, store, position):
     """One token of `random_forward`."""
     xp = array_module(q)
-    clusters = random_clusters(context.cfg, context.layer, xp, q.shape[1], 1, position)
-    winner = xp.broadcast_to(clusters, (*q.shape[:2], 1))
-    return _cluster_step(normalize(q)[0], k, v, p, context, store, winner[..., 0], winner)
+    clusters = random_clusters(context.cfg, context.layer, xp, q.shape[1], 1, position)[:, 0]
+    return _cluster_step(normalize(q)[0], k, v, p, context, store,
+                         xp.broadcast_to(clusters, q.shape[:2]))
 
 
-def multiprobe_step(q, k, v, p, context, store, position):
-    """One token of `multiprobe_forward`: O(K) to choose, R W keys to read, however long the text.
-    """
-    qn, _ = normalize(q)
-    probes = nearest_several(qn[:, :, None], context.mu, context.cfg.n_probes)[:, :, 0]
-    winner = probes[..., 0] if k is None else nearest(
-        normalize(k)[0][:, :, None], context.mu, equal_length=True)[:, :, 0]
-    return _cluster_step(qn, k, v, p, context, store, winner, probes)
-
-
-def _cluster_step(qn, k, v, p, context, store, winner, probes):
-    """Join the cluster `winner` (B, H), take the oldest slot of its ring, see those of `probes`."""
+def _cluster_step(qn, k, v, p, context, store, winner):
+    """Join a cluster, take the oldest slot of its ring, see the ring."""
     cfg, xp = context.cfg, array_module(qn)
     b, h = qn.shape[:2]
-    lead = xp.arange(b)[:, None], xp.arange(h)[None, :]
-    at = (*lead, winner)
+    at = (xp.arange(b)[:, None], xp.arange(h)[None, :], winner)
     rank, w = store.count[at], store.k.shape[3] - 1                  # (B, H)
     store.k[(*at, rank % w)] = qn if k is None else normalize(k)[0]
     store.v[(*at, rank % w)] = v
     store.count[at] = rank + 1
-    seen = (*(x[..., None] for x in lead), probes)
-    count = store.count[seen][..., None]                             # (B, H, R, 1)
-    back = (count - 1 - xp.arange(w)) % w                            # (B, H, R, W) ranks ago
-    k, v = (x[seen][..., :w, :].reshape(b, h, -1, cfg.head_width) for x in (store.k, store.v))
-    return _attend_one(qn, k, v, *_tables(p, "routing"), -back.reshape(b, h, -1),
-                       (back < count).reshape(b, h, -1), cfg.head_width ** -0.5)
+    back = (rank[..., None] - xp.arange(w)) % w                      # (B, H, W) ranks ago
+    return _attend_one(qn, store.k[at][:, :, :w], store.v[at][:, :, :w], *_tables(p, "routing"),
+                       -back, back <= rank[..., None], cfg.head_width ** -0.5)
 
 
 class Everything(NamedTuple):
@@ -378,8 +362,8 @@ def _attend_one(q, k, v, rel_k, rel_v, distance, visible, scale):
         products = xp.broadcast_to(q @ rel_k.T, (*z.shape[:-1], rel_k.shape[0]))
         z = z + xp.take_along_axis(products, index, axis=-1)
     z = xp.where(visible, scale * z, -math.inf)
-    p = xp.exp(z - xp.maximum(z.max(-1, keepdims=True), xp.finfo(z.dtype).min))
-    p /= xp.maximum(p.sum(-1, keepdims=True), xp.finfo(z.dtype).tiny)
+    p = xp.exp(z - z.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
     o = (p[..., None, :] @ v)[..., 0, :]
     if rel_v is not None:
         o = o + (p[..., None, :] @ rel_v[index])[..., 0, :]
@@ -403,7 +387,7 @@ KINDS = {
         "routing", RANDOM, random_forward, routing_backward, cluster_store, cluster_fill,
         random_step, lambda cfg: 3 * -(-cfg.window // 2)),
     "multiprobe": Kind(
-        "routing", MULTIPROBE, multiprobe_forward, routing_backward, cluster_store,
+        "routing", MULTIPROBE, multiprobe_forward, routing_backward, multiprobe_store,
         multiprobe_fill, multiprobe_step,
         lambda cfg: 3 * -(-cfg.window // 2) * (min(cfg.n_probes, cfg.n_clusters) + 1)),
 }

@@ -30,15 +30,15 @@ def nearest(x, mu, equal_length: bool = False):
     to length 1 first (`causal` heads): a long centroid would otherwise win more tokens than its
     direction deserves. docs/derivations.md (47).
     """
-    mu = directions(mu) if equal_length else mu
+    if equal_length:
+        mu = unit_length(mu)
     return (x.astype(mu.dtype, copy=False) @ mu.swapaxes(-1, -2)).argmax(-1)
 
 
-def directions(mu):
-    """Centroids (H, K, D) scaled to length 1."""
+def unit_length(mu):
+    """Centroids scaled to length 1. docs/derivations.md (47)."""
     xp = array_module(mu)
-    tiny = xp.finfo(mu.dtype).tiny
-    return mu / xp.sqrt(xp.maximum((mu * mu).sum(-1, keepdims=True), tiny))
+    return mu / xp.sqrt(xp.maximum((mu * mu).sum(-1, keepdims=True), xp.finfo(mu.dtype).tiny))
 
 
 @accelerated
