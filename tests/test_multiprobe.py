@@ -15,7 +15,7 @@ from helpers.loops import (
     routing_inputs,
     tables,
 )
-from helpers.models import SMALL, setup
+from helpers.models import SMALL, check_decoding, setup
 from helpers.strategies import layouts, lengths, normal, seeds, widths
 from hypothesis import given
 from hypothesis import strategies as st
@@ -166,6 +166,14 @@ def test_decoding_memory_and_reads_do_not_grow(share_qk):
     sizes = [sum(a.size for layer in decode.Memory(m.params, cfg, 1, n).stores for store in layer
                  for a in store) for n in (100, 100_000)]
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("share_qk", [True, False])
+@pytest.mark.parametrize("prompt", [1, 12, 22])
+def test_decoding_after_a_prompt(share_qk, prompt):
+    """Rings filled by a prompt hold each key in the cluster of its own vector."""
+    cfg = dataclasses.replace(SMALL, routing="multiprobe", share_qk=share_qk, window=3).validate()
+    check_decoding(setup(cfg), prompt)
 
 
 @pytest.mark.parametrize("reach", [0, 2])
