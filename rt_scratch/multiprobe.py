@@ -52,7 +52,7 @@ class Tiles(NamedTuple):
     query: Any     # (B, H, N, S) position of the row's query; 0 for rows to spare
     rows: Any      # (B, H, T, R) rows of each query, among the N S
     keys: Any      # (B, H, N, 3 S) positions
-    column: Any    # (B, H, N, S, 1) of the latest key that the row sees
+    column: Any    # (B, H, N, S, 1) of the latest key that the row sees, always >= 2 S - 1
     visible: Any   # (B, H, N, S, 3 S) True where the row sees the key; nothing in rows to spare
 
 
@@ -102,7 +102,7 @@ def tiles(probes, key_winner, window: int) -> Tiles:
     keys = xp.take_along_axis(order, xp.clip(slots, 0, t - 1).reshape(b, h, -1), 2)
     visible = ((slots[..., None, :] >= low[..., None]) & (slots[..., None, :] < high[..., None]))
     return Tiles(query, placed(row, by_last, r * t).reshape(b, h, t, r), keys.reshape(slots.shape),
-                 (high - 1 - first_slot)[..., None], visible)
+                 xp.maximum(high - 1 - first_slot, 2 * s - 1)[..., None], visible)
 
 
 def _below(rows, x, span: int):
@@ -138,9 +138,10 @@ def multiprobe_attention(q, k, v, rel_k, rel_v, route: Route, rule: Rule, droppe
     rows_k, cache_k = distance_rows(rel_k, reach, 0) if rel_k is not None else (None, None)
     rows_v, cache_v = distance_rows(rel_v, reach, 0) if rel_v is not None else (None, None)
     z = _logits(q, k, rows_k, tile, rule.scale)                      # (B, H, N, S, 3 S)
-    lse = _logsumexp(_of_queries(_logsumexp(z, -1), tile), 3)[:, :, :, 0]       # (B, H, T, 1)
-    lse = xp.maximum(lse, xp.finfo(lse.dtype).min)                   # where nothing is seen
-    p = xp.exp(z - gather(lse, tile.query))
+    p, top, total = _exp(z, -1)
+    _, highest, sums = _exp(_of_queries(_log(top, total), tile), 3)
+    lse = xp.maximum(_log(highest, sums)[:, :, :, 0], xp.finfo(z.dtype).min)    # (B, H, T, 1)
+    p *= xp.exp(top - gather(lse, tile.query))
     if dropped:
         p *= dropout_mask(xp, p.shape, dropped, p.dtype)
     o = p @ gather(_wide(v), tile.keys)
@@ -173,7 +174,8 @@ def multiprobe_attention_backward(do, cache: MultiprobeCache, n_tokens: int):
         dp += _by_key(do_rows @ _wide(rows_v).T, tile)
     if keep is not None:
         dp *= keep
-    dz = scale * p * (dp - gather((do * o).sum(-1, keepdims=True), tile.query))
+    dz = p * (dp - gather((do * o).sum(-1, keepdims=True), tile.query))
+    dz *= scale
     queries = gather(_wide(q), tile.query)
     dq = dz @ gather(_wide(k), tile.keys)
     dk = dz.swapaxes(-1, -2) @ queries
@@ -194,15 +196,22 @@ def _logits(q, k, rows_k, tile, scale):
     z = queries @ gather(_wide(k), tile.keys).swapaxes(-1, -2)
     if rows_k is not None:
         z += _by_key(queries @ _wide(rows_k).T, tile)
-    return xp.where(tile.visible, scale * z, -math.inf)
+    z *= scale
+    return xp.where(tile.visible, z, -math.inf)
 
 
-def _logsumexp(z, axis):
-    """log sum exp z over an axis, which stays; -inf where all are -inf."""
+def _exp(z, axis):
+    """exp(z - top), top, and the sum, over an axis, which stays; zeros where all are -inf."""
     xp = array_module(z)
     top = xp.maximum(z.max(axis, keepdims=True), xp.finfo(z.dtype).min)
-    total = xp.exp(z - top).sum(axis, keepdims=True)
-    return xp.where(total > 0, top + xp.log(xp.maximum(total, xp.finfo(z.dtype).tiny)), -math.inf)
+    e = xp.exp(z - top)
+    return e, top, e.sum(axis, keepdims=True)
+
+
+def _log(top, total):
+    """The logarithm of exp(top) total; -inf where total is 0."""
+    xp = array_module(top)
+    return xp.where(total > 0, top + xp.log(xp.maximum(total, xp.finfo(top.dtype).tiny)), -math.inf)
 
 
 def _of_queries(x, tile):
@@ -211,17 +220,22 @@ def _of_queries(x, tile):
 
 
 def _by_key(x, tile):
-    """x (..., S, P) by distance 1 - P .. 0 -> (..., S, 3 S) by key; anything where none is seen."""
-    xp, p = array_module(x), x.shape[-1]
-    column = xp.arange(tile.keys.shape[-1]) - tile.column + p - 1
-    return xp.take_along_axis(x, xp.clip(column, 0, p - 1), axis=-1)
+    """x (..., S, P) by distance 1 - P .. 0 -> (..., S, 3 S) by key.
+
+    Numbers of other rows, or zeros, where a row sees no key.
+    """
+    xp, (n, p) = array_module(x), (tile.keys.shape[-1], x.shape[-1])
+    edge = xp.zeros(n, x.dtype)
+    flat = xp.concatenate([edge, x.reshape(-1), edge])
+    row = xp.arange(x.size // p).reshape(tile.column.shape)
+    return flat[n + p * row + p - 1 - tile.column + xp.arange(n)]
 
 
 def _by_distance(y, tile, rows):
     """The inverse and transpose of `_by_key`, for y that is 0 where nothing is seen."""
-    xp, p = array_module(y), rows.shape[0]
-    column = xp.arange(p) + tile.column - p + 1
-    return xp.take_along_axis(y, xp.clip(column, 0, y.shape[-1] - 1), axis=-1)
+    xp, (n, p) = array_module(y), (y.shape[-1], rows.shape[0])
+    row = xp.arange(y.size // n).reshape(tile.column.shape)
+    return y.reshape(-1)[n * row + tile.column - p + 1 + xp.arange(p)]
 
 
 def _outer(x, y):
