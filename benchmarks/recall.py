@@ -39,7 +39,7 @@ FIRST = TrainConfig(optimizer="adamw", lr=3e-3, schedule="constant", warmup=50, 
 SECOND = replace(FIRST, lr=1e-3, schedule="cosine", steps=120)
 OWN = dict(routing="multiprobe", share_qk=False)
 PIECES = {  # name: (fields of the model, pairs, steps of SECOND, batch)
-    **{name: (changes, 8, 400, 32) for name, changes in {  # without a first phase
+    **{name: (changes, 8, 300, 32) for name, changes in {  # without a first phase
         "full": dict(attention="full"), "local": dict(attention="local"),
         "causal": dict(routing="causal"), "causal, own keys": dict(share_qk=False),
         "topk": dict(routing="topk"), "random": dict(routing="random"),
