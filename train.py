@@ -174,16 +174,14 @@ def parse(argv=None):
     add("--device", choices=("auto", "cpu", "cuda"), default="auto",
         help="auto takes a GPU if there is one (default)")
     add("--resume", action="store_true", help="continue a run exactly")
-    add("--init-from", type=Path, metavar="RUN",
-        help="start a new run with the model, parameters and centroids of this one; centroids of "
-             "another shape (--n-clusters) are drawn by k-means from the first batch")
+    add("--init-from", type=Path, metavar="RUN", help="start with model, parameters and centroids "
+        "of this run; --n-clusters may differ: centroids are then drawn by k-means")
     add("--stop-after", type=int, default=0, metavar="STEP",
         help="stop and save after this step of the schedule")
     add("--evaluate", choices=("train", "valid", "test"), metavar="SPLIT",
         help="score a finished run on train, valid or test, and stop; the whole split unless "
              "--eval-windows is given")
-    add("--checkpoint", choices=("last", "best"),
-        help="which one to score, or to start from (default: best)")
+    add("--checkpoint", choices=("last", "best"), help="to score or start from (default: best)")
     add("--evaluate-causally", action="store_true",
         help=f"with --evaluate: also score by incremental decoding, on --eval-windows (default "
              f"{CAUSAL_WINDOWS}) windows")
