@@ -1,9 +1,9 @@
-"""Incremental decoding: one token at a time through the same blocks, and sampling.
+"""Incremental decoding: one token at a time, and sampling.
 
-Each kind of head keeps what its next token needs (heads.py): local heads a ring of their last
-(lookback + 1) S positions, causal, random and multiprobe heads the W most recent members of each
-cluster. They compute what `model.forward` computes for the whole text, up to rounding, at a cost
-that does not grow with it. A topk head must choose its members again for every token.
+Each kind of head keeps what its next token needs (heads.py): local heads the blocks that it may
+see, causal and random heads the W most recent members of each cluster. Both compute what
+`model.forward` computes for the whole text, up to rounding, at a cost that does not grow with it. A
+topk head must choose its members again for every token.
 """
 
 from __future__ import annotations
@@ -14,24 +14,34 @@ import numpy as np
 
 from rt_scratch.config import ModelConfig
 from rt_scratch.dispatch import array_module, to_host
-from rt_scratch.heads import parts
+from rt_scratch.heads import Context, parts
+from rt_scratch.layers import FEED_FORWARDS, layer_norm
 from rt_scratch.model import block, embed, mu_of, next_logits
 
 
 class Memory:
     """The text so far: per layer the store of each kind of head, and the next position.
 
-    `prefill` and `step` write into it; it belongs to one text per batch row.
+    `prefill` and `step` write into it; it belongs to one text per batch row. Beside it the matrices
+    of queries (scaled by D^-1/2), keys and values as one: one product of a token instead of three.
     """
 
     def __init__(self, params, cfg: ModelConfig, batch: int, capacity: int, labels=None):
         """Empty, for texts of up to `capacity` positions."""
         table = params["embed"]["table"]
         self.position, self.labels = 0, labels
+        self.projections = [_projection(params["layers"][i]["attention"], cfg)
+                            for i in range(cfg.n_layers)]
+        self.parts = [parts(cfg, i) for i in range(cfg.n_layers)]
         self.stores = [
             [part.kind.store(cfg, part.heads.stop - part.heads.start, batch, capacity,
-                             array_module(table), table.dtype) for part in parts(cfg, i)]
-            for i in range(cfg.n_layers)]
+                             array_module(table), table.dtype) for part in layer]
+            for layer in self.parts]
+
+
+def _projection(p, cfg):
+    own = [p[name] for name in ("w_k", "w_v") if name in p]
+    return array_module(p["w_q"]).concatenate([p["w_q"] * cfg.head_width ** -0.5, *own], axis=1)
 
 
 def prefill(params, centroids, cfg: ModelConfig, ids, capacity: int, labels=None):
@@ -42,20 +52,48 @@ def prefill(params, centroids, cfg: ModelConfig, ids, capacity: int, labels=None
     xp = array_module(ids)
     memory = Memory(params, cfg, ids.shape[0], capacity, labels)
     shifted = xp.concatenate([xp.zeros((ids.shape[0], 1), ids.dtype), ids], axis=1)
-    return _advance(params, centroids, cfg, memory, shifted), memory
+    x, _ = embed(params, cfg, shifted, 0, labels)
+    for i in range(cfg.n_layers):
+        x, _, _ = block(x, params["layers"][i], cfg, i, mu_of(centroids, i),
+                        stores=memory.stores[i])
+    memory.position = shifted.shape[1]
+    return next_logits(params, cfg, x[:, -1]), memory
 
 
 def step(params, centroids, cfg: ModelConfig, memory: Memory, ids):
     """Take the tokens ids (B,) that were chosen -> logits (B, V) of those that follow."""
-    return _advance(params, centroids, cfg, memory, ids[:, None])
-
-
-def _advance(params, centroids, cfg, memory, shifted):
-    x, _ = embed(params, cfg, shifted, memory.position, memory.labels)
+    x, _ = embed(params, cfg, ids[:, None], memory.position, memory.labels)
+    x = x[:, 0]                                                      # (B, C)
     for i in range(cfg.n_layers):
-        x, _, _ = block(x, params["layers"][i], cfg, i, mu_of(centroids, i), memory=memory)
-    memory.position += shifted.shape[1]
+        x = _block(x, params["layers"][i], Context(cfg, i, mu_of(centroids, i)), memory)
+    memory.position += 1
     return next_logits(params, cfg, x)
+
+
+def _block(x, p, context, memory):
+    """`model.block` for one token per text: x (B, C), no dropout, no cache."""
+    pre = context.cfg.norm == "pre"
+    n = layer_norm(x, **p["norm_attention"])[0] if pre else x
+    x = x + _attention(n, p["attention"], context, memory)
+    if not pre:
+        x, _ = layer_norm(x, **p["norm_attention"])
+
+    n = layer_norm(x, **p["norm_ffn"])[0] if pre else x
+    x = x + FEED_FORWARDS[context.cfg.ffn].forward(n, **p["ffn"])[0]
+    return x if pre else layer_norm(x, **p["norm_ffn"])[0]
+
+
+def _attention(x, p, context, memory):
+    """`model.attention` for one token per text: each kind of head with its store."""
+    b, d, h = x.shape[0], context.cfg.head_width, context.cfg.n_heads
+    qkv = (x @ memory.projections[context.layer]).reshape(b, -1, d)  # (B, 2 H + heads of keys, D)
+    q, k, v = qkv[:, :h], qkv[:, h:-h], qkv[:, -h:]
+    o = array_module(x).empty(v.shape, x.dtype)
+    for part, store in zip(memory.parts[context.layer], memory.stores[context.layer], strict=True):
+        o[:, part.heads] = part.kind.step(
+            q[:, part.heads], k[:, part.keys] if part.keys else None, v[:, part.heads], p, context,
+            store, memory.position)
+    return o.reshape(b, -1) @ p["w_o"]
 
 
 # ------------------------------------------------------------------------------------- sampling
