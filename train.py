@@ -1,7 +1,7 @@
 """Train a Routing Transformer.
 
     python train.py                          the bytes of Python's standard library, in minutes
-    python train.py FILE.txt                 any text file, or a folder of them
+    python train.py FILE.txt                 any text file, several, or a folder of them
     python train.py enwik8 --preset small    a dataset of the paper, see --help
     python train.py --resume                 continue the newest run exactly where it stopped
     python train.py enwik8 --out RUN --evaluate test
@@ -165,8 +165,9 @@ def parse(argv=None):
     parser = Parser(prog="train.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("dataset", nargs="?",
-        help=f"{', '.join(DATASETS)}, a text file, or a folder of text files (default: stdlib)")
+    add("dataset", nargs="*",
+        help=f"{', '.join(DATASETS)}, or text: a file, or several and folders of them, of which "
+             "whole files are held out (default: stdlib)")
     add("--preset", help="small (default), released, paper: see presets.py")
     add("--data-dir", help="folder with the dataset's official files")
     add("--download", action="store_true", help="get the dataset first")
@@ -189,7 +190,8 @@ def parse(argv=None):
         help="with --evaluate: tokens between windows (default: no overlap)")
     add("--dry-run", action="store_true", help="describe the run and stop; needs no files")
     add_fields(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # files may follow flags
+    args.dataset = args.dataset[0] if len(args.dataset) == 1 else tuple(args.dataset)
     check_flags(args)
     return args
 

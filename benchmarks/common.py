@@ -52,10 +52,10 @@ def training(cfg, batch, train=RECIPE, xp=np, dtype=None):
     return one
 
 
-def decoding(cfg, context, xp=np):
-    """A function that takes the i-th token after a random prompt and returns the next logits."""
+def decoding(cfg, context, xp=np, texts=1):
+    """A function that takes the i-th token after random prompts and returns the next logits."""
     state = new_state(cfg, RECIPE, xp)
-    ids = xp.asarray(random_tokens(cfg, 1, context + N_DECODED))
+    ids = xp.asarray(random_tokens(cfg, texts, context + N_DECODED))
     params, centroids = state.params, state.centroids
     _, memory = decode.prefill(params, centroids, cfg, ids[:, :context], context + N_DECODED)
     return lambda i: decode.step(params, centroids, cfg, memory, ids[:, context + i])

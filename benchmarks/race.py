@@ -42,6 +42,7 @@ CONTENDERS = {  # name: (kind, what changes in the configuration)
     "twin compiled": ("compiled", PORT_WORK),
 }
 CONTEXTS = (512, 4000)
+TEXTS = (2, 4, 8)  # decoded at once
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 FIT_FROM = 4096  # shorter windows are dominated by what every step costs
 
@@ -64,10 +65,10 @@ def step_torch(kind, size, changes, n_steps):
     return timed(one, n_steps) | {"parameters": n}
 
 
-def generate_ours(size, changes, context):
+def generate_ours(size, changes, context, texts=1):
     cfg, _ = size_model(size, seq_len=4096, n_clusters=4096 // SIZES[size][0]["window"], **changes)
     start_ours()
-    return timed(decoding(cfg, context), 50)
+    return timed(decoding(cfg, context, texts=texts), 50)
 
 
 def generate_port(size, changes, context):
@@ -196,15 +197,18 @@ def race_generation(size, n_rounds, record):
     for context in CONTEXTS:
         jobs = {"ours, causal": ("generate ours", size, {}, context),
                 "ours, topk": ("generate ours", size, {"routing": "topk"}, context),
-                "port": ("generate port", size, {}, context)}
+                "port": ("generate port", size, {}, context)} | {
+            f"ours, causal, {n} texts at once": ("generate ours", size, {}, context, n)
+            for n in TEXTS}
         results = record[f"generate {context}"] = rounds(n_rounds, jobs)
-        medians = {name: statistics.median(r["seconds"]) for name, r in results.items()}
-        for name, seconds in medians.items():
-            ratio = medians.get("port", math.nan) / seconds
-            rows.append([context, name, f"{seconds * 1e3:.2f}", f"{1 / seconds:.0f}",
-                         f"{ratio:.0f}"])
-    return f"## Generation, {size}\n\nOne token after a context of so many, batch 1.\n\n" + table(
-        ["context", "contender", "ms/token", "tokens/s", "x port"], rows)
+        base = statistics.median(results["port"]["seconds"]) if "port" in results else math.nan
+        for name, result in results.items():
+            texts, seconds = (*jobs[name][4:], 1)[0], statistics.median(result["seconds"])
+            rows.append([context, name, f"{seconds * 1e3:.2f}", f"{texts / seconds:.0f}",
+                         f"{base * texts / seconds:.0f}"])
+    return f"## Generation, {size}\n\nOne token for each text after a context of so many; one " \
+        "text where nothing else is said.\n\n" + table(
+            ["context", "contender", "ms/step", "tokens/s", "x port"], rows)
 
 
 def race_length(size, n_rounds, record):

@@ -41,10 +41,21 @@ def script(main) -> None:
             setattr(sys, name, open(os.devnull, "w"))
         elif hasattr(stream, "reconfigure"):  # those of a notebook have none
             stream.reconfigure(errors="replace")
+    sys.unraisablehook, asked = _unraisable, []
+
+    def interrupt(number, frame):
+        asked.append(number)
+        raise KeyboardInterrupt
+
     try:
-        with answered(signal.default_int_handler), warnings.catch_warnings():
+        with answered(interrupt), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # a loss that overflows is said so
-            main()
+            try:
+                main()
+            except Exception:
+                if asked:  # code that was cleaning up failed in its turn
+                    raise KeyboardInterrupt from None
+                raise
         print(end="", flush=True)
     except UserError as error:
         _end(2, f"error: {error}")
@@ -130,6 +141,12 @@ def _put(name, text, end="\n"):
             setattr(sys, name, None)
         return error
     return None
+
+
+def _unraisable(error):
+    """As Python does, but not a word on Ctrl-C while it leaves."""
+    if not issubclass(error.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(error)
 
 
 def _end(code, line):

@@ -31,6 +31,7 @@ def select_device(name: str = "auto", world: World = SINGLE):
     else:
         why = ""
     register_twins("numpy", cpu.TWINS, cpu.worthwhile)
+    register_twins("numpy", {name: cpu.TWINS[name] for name in cpu.ANY_SIZE})
     keep_freed_memory()
     blas = f"{n_threads()} threads, 1 BLAS thread each" if set_blas_threads(1) \
         else "BLAS threads as NumPy chooses"

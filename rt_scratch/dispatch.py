@@ -17,9 +17,12 @@ twins: dict[str, dict[str, tuple]] = {}  # 'layers.linear' -> {'numpy': (twin, t
 
 def array_module(x):
     """The module (numpy, cupy) whose functions work on x."""
-    if isinstance(x, np.ndarray | np.generic):
-        return np
-    return sys.modules[type(x).__module__.partition(".")[0]]
+    return _module_of(type(x))
+
+
+@functools.cache
+def _module_of(kind):
+    return sys.modules[kind.__module__.partition(".")[0]]
 
 
 def to_host(x) -> np.ndarray:

@@ -5,8 +5,8 @@ which. A new kind is its functions and a row of `KINDS`: every choice of a kind 
 
     forward(q, k, v, p, context) -> o, cache, Routed or None
     backward(do, dcommitment, cache) -> dq, dk, dv, {name: gradient} of its own parameters
-    store(cfg, heads, batch, capacity, xp, dtype) -> what decoding keeps
-    fill(q, k, v, context, store, routed)     puts a prompt into it
+    store(cfg, heads, batch, capacity, xp, dtype) -> what decoding keeps, empty
+    fill(q, k, v, p, context, store, routed)  puts a prompt into it, and what never changes
     step(q, k, v, p, context, store, position) -> o for one token, which it adds to the store
 
 q, k, v are (B, H, T, D), or (B, H, D) for one token, of the heads of that kind; k is None where
@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 from numpy.random import Generator, Philox
 
-from rt_scratch.attention import local_attention, local_attention_backward
+from rt_scratch.attention import distance_rows, local_attention, local_attention_backward
 from rt_scratch.dispatch import array_module
-from rt_scratch.kmeans import nearest
+from rt_scratch.kmeans import unit_length
 from rt_scratch.layers import normalize
 from rt_scratch.multiprobe import (
     MULTIPROBE,
@@ -147,50 +147,74 @@ def local_backward(do, dcommitment, cache):
     return dq, dk, dv, _table_gradients("local", *drel)
 
 
-class Ring(NamedTuple):
-    """The latest N keys and values: slot j holds the latest position p with p mod N = j."""
+class Seen(NamedTuple):
+    """Keys and values that a query may see, the oldest first, and rows of Shaw's tables."""
 
-    k: Any     # (B, H, N, D)
+    k: Any         # (B, H, N, D)
     v: Any
+    rows_k: Any    # (N, D) for the distances 1 - N .. 0; None without relative positions
+    rows_v: Any
 
 
 def local_store(cfg, heads, batch, capacity, xp, dtype):
-    """A ring of the (lookback + 1) S positions that a block may see."""
-    shape = batch, heads, min((cfg.lookback + 1) * cfg.block, capacity), cfg.head_width
-    return Ring(xp.zeros(shape, dtype), xp.zeros(shape, dtype))
+    """Of the (lookback + 1) S positions that a block may see."""
+    return full_store(cfg, heads, batch, min((cfg.lookback + 1) * cfg.block, capacity), xp, dtype)
 
 
 def full_store(cfg, heads, batch, capacity, xp, dtype):
     """Every key and value."""
-    shape = batch, heads, capacity, cfg.head_width
-    return Ring(xp.zeros(shape, dtype), xp.zeros(shape, dtype))
+    kept = batch, heads, capacity, cfg.head_width
+    return Seen(xp.zeros(kept, dtype), xp.zeros(kept, dtype),
+                *_empty_rows(cfg.local_max_distance, capacity, cfg, xp, dtype))
 
 
-def ring_fill(q, k, v, context, store, routed):
-    """Of local and of full heads: the latest positions of the prompt."""
-    t, n = k.shape[2], store.k.shape[2]
-    recent = array_module(k).arange(max(0, t - n), t)
-    store.k[:, :, recent % n], store.v[:, :, recent % n] = k[:, :, recent], v[:, :, recent]
+def local_fill(q, k, v, p, context, store, routed):
+    """The part of the prompt that its last token may see."""
+    first = _first_seen(context.cfg, k.shape[2] - 1)
+    full_fill(q, k[:, :, first:], v[:, :, first:], p, context, store, routed)
+
+
+def full_fill(q, k, v, p, context, store, routed):
+    """The whole prompt."""
+    t = k.shape[2]
+    store.k[:, :, :t], store.v[:, :, :t] = k, v
+    _fill_rows(store, p, "local")
 
 
 def local_step(q, k, v, p, context, store, position):
-    """One token of `local_forward`."""
-    cfg = context.cfg
-    first = max(0, (position // cfg.block - cfg.lookback) * cfg.block)
-    return _ring_step(q, k, v, p, store, position, first)
+    """One token of `local_forward`.  Where its block begins, the oldest goes out of sight."""
+    first, s = _first_seen(context.cfg, position), context.cfg.block
+    if first and position % s == 0:
+        for kept in store.k, store.v:
+            kept[:, :, :-s] = kept[:, :, s:].copy()
+    return full_step(q, k, v, p, context, store, position - first)
 
 
 def full_step(q, k, v, p, context, store, position):
     """One token of `full_forward`."""
-    return _ring_step(q, k, v, p, store, position, 0)
+    store.k[:, :, position], store.v[:, :, position] = k, v
+    n = position + 1
+    return _attend_one(q, store.k[:, :, :n], store.v[:, :, :n], *_newest_rows(store, n))
 
 
-def _ring_step(q, k, v, p, store, position, first):
-    n = store.k.shape[2]
-    store.k[:, :, position % n], store.v[:, :, position % n] = k, v
-    back = (position - array_module(q).arange(n)) % n                # how long ago: (N,)
-    return _attend_one(q, store.k, store.v, *_tables(p, "local"), -back, back <= position - first,
-                       scale=1.0)
+def _first_seen(cfg, position):
+    """The first position that a query of local attention sees."""
+    return max(0, (position // cfg.block - cfg.lookback) * cfg.block)
+
+
+def _empty_rows(reach, n, cfg, xp, dtype):
+    return [xp.zeros((n, cfg.head_width), dtype) if reach else None for _ in "kv"]
+
+
+def _newest_rows(store, n):
+    return (None, None) if store.rows_k is None else (store.rows_k[-n:], store.rows_v[-n:])
+
+
+def _fill_rows(store, p, family):
+    """Rows of the tables (`attention.distance_rows`) for the keys of a store, the oldest first."""
+    for rows, table in zip((store.rows_k, store.rows_v), _tables(p, family), strict=True):
+        if rows is not None:
+            rows[...], _ = distance_rows(table, 1 - len(rows), 0)
 
 
 # -------------------------------------------------------------- causal, topk, random, multiprobe
@@ -234,74 +258,109 @@ def routing_backward(do, dcommitment, cache):
     return dq, dk, dv, _table_gradients("routing", *drel)
 
 
-def random_clusters(cfg, layer: int, xp, heads: int, n_tokens: int, start: int = 0):
+def random_clusters(cfg, layer: int, xp, heads: int, n_tokens: int):
     """The cluster (H, T) of each position, the same in training and decoding."""
     rng = Generator(Philox(key=[cfg.seed_random, layer]))
     drawn = rng.integers(cfg.n_clusters, size=(cfg.seq_len, heads)).T
-    return xp.asarray(drawn)[:, xp.arange(start, start + n_tokens) % cfg.seq_len]
+    return xp.asarray(drawn)[:, xp.arange(n_tokens) % cfg.seq_len]
 
 
 class Members(NamedTuple):
-    """A ring of the W most recent members of each cluster.
+    """The W most recent members of each cluster, those of all B H K clusters in one array.
 
-    One spare slot per ring takes the writes of members that are too old to matter.
+    A cluster has 2 W rows. Its r-th member stands in row r mod W and again in row r mod W + W, so
+    that wherever the newest is, it and the W - 1 before it are one slice.
     """
 
-    k: Any         # (B, H, K, W + 1, D), no more than the text can fill
-    v: Any
-    count: Any     # (B, H, K) tokens that each cluster has seen
+    members: Any   # (B H K 2 W, 2 D + 1) key, value, and 0; -inf where there is no member yet
+    next: Any      # (B H K,) the row, of the first W, for the next member of each cluster
+    after: Any     # (B H K 2 W,) the row after each, the first of the cluster after its W-th
+    window: Any    # (W,) = 1 .. W, from a row of the first W to the slice that ends with its twin
+    rows: Any      # (W, 2 D + 1) of Shaw's tables for the distances 1 - W .. 0; zeros without them
+    start: Any     # (B, H) number of each head's first cluster
+    guide: Any     # (H, K, D) centroids of length 1; random heads: (H, T) the cluster by position
 
 
-def cluster_store(cfg, heads, batch, capacity, xp, dtype):
-    """Of causal and random heads."""
-    shape = batch, heads, cfg.n_clusters, min(cfg.window, capacity) + 1, cfg.head_width
-    return Members(xp.zeros(shape, dtype), xp.zeros(shape, dtype), xp.zeros(shape[:3], xp.int64))
+def causal_store(cfg, heads, batch, capacity, xp, dtype):
+    """Of causal heads."""
+    return _members(cfg, heads, batch, capacity, xp, dtype, xp.zeros(
+        (heads, cfg.n_clusters, cfg.head_width), dtype))
 
 
-def cluster_fill(q, k, v, context, store, routed):
-    """Of causal and random heads: every cluster's latest members of the prompt."""
-    cfg, winner, w = context.cfg, routed.route.winner, store.k.shape[3] - 1
-    xp = array_module(q)
+def random_store(cfg, heads, batch, capacity, xp, dtype):
+    """Of random heads."""
+    return _members(cfg, heads, batch, capacity, xp, dtype, xp.zeros(
+        (heads, cfg.seq_len), xp.int64))
+
+
+def _members(cfg, heads, batch, capacity, xp, dtype, guide):
+    n, w = batch * heads * cfg.n_clusters, min(cfg.window, capacity)
+    return Members(xp.zeros((2 * n * w, 2 * cfg.head_width + 1), dtype), xp.zeros((n,), xp.int64),
+                   xp.zeros((2 * n * w,), xp.int64), xp.zeros((w,), xp.int64),
+                   xp.zeros((w, 2 * cfg.head_width + 1), dtype), xp.zeros((batch, heads), xp.int64),
+                   guide)
+
+
+def causal_fill(q, k, v, p, context, store, routed):
+    """Of causal heads: the centroids, and every cluster's latest members of the prompt."""
+    store.guide[...] = unit_length(context.mu)
+    _fill_members(q, k, v, p, context, store, routed.route)
+
+
+def random_fill(q, k, v, p, context, store, routed):
+    """Of random heads."""
+    cfg, xp = context.cfg, array_module(q)
+    store.guide[...] = random_clusters(cfg, context.layer, xp, q.shape[1], cfg.seq_len)
+    _fill_members(q, k, v, p, context, store, routed.route)
+
+
+def _fill_members(q, k, v, p, context, store, route):
+    xp, (b, h, _, d) = array_module(q), q.shape
+    n, w = context.cfg.n_clusters, len(store.window)
+    slot, first = xp.arange(w), 2 * w * xp.arange(b * h * n)
+    store.window[...] = slot + 1
+    store.start[...] = n * xp.arange(b * h).reshape(b, h)
+    store.after.reshape(-1, 2 * w)[:, :w] = first[:, None] + (slot + 1) % w
+    rel_k, rel_v = _tables(p, "routing")
+    if rel_k is not None:
+        store.rows[:, :d], _ = distance_rows(rel_k, 1 - w, 0)
+        store.rows[:, d : 2 * d], _ = distance_rows(rel_v, 1 - w, 0)
+
+    count = (route.winner[..., None] == xp.arange(n)).sum(2)         # (B, H, K)
+    store.next[...] = first + count.reshape(-1) % w
+    newest = xp.cumsum(count, axis=-1)[..., None] - 1                # in the order by cluster
+    back = (count[..., None] - 1 - slot) % w                         # (B, H, K, W) ranks behind it
+    member = xp.take_along_axis(route.order, xp.maximum(newest - back, 0).reshape(b, h, -1), axis=2)
     kn, _ = normalize(q if k is None else k)
-    hot = winner[..., None] == xp.arange(cfg.n_clusters)             # (B, H, T, K)
-    so_far = xp.cumsum(hot, axis=2)
-    rank = xp.take_along_axis(so_far, winner[..., None], axis=3)[..., 0] - 1
-    total = so_far[:, :, -1]                                         # (B, H, K)
-    newest = rank >= xp.take_along_axis(total, winner, axis=2) - w
-    slot = xp.where(newest, rank % w, w)
-    b, h = winner.shape[:2]
-    at = (xp.arange(b)[:, None, None], xp.arange(h)[None, :, None], winner, slot)
-    store.k[at], store.v[at] = kn, v
-    store.count[...] = total
+    kv = gather(xp.concatenate([kn, v], axis=-1), member)            # (B, H, K W, 2 D)
+    twice = store.members.reshape(-1, 2, w, 2 * d + 1)
+    twice[..., : 2 * d] = kv.reshape(-1, 1, w, 2 * d)
+    twice[..., 2 * d] = xp.where(back < count[..., None], 0, -math.inf).reshape(-1, 1, w)
 
 
 def causal_step(q, k, v, p, context, store, position):
     """One token of `causal_forward`."""
     qn, _ = normalize(q)
-    winner = nearest(qn[:, :, None], context.mu, equal_length=True)[:, :, 0]
-    return _cluster_step(qn, k, v, p, context, store, winner)
+    winner = (store.guide @ qn[..., None])[..., 0].argmax(-1)        # as `kmeans.nearest`
+    return _join(qn, k, v, store, winner)
 
 
 def random_step(q, k, v, p, context, store, position):
     """One token of `random_forward`."""
-    xp = array_module(q)
-    clusters = random_clusters(context.cfg, context.layer, xp, q.shape[1], 1, position)[:, 0]
-    return _cluster_step(normalize(q)[0], k, v, p, context, store,
-                         xp.broadcast_to(clusters, q.shape[:2]))
+    return _join(normalize(q)[0], k, v, store, store.guide[:, position % context.cfg.seq_len])
 
 
-def _cluster_step(qn, k, v, p, context, store, winner):
-    """Join a cluster, take the oldest slot of its ring, see the ring."""
-    cfg, xp = context.cfg, array_module(qn)
-    b, h = qn.shape[:2]
-    at = (xp.arange(b)[:, None], xp.arange(h)[None, :], winner)
-    rank, w = store.count[at], store.k.shape[3] - 1                  # (B, H)
-    store.k[(*at, rank % w)] = qn if k is None else normalize(k)[0]
-    store.v[(*at, rank % w)] = v
-    store.count[at] = rank + 1
-    back = (rank[..., None] - xp.arange(w)) % w                      # (B, H, W) ranks ago
-    return _attend_one(qn, store.k[at][:, :, :w], store.v[at][:, :, :w], *_tables(p, "routing"),
-                       -back, back <= rank[..., None], cfg.head_width ** -0.5)
+def _join(qn, k, v, store, winner):
+    """Join a cluster in the place of its oldest member; attend to all that it has."""
+    xp, w, d = array_module(qn), len(store.window), qn.shape[-1]
+    cluster = store.start + winner                                   # (B, H)
+    row = store.next[cluster]
+    store.next[cluster] = store.after[row]
+    store.members[row] = store.members[w:][row] = xp.concatenate(
+        [qn if k is None else normalize(k)[0], v, xp.zeros((*row.shape, 1), v.dtype)], axis=-1)
+    seen = store.members.take(row[..., None] + store.window, axis=0)  # (B, H, W, 2 D + 1)
+    seen += store.rows
+    return _attend_one(qn * d ** -0.5, seen[..., :d], seen[..., d : 2 * d], hidden=seen[..., 2 * d])
 
 
 class Everything(NamedTuple):
@@ -311,16 +370,19 @@ class Everything(NamedTuple):
     v: Any
     scores: Any        # (B, H, K, capacity) of the queries
     key_scores: Any    # of the keys
+    rows_k: Any        # (W, D) of Shaw's tables for the distances 1 - W .. 0; None without
+    rows_v: Any
 
 
 def topk_store(cfg, heads, batch, capacity, xp, dtype):
     """All keys, all values, all scores."""
-    rows = batch, heads, capacity, cfg.head_width
+    kept = batch, heads, capacity, cfg.head_width
     scores = batch, heads, cfg.n_clusters, capacity
-    return Everything(*(xp.zeros(shape, dtype) for shape in (rows, rows, scores, scores)))
+    return Everything(*(xp.zeros(shape, dtype) for shape in (kept, kept, scores, scores)),
+                      *_empty_rows(cfg.routing_max_distance, cfg.window, cfg, xp, dtype))
 
 
-def topk_fill(q, k, v, context, store, routed):
+def topk_fill(q, k, v, p, context, store, routed):
     """The whole prompt."""
     t, mu = q.shape[2], context.mu
     qn, _ = normalize(q)
@@ -328,6 +390,7 @@ def topk_fill(q, k, v, context, store, routed):
     store.k[:, :, :t], store.v[:, :, :t] = kn, v
     store.scores[..., :t] = mu @ qn.swapaxes(-1, -2)
     store.key_scores[..., :t] = mu @ kn.swapaxes(-1, -2)
+    _fill_rows(store, p, "routing")
 
 
 def topk_step(q, k, v, p, context, store, position):
@@ -336,8 +399,8 @@ def topk_step(q, k, v, p, context, store, position):
     So does the released code when it decodes, while training and scoring in one pass let later
     tokens take part.
     """
-    xp, mu = array_module(q), context.mu
-    n, w = position + 1, min(context.cfg.window, position + 1)
+    mu, n = context.mu, position + 1
+    w = min(context.cfg.window, n)
     qn, _ = normalize(q)
     kn = qn if k is None else normalize(k)[0]
     store.k[:, :, position], store.v[:, :, position] = kn, v
@@ -348,43 +411,44 @@ def topk_step(q, k, v, p, context, store, position):
         key_index = top_members(store.key_scores[..., :n], w)
     member = (index[..., -1] == position).astype(q.dtype)            # (B, H, K)
     o = _attend_one(qn[:, :, None], gather(store.k, key_index), gather(store.v, key_index),
-                    *_tables(p, "routing"), xp.arange(1 - w, 1), xp.ones(w, bool), 1.0)
+                    *_newest_rows(store, w))
     return (member[..., None] * o).sum(2) / (member.sum(2) + MEAN_FLOOR)[..., None]
 
 
-def _attend_one(q, k, v, rel_k, rel_v, distance, visible, scale):
-    """`attention.attend` for one query: q (..., D), k and v (..., N, D), distance (..., N)."""
-    xp = array_module(q)
+def _attend_one(q, k, v, rows_k=None, rows_v=None, hidden=None):
+    """`attention.attend` for one query: q (..., D), k and v (..., N, D), by age, the newest last.
+
+    rows_k, rows_v (N, D) for the distances 1 - N .. 0; hidden (..., N) is -inf at keys not seen.
+    """
     z = (k @ q[..., None])[..., 0]                                   # (..., N)
-    if rel_k is not None:
-        m = rel_k.shape[0] // 2
-        index = xp.broadcast_to(xp.clip(distance, -m, m) + m, z.shape)
-        products = xp.broadcast_to(q @ rel_k.T, (*z.shape[:-1], rel_k.shape[0]))
-        z = z + xp.take_along_axis(products, index, axis=-1)
-    z = xp.where(visible, scale * z, -math.inf)
-    p = xp.exp(z - z.max(-1, keepdims=True))
-    p /= p.sum(-1, keepdims=True)
+    if rows_k is not None:
+        z += q @ rows_k.T
+    if hidden is not None:
+        z += hidden
+    z -= z.max(-1, keepdims=True)
+    p = array_module(z).exp(z, out=z)
     o = (p[..., None, :] @ v)[..., 0, :]
-    if rel_v is not None:
-        o = o + (p[..., None, :] @ rel_v[index])[..., 0, :]
+    if rows_v is not None:
+        o += p @ rows_v
+    o /= p.sum(-1, keepdims=True)
     return o
 
 
 KINDS = {
     "local": Kind(
-        "local", None, local_forward, local_backward, local_store, ring_fill, local_step,
+        "local", None, local_forward, local_backward, local_store, local_fill, local_step,
         lambda cfg: (cfg.lookback + 1) * cfg.block),
     "full": Kind(
-        "local", None, full_forward, local_backward, full_store, ring_fill, full_step,
+        "local", None, full_forward, local_backward, full_store, full_fill, full_step,
         lambda cfg: cfg.seq_len),
     "causal": Kind(
-        "routing", CAUSAL, causal_forward, routing_backward, cluster_store, cluster_fill,
+        "routing", CAUSAL, causal_forward, routing_backward, causal_store, causal_fill,
         causal_step, lambda cfg: 3 * -(-cfg.window // 2)),
     "topk": Kind(
         "routing", TOPK, topk_forward, routing_backward, topk_store, topk_fill, topk_step,
         lambda cfg: cfg.n_clusters * cfg.window ** 2 / cfg.seq_len),
     "random": Kind(
-        "routing", RANDOM, random_forward, routing_backward, cluster_store, cluster_fill,
+        "routing", RANDOM, random_forward, routing_backward, random_store, random_fill,
         random_step, lambda cfg: 3 * -(-cfg.window // 2)),
     "multiprobe": Kind(
         "routing", MULTIPROBE, multiprobe_forward, routing_backward, multiprobe_store,

@@ -217,9 +217,9 @@ def _before_output_backward(dx, cache: OutputCache, grads):
 
 
 def next_logits(params, cfg: ModelConfig, x):
-    """Logits (B, V) of the token after the last of x (B, T, C), for decoding."""
-    h, _ = before_output(params, cfg, x[:, -1:])
-    return linear(h[:, -1], *_output(params, cfg))[0]
+    """Logits (B, V) of what follows the tokens x (B, C), for decoding."""
+    h, _ = before_output(params, cfg, x)
+    return linear(h, *_output(params, cfg))[0]
 
 
 def _output(params, cfg):
@@ -234,17 +234,17 @@ BlockCache = namedtuple(
     "BlockCache", "cfg norm_attention attention dropped_attention norm_ffn ffn dropped_ffn")
 
 
-def block(x, p, cfg: ModelConfig, layer: int, mu, noise=None, fixed=None, memory=None):
+def block(x, p, cfg: ModelConfig, layer: int, mu, noise=None, fixed=None, stores=None):
     """pre:  x = x + drop(attention(LN(x)));  x = x + drop(ffn(LN(x)))
     post: x = LN(x + drop(attention(x)));  x = LN(x + drop(ffn(x)))
 
-    x (B, T, C). `post` is what the released recipes use. With `memory` (decode.Memory) x continues
-    the text it holds. Returns x, cache, Routed (None in layers without routing heads).
+    x (B, T, C). `post` is what the released recipes use. For `stores` see `attention`. Returns x,
+    cache, Routed (None in layers without routing heads).
     docs/derivations.md (53).
     """
     pre = cfg.norm == "pre"
     n, cache_n1 = layer_norm(x, **p["norm_attention"]) if pre else (x, None)
-    a, cache_a, routed = attention(n, p["attention"], cfg, layer, mu, noise, fixed, memory)
+    a, cache_a, routed = attention(n, p["attention"], cfg, layer, mu, noise, fixed, stores)
     a, dropped_a = dropout(a, _dropped(cfg.residual_dropout, noise, "attention_out", layer))
     x = x + a
     if not pre:
@@ -291,11 +291,11 @@ def _norm_backward(dy, cache, g):
 AttentionCache = namedtuple("AttentionCache", "cfg parts q k v heads out")
 
 
-def attention(x, p, cfg: ModelConfig, layer: int, mu=None, noise=None, fixed=None, memory=None):
+def attention(x, p, cfg: ModelConfig, layer: int, mu=None, noise=None, fixed=None, stores=None):
     """Multi-head attention of one layer: each kind of head on its share of the projections.
 
-    x (B, T, C) -> (B, T, C). With `memory` the text before is remembered: its first x is a prompt,
-    later ones are one token. Returns y, cache, Routed or None. docs/derivations.md (55).
+    x (B, T, C) -> (B, T, C). `stores`, one per kind of head, are filled with what decoding needs of
+    x (decode.py). Returns y, cache, Routed or None. docs/derivations.md (55).
     """
     xp = array_module(x)
     (q, k, v), (cache_q, cache_k, cache_v) = project(x, p, cfg)      # (B, H, T, D)
@@ -306,16 +306,11 @@ def attention(x, p, cfg: ModelConfig, layer: int, mu=None, noise=None, fixed=Non
         own = q[:, part.heads], k[:, part.keys] if part.keys else None, v[:, part.heads]
         context = Context(cfg, layer, mu, fixed,
                           _dropped(cfg.attention_dropout, noise, part.kind.family, layer))
-        if memory and memory.position:
-            one = (None if z is None else z[:, :, 0] for z in own)
-            heads[:, part.heads, 0] = part.kind.step(*one, p, context, memory.stores[layer][i],
-                                                     memory.position)
-            continue
         heads[:, part.heads], cache, told = part.kind.forward(*own, p, context)
         caches.append(cache)
         routed = told or routed
-        if memory:
-            part.kind.fill(*own, context, memory.stores[layer][i], told)
+        if stores:
+            part.kind.fill(*own, p, context, stores[i], told)
     y, cache_o = linear(o.reshape(x.shape), p["w_o"])
     return y, AttentionCache(cfg, parts(cfg, layer), cache_q, cache_k, cache_v, caches,
                              cache_o), routed

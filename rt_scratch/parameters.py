@@ -128,6 +128,6 @@ def init_centroids(cfg: ModelConfig, xp, dtype, seed: int) -> dict[int, Centroid
         if routed := cfg.routing_heads(i):
             rng = Generator(Philox(key=[seed, zlib.crc32(f"centroids.{i}".encode())]))
             draw = rng.normal(size=(routed, cfg.n_clusters, cfg.head_width))
-            mu = normalize(xp.asarray(draw.astype(dtype)))[0]
+            mu = xp.asarray(normalize.reference(draw.astype(dtype))[0])
             state[i] = Centroids(mu, xp.ones(mu.shape[:2], dtype), mu.copy())
     return state

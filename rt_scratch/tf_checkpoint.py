@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rt_scratch.data.download import check_space
-from rt_scratch.data.files import DAMAGE, chunks
+from rt_scratch.data.files import chunks, reading
 from rt_scratch.errors import UserError
 
 _SHARD = re.compile(r"\.data-(\d{5})-of-(\d{5})$")
@@ -74,19 +74,18 @@ def opened(path: Path, scratch: Path) -> Iterator[Checkpoint]:
             raise UserError(f"{path}: no checkpoint; give a folder with NAME.index and "
                             "NAME.data-..., the path to NAME, or the zip")
         shards = _shards(path)
-        errors = (tensorflow.errors.OpError, RuntimeError, ValueError)
         try:
             reader = tensorflow.train.load_checkpoint(str(path))
             shapes = reader.get_variable_to_shape_map()
             kinds = reader.get_variable_to_dtype_map()
-        except errors as error:
+        except Exception as error:  # of a damaged file it raises nearly anything
             raise UserError(f"{index}: damaged or cut short ({_first_line(error)}); fetch it "
                             "again") from error
 
         def read(name):
             try:
                 return reader.get_tensor(name)
-            except errors as error:
+            except Exception as error:
                 raise UserError(f"{path}: {name} cannot be read, a data file is damaged or cut "
                                 f"short ({_first_line(error)}); fetch it again") from error
 
@@ -157,21 +156,17 @@ def _temporary(scratch):
 
 def _unpack(path, folder):
     """Write the files of the zip's checkpoint into `folder`; the path of the checkpoint there."""
-    try:
-        with zipfile.ZipFile(path) as z:
-            names = [member.filename for member in z.infolist() if not member.is_dir()]
-            chosen = PurePosixPath(_choose(names, path, z.read))
-            beside = [n for n in names if PurePosixPath(n).parent == chosen.parent
-                      and (PurePosixPath(n).name == "hparams.json"
-                           or PurePosixPath(n).name.startswith(f"{chosen.name}."))]
-            check_space(folder, sum(z.getinfo(name).file_size for name in beside))
-            for name in beside:
-                with z.open(name) as source, open(folder / PurePosixPath(name).name, "wb") as out:
-                    for chunk in chunks(source):
-                        out.write(chunk)
-    except (*DAMAGE, RuntimeError) as error:  # RuntimeError: encrypted
-        raise UserError(f"{path}: damaged, cut short or encrypted ({error}); fetch it "
-                        "again") from error
+    with reading(path), zipfile.ZipFile(path) as z:
+        names = [member.filename for member in z.infolist() if not member.is_dir()]
+        chosen = PurePosixPath(_choose(names, path, z.read))
+        beside = [n for n in names if PurePosixPath(n).parent == chosen.parent
+                  and (PurePosixPath(n).name == "hparams.json"
+                       or PurePosixPath(n).name.startswith(f"{chosen.name}."))]
+        check_space(folder, sum(z.getinfo(name).file_size for name in beside))
+        for name in beside:
+            with z.open(name) as source, open(folder / PurePosixPath(name).name, "wb") as out:
+                for chunk in chunks(source):
+                    out.write(chunk)
     return folder / chosen.name
 
 

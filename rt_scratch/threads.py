@@ -10,7 +10,7 @@ import ctypes
 import functools
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
@@ -20,24 +20,40 @@ _most = 1 << 16  # see `limit`
 
 
 def parallel(function, items) -> list:
-    """[function(item) for item in items], side by side; one after another inside such a call."""
+    """[function(item) for item in items], side by side; one after another inside such a call.
+
+    After Ctrl-C those that run end at their next call of `parallel`: a process that exits waits for
+    its threads.
+    """
     items = list(items)
     if len(items) < 2 or busy():
-        return [function(item) for item in items]
+        return [function(item) for item in items if _wanted()]
+    given_up = threading.Event()
 
     def call(item):
-        _here.busy = True
+        _here.given_up = given_up
         try:
             return function(item)
         finally:
-            _here.busy = False
+            _here.given_up = None
 
-    return list(_pool().map(call, items))
+    try:
+        return list(_pool().map(call, items))
+    except BaseException:
+        given_up.set()
+        raise
 
 
 def busy() -> bool:
     """True inside `parallel`, and where `limit` leaves one thread: all cores are at work then."""
-    return _most == 1 or getattr(_here, "busy", False)
+    return _most == 1 or getattr(_here, "given_up", None) is not None
+
+
+def _wanted():
+    """True; CancelledError where nobody waits for what this thread does."""
+    if (given_up := getattr(_here, "given_up", None)) and given_up.is_set():
+        raise CancelledError
+    return True
 
 
 def tiles(n: int, size: int) -> list[slice]:

@@ -5,9 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from helpers.models import NOISE, SMALL, setup
+from helpers.models import NOISE, SMALL, check_decoding, setup
 from helpers.strategies import configs, lengths, normal, seeds, sizes, widths
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rt_scratch import attention, dispatch, layers, optim, routing, threads
@@ -94,12 +94,44 @@ def test_feed_forward(n, width, hidden, dropping, dtype, seed):
     same(cpu.dropout(a, dropped), dropout.reference(a, dropped))
 
 
-def test_gelu_of_large_numbers():
+@pytest.fixture
+def large_pieces(monkeypatch):
+    """All arrays here are few rows."""
+    monkeypatch.setattr(cpu, "PIECE", 1 << 18)
+
+
+@given(st.sampled_from([1, 2, 3, 4, 9]), widths, sizes, dtypes, seeds)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_few_rows(large_pieces, n, width, hidden, dtype, seed):
+    """As in decoding: a token, or the heads of one, per text."""
+    rng = np.random.default_rng(seed)
+    x, gain, bias = normal(rng, (n, width)), normal(rng, (width,)), normal(rng, (width,))
+    check(layers.layer_norm, layers.layer_norm_backward, (x, gain, bias), seed, dtype)
+    heads = normal(rng, (n, 4, width))[:, 1:3]
+    check(layers.normalize, layers.normalize_backward, (heads,), seed, dtype)
+    shapes = (width, hidden), (width, hidden), (hidden, width)
+    for lead in ((n,), (n, 1), (1, n)):
+        args = x.reshape(*lead, width), *(normal(rng, shape) for shape in shapes)
+        check(layers.geglu_ffn, layers.geglu_ffn_backward, args, seed, dtype)
+
+
+@given(configs(routings=("causal", "random"), dropout=False), seeds, st.sampled_from([0, 5]))
+def test_decoding(cfg, seed, prompt):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "PIECE", 1 << 18)
+        switch_on(patch)
+        check_decoding(setup(cfg, seed), prompt)
+
+
+def test_gelu_of_large_numbers(monkeypatch):
     """No overflow, no NaN: gelu(a) is a or 0, its derivative 1 or 0."""
     a = np.array([-1e6, -1e4, -50, -13, 0, 13, 50, 1e4, 1e6], "float32")
     y, cache = cpu.geglu(a, np.ones_like(a))
     da, _ = cpu.geglu_backward(np.ones_like(a), cache)
     np.testing.assert_allclose(y, np.maximum(a, 0), atol=1e-6)
+    monkeypatch.setattr(cpu, "PIECE", 1 << 18)
+    few, _ = cpu.geglu_ffn(a[None], *[np.eye(9, dtype="float32")] * 3)
+    np.testing.assert_allclose(few[0], np.maximum(a, 0) * a, rtol=1e-6)
     np.testing.assert_allclose(da, (a > 0) + 0.5 * (a == 0), atol=1e-6)
 
 

@@ -26,6 +26,7 @@ from rt_scratch.data.dataset import words_scored
 from rt_scratch.data.files import ordinary
 from rt_scratch.data.images import interleave
 from rt_scratch.errors import UserError
+from rt_scratch.run.pictures import read_picture
 
 
 @pytest.fixture(autouse=True)
@@ -1038,6 +1039,16 @@ def test_kinds_of_png(tmp_path, monkeypatch):
     data = load("imagenet64", tmp_path)
     for (name, (_, want)), row in zip(pictures.items(), data.splits["test"], strict=True):
         assert (row.reshape(64, 64, 3) == want).all(), name
+    for name, (content, want) in pictures.items():  # one's own, to complete or to explore
+        (tmp_path / "own.png").write_bytes(content)
+        assert (read_picture(tmp_path / "own.png", 64) == want).all(), name
+
+
+def test_a_picture_from_a_pipe(tmp_path):
+    pytest.importorskip("PIL")
+    os.mkfifo(tmp_path / "own.png")
+    with pytest.raises(UserError, match="own.png: no such file, or none that can be read twice"):
+        read_picture(tmp_path / "own.png", 64)
 
 
 def chunk(kind, content):

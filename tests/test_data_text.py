@@ -139,7 +139,7 @@ def test_folder_holds_out_whole_files(tmp_path, in_memory, monkeypatch):
 @pytest.mark.parametrize("n", [0, 1, 2])
 def test_folder_of_next_to_no_files(tmp_path, n):
     write_folder(tmp_path / "mine", n)
-    with pytest.raises(UserError, match=f"a folder with {n} files"):
+    with pytest.raises(UserError, match=f"mine: {n} files of text"):
         load(str(tmp_path / "mine"))
 
 
@@ -150,6 +150,48 @@ def test_folder_with_a_pipe_in_it(tmp_path):
     (tmp_path / "mine" / "loop").symlink_to(tmp_path / "mine")
     (tmp_path / "mine" / "gone").symlink_to(tmp_path / "nothing")
     assert load(str(tmp_path / "mine")).protocol == before
+
+
+def test_several_files_hold_out_whole_files(tmp_path, monkeypatch):
+    """As a folder does, whatever their order; a file that is given twice counts once."""
+    write_folder(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    folder, parts = load("mine"), [f"mine/part{i}" for i in range(3)]
+    files = [str(path) for part in parts for path in (tmp_path / part).iterdir()]
+    for given in (files, files[::-1], parts, ["mine/part1", *files]):
+        data = load(given)
+        for split, tokens in folder.splits.items():
+            np.testing.assert_array_equal(data.splits[split], tokens)
+        assert data.protocol == folder.protocol.replace("of a folder", "of several texts")
+        assert data.name == "mine" and data.protocol == load(tuple(given)).protocol
+    assert load(files[1:]).protocol != data.protocol
+    (tmp_path / "link").symlink_to("mine")
+    assert load(["mine", "link/part0/0.txt"]).protocol.count(" 36 files") == 1
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".hidden").write_bytes(b"named, so it counts" * 9)
+    data = load(["mine", "other/.hidden"])
+    assert sum("named" in str(t.tobytes()) for t in data.splits.values()) == 1
+    assert data.name == tmp_path.name
+
+
+@pytest.mark.parametrize("given, message", [
+    (["a.txt", "b.txt"], "a.txt b.txt: 2 files of text; .* 3 or more"),
+    (["a.txt", "a.txt", "b.txt", "./a.txt", "empty"], "2 files of text"),
+    (["a.txt", "enwik8"], "enwik8: a dataset, which is trained on alone"),
+    (["a.txt", "b.txt", "no.txt"], "^no.txt: no such file"),
+    (["a.txt", "b.txt", "pipe"], "^pipe: a pipe or a device"),
+    (["a.txt", "b.txt", "c.gz"], "c.gz: packed with gzip"),
+    (["a.txt", "[bc].txt"], r"\[bc\].txt: no such file; to train on several files, name them"),
+])
+def test_several_that_cannot_be(tmp_path, monkeypatch, given, message):
+    monkeypatch.chdir(tmp_path)
+    for name, content in (("a.txt", b"a" * 300), ("b.txt", b"b" * 300), ("empty", b""),
+                          ("c.gz", gzip.compress(b"c" * 300))):
+        (tmp_path / name).write_bytes(content)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=message) as e:
+        load(given)
+    assert "\n" not in str(e.value)
 
 
 PACKED = {

@@ -39,12 +39,13 @@ def test_topk_decodes_by_the_prefix(cfg, seed, prompt):
             logits = decode.step(m.params, m.centroids, cfg, memory, m.ids[:, t])
 
 
-def test_memory_does_not_grow_with_the_text():
-    """causal and local heads keep rings: the same arrays for a short and for a long text."""
-    m = setup(SMALL)
+@pytest.mark.parametrize("routing", ["causal", "random"])
+def test_memory_does_not_grow_with_the_text(routing):
+    """Such heads and local ones keep as much of a short text as of a long one."""
+    m = setup(dataclasses.replace(SMALL, routing=routing))
     sizes = []
     for capacity in (100, 100_000):
-        memory = decode.Memory(m.params, SMALL, 1, capacity)
+        memory = decode.Memory(m.params, m.cfg, 1, capacity)
         sizes.append(sum(a.size for layer in memory.stores for store in layer for a in store))
     assert sizes[0] == sizes[1]
 

@@ -26,7 +26,7 @@ from rt_scratch.config import ModelConfig, TrainConfig
 from rt_scratch.dispatch import array_module
 from rt_scratch.dropout import dropout, dropout_backward
 from rt_scratch.errors import UserError
-from rt_scratch.heads import KINDS, Context, Kind, full_store, ring_fill
+from rt_scratch.heads import KINDS, Context, Kind, full_fill, full_store
 from rt_scratch.layers import (
     FEED_FORWARDS,
     FeedForward,
@@ -107,7 +107,7 @@ def dilated_step(q, k, v, p, context, store, position):
     return attend(q[:, :, None], keys, values, *rows, seen, 1.0)[0][:, :, 0]
 
 
-DILATED = Kind("local", None, dilated_forward, dilated_backward, full_store, ring_fill,
+DILATED = Kind("local", None, dilated_forward, dilated_backward, full_store, full_fill,
                dilated_step, KINDS["local"].keys)
 
 

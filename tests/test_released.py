@@ -240,6 +240,12 @@ def test_packed_books(books):
     with pytest.raises(UserError, match="no books ID.txt in train/"):
         dataset.splits["train"]
     assert "valid 2 of 50 books" in dataset.protocol and "train 0 of" in dataset.protocol
+    assert data.load("pg19", books, 1988, codec, 64).protocol == dataset.protocol
+    before = paths[0].read_bytes()
+    paths[0].write_bytes(before.replace(b"12", b"13", 1))  # other tokens, as many
+    assert data.load("pg19", books, 1988, codec, 64).protocol != dataset.protocol
+    paths[0].write_bytes(before)
+    assert data.load("pg19", books, 1988, codec, 64).protocol == dataset.protocol
     with pytest.raises(UserError, match="has 1988 token values, not 98304"):
         data.load("pg19", books, 98304, codec, 64)
     for name in ("enwik8", str(VOCABULARY)):
@@ -388,7 +394,7 @@ def test_damaged_zip(copied, vocabulary, tmp_path):
     path = zipped(copied)
     content = path.read_bytes()
     for wrong, message in ((content[:-100], "not a zip"),
-                           (content[:3000] + b"??" + content[3002:], "damaged, cut short")):
+                           (content[:3000] + b"??" + content[3002:], "damaged or cut short")):
         path.write_bytes(wrong)
         with pytest.raises(UserError, match=message):
             released.write_run(path, vocabulary, tmp_path / "runs" / "out")

@@ -1,7 +1,9 @@
 """One optimizer step: parts of a batch, accumulation, centroids, threads."""
 
 import dataclasses
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import time
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -101,6 +103,30 @@ def test_cut_between_processes(size, accumulate, parts):
     np.testing.assert_allclose(np.concatenate(weights), (m.ids != 0) / (m.ids != 0).sum(), 1e-6)
     assert first == tuple(labels[i][0] for i in range(len(found)))
     assert sum(share) == pytest.approx(1) and {len(i) for i in ids} <= {1, 2, 3, 4, 8}
+
+
+def test_what_nobody_waits_for_ends(monkeypatch):
+    """After Ctrl-C: a process that exits waits for its threads."""
+    began, ended = threading.Event(), threading.Event()
+
+    def work(i):
+        if not i:
+            assert began.wait(10)
+            raise KeyboardInterrupt
+        began.set()
+        try:
+            for _ in range(2000):
+                threads.parallel(time.sleep, [0.005])
+        except CancelledError:
+            ended.set()
+
+    with ThreadPoolExecutor(2) as pool:
+        monkeypatch.setattr(threads, "_pool", lambda: pool)
+        monkeypatch.setattr(threads, "_most", 2)
+        with pytest.raises(KeyboardInterrupt):
+            threads.parallel(work, [0, 1])
+        assert ended.wait(5)
+        assert threads.parallel(str, [1, 2, 3]) == ["1", "2", "3"]
 
 
 def test_an_error_in_a_part_is_raised():

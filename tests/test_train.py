@@ -312,6 +312,34 @@ def test_text_that_was_moved(text, tmp_path, capsys):
     assert "may be in part what was trained on" in capsys.readouterr().out
 
 
+def test_several_texts(tmp_path, capsys, monkeypatch):
+    """Named in any order, before and after flags; resumed from anywhere, and by name."""
+    (tmp_path / "texts").mkdir()
+    monkeypatch.chdir(tmp_path / "texts")
+    files = [f"{i}.txt" for i in range(4)]
+    for i, name in enumerate(files):
+        Path(name).write_text(f"text {i}, its line\n" * 20)
+    train.main([*files[2:], *TINY, "--stop-after", "2", *files[:2]])
+    out = Path("runs/texts").resolve()
+    config = json.loads((out / "config.json").read_text())
+    assert config["dataset"] == [str(tmp_path / "texts" / files[i]) for i in (2, 3, 0, 1)]
+    monkeypatch.chdir(tmp_path)
+    train.main(["--resume", "--out", str(out), "--device", "cpu", "--stop-after", "3"])
+    (tmp_path / "texts" / "runs").rename(tmp_path / "runs")
+    (tmp_path / "texts").rename(tmp_path / "moved")
+    capsys.readouterr()
+    moved = [f"moved/{name}" for name in files]
+    train.main(["--resume", "--out", "runs/texts", "--device", "cpu", *moved, "--stop-after", "4"])
+    train.main(["moved", "--evaluate", "test", "--out", "runs/texts", "--device", "cpu"])
+    assert "whole held-out files of a folder" in capsys.readouterr().out
+    for wrong in (moved[:3], [*moved, "enwik8"], ["enwik8"]):
+        with pytest.raises(UserError, match="trained on|enwik8") as error:
+            train.main(["--resume", "--out", "runs/texts", *wrong, "--device", "cpu"])
+        assert "\n" not in str(error.value) and "(" not in str(error.value).split(";")[0]
+    with pytest.raises(UserError, match=r"moved/0.txt moved/1.txt moved/2.txt: not a dataset"):
+        train.main([*moved[:3], "--download", "--out", "x"])
+
+
 def test_output_that_nobody_reads(text, tmp_path):
     """`train.py | head` ends in one line, with the run saved."""
     out = tmp_path / "run"

@@ -14,7 +14,8 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m rt_scratch.data", description="Fetch, check and encode a dataset.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="\n".join(f"  {name:12} {row.about}" for name, row in DATASETS.items()))
-    parser.add_argument("name", help="a dataset of the list below, or a text file or folder")
+    parser.add_argument("name", nargs="+",
+                        help="a dataset of the list below, or text files and folders of them")
     parser.add_argument("--data-dir", metavar="DIR",
                         help="folder of the official files (default: data/NAME)")
     parser.add_argument("--download", action="store_true",
@@ -23,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
                         help="subwords to train, where that can be chosen (pg19)")
     flags = parser.parse_args(arguments)
     if flags.download:
-        fetch(flags.name, flags.data_dir)
+        fetch(" ".join(flags.name), flags.data_dir)
     data = load(flags.name, flags.data_dir, flags.vocab_size)
     print(f"{data.name}: {data.protocol}")
     for split, tokens in data.splits.items():

@@ -90,7 +90,7 @@ def missing(folder: Path, wanted: str, origin: str, lookalikes: dict[str, str] |
 
 def _members(archive):
     """(member, path) of the ordinary files in a zip or tar, as they are listed."""
-    with _reading(archive):
+    with reading(archive):
         if archive.suffix == ".zip":
             with zipfile.ZipFile(archive) as z:
                 yield from ((m, m.filename) for m in z.infolist() if not m.is_dir())
@@ -126,7 +126,7 @@ def opened(location: Location, limit: int | None = None):
         with open(path, "rb") as f:
             yield f
         return
-    with _reading(path):
+    with reading(path):
         size = member.file_size if isinstance(member, zipfile.ZipInfo) else member.size
         if limit is not None and size > limit:
             raise UserError(f"{path}: unpacks to {size:,} bytes, more than the {limit:,} that may "
@@ -164,7 +164,8 @@ def _tar(path):
 
 
 @contextmanager
-def _reading(path):
+def reading(path: Path):
+    """Inside `with`, what a damaged archive raises is a UserError that names it."""
     try:
         yield
     except (*DAMAGE, OSError) as e:

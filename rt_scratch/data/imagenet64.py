@@ -21,7 +21,7 @@ from tqdm import tqdm
 from rt_scratch.data.cache import cached
 from rt_scratch.data.dataset import Dataset
 from rt_scratch.data.files import DAMAGE, bucket, damaged, find, missing, opened, ordinary
-from rt_scratch.data.images import SPLITS, hold_out, interleave, take_labels, write_images
+from rt_scratch.data.images import SPLITS, colours, hold_out, interleave, take_labels, write_images
 from rt_scratch.errors import UserError
 
 SIDE = 64
@@ -198,10 +198,9 @@ def _is_png(name):
 
 
 def _pixels(content, path, name):
-    """The colours of a PNG file:  (VALUES,) uint8. It is shown as a viewer would: turned upright,
-    on white where it is transparent, 16-bit grey scaled to 8."""
+    """The colours of a PNG file:  (VALUES,) uint8."""
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image
     except ImportError as e:
         raise UserError("reading PNG files needs pillow: pip install pillow, or "
                         "pip install 'rt_scratch[data]'") from e
@@ -209,14 +208,6 @@ def _pixels(content, path, name):
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             if image.size != (SIDE, SIDE):
                 raise ValueError(f"{image.size[0]} x {image.size[1]} pixels")
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
-                grey = (np.asarray(image).astype(np.int64) + 128) // 257  # 65535 / 255 = 257
-                return np.repeat(grey.reshape(-1), 3).astype(np.uint8)
-            if image.mode != "RGB" or "transparency" in image.info:
-                above = image.convert("RGBA")
-                image = Image.new("RGBA", image.size, "white")
-                image.alpha_composite(above)
-            return np.asarray(image.convert("RGB")).reshape(VALUES)
+            return colours(image).reshape(VALUES)
     except Exception as e:  # pillow's plug-ins raise nearly anything on damaged files
         raise UserError(f"{path}: {name} is no 64 x 64 PNG image ({e})") from e

@@ -14,6 +14,22 @@ from rt_scratch.errors import UserError
 SPLITS = ("train", "valid", "test")
 
 
+def colours(image) -> np.ndarray:
+    """The colours (H, W, 3), uint8, of one of Pillow's images, as a viewer shows it: turned
+    upright, on white where it is transparent, 16-bit grey scaled to 8."""
+    from PIL import Image, ImageOps  # whoever has such an image has Pillow
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        grey = (np.asarray(image).astype(np.int64).clip(0, 65535) + 128) // 257  # 65535 / 255 = 257
+        return np.repeat(grey[..., None], 3, -1).astype(np.uint8)
+    if image.mode != "RGB" or "transparency" in image.info:
+        above = image.convert("RGBA")
+        image = Image.new("RGBA", image.size, "white")
+        image.alpha_composite(above)
+    return np.asarray(image.convert("RGB"))
+
+
 def interleave(planes: np.ndarray) -> np.ndarray:
     """Red, green and blue planes to the row-major list of R, G, B:  (N, 3 S S) -> (N, S S 3)."""
     n, t = planes.shape

@@ -106,8 +106,9 @@ def load_packed(folder: Path, codec: Codec, length: int) -> Dataset:
     Lines are packed into sequences of at most T ids, the last one id 1 (released_subwords.py), book
     after book; each is filled up to T = `length` with id 0, which is not scored. Training windows
     are such sequences. A split is encoded when it is first asked for, so that scoring test needs
-    the books of test alone. The authors take the books in the order of their folder, this in the
-    order of numbers.
+    the books of test alone; the sha256 of the protocol is that of all books here, which with the
+    subwords and T decide the tokens. The authors take the books in the order of their folder, this
+    in the order of numbers.
     """
     if not folder.is_dir():
         raise missing(folder, "books ID.txt in test/", ORIGIN, dataset="pg19")
@@ -123,10 +124,14 @@ def load_packed(folder: Path, codec: Codec, length: int) -> Dataset:
                       {"vocabulary": digest, "length": length}, paths,
                       lambda new: _pack(paths, subwords, length, new / f"{split}.npy"))
 
+    sources = [path for paths in books.values() for path in paths]
+    sums = cached(folder, "pg19", "pg19-books", {}, sources, lambda new: {}).sources
+    text = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
     here = "; ".join(f"{split} {len(books[split]):,} of {BOOKS[split]:,} books" for split in books)
     protocol = (f"perplexity per word (exp of total nats / words of the original text between "
-                f"white space); {here}; {len(subwords):,} subwords of {codec.file.name}, sha256 "
-                f"{digest[:12]}, lines packed into sequences of at most {length:,}")
+                f"white space); {here}, sha256 {text[:12]}; {len(subwords):,} subwords of "
+                f"{codec.file.name}, sha256 {digest[:12]}, lines packed into sequences of at most "
+                f"{length:,}")
     return Dataset(
         "pg19", "text", len(subwords), "ppl/word", _Lazy(lambda s: packed(s).arrays[s]), protocol,
         pad_id=PADDING, units=_Lazy(lambda s: packed(s).info["words"]),

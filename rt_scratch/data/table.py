@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,9 +36,9 @@ DATASETS = {  # the name is also that of its module in this folder
 OLD_CODECS = {"": "bytes", ".txt": "words", ".json": "subwords"}
 
 
-def load(name: str, data_dir: str | Path | None = None, vocab_size: int = 0,
+def load(name: str | Sequence[str], data_dir: str | Path | None = None, vocab_size: int = 0,
          codec: Codec | None = None, seq_len: int = 0) -> Dataset:
-    """The dataset `name` of the table, or any file or folder of files as text.
+    """The dataset `name` of the table, or any file or folder of files as text, or several of them.
 
     data_dir: folder with the official files; default data/NAME. Encoded copies go to its
     rt_cache/, or to data/NAME/rt_cache/ when data_dir cannot be written.
@@ -47,6 +48,8 @@ def load(name: str, data_dir: str | Path | None = None, vocab_size: int = 0,
     codec: of a run whose subwords were made elsewhere (`given_codec`), instead of the dataset's
     own; seq_len: T of that run, into whose sequences the text is packed.
     """
+    paths = [name] if isinstance(name, str | Path) else list(name)
+    name = " ".join(map(str, paths))
     if codec is not None:
         if name not in DATASETS or not hasattr(_module(name), "load_packed"):
             raise UserError(f"{name}: cannot be prepared in the subwords of {codec.file}")
@@ -57,14 +60,16 @@ def load(name: str, data_dir: str | Path | None = None, vocab_size: int = 0,
         data = _module(name).load(_folder(name, data_dir), *chosen)
     elif data_dir is not None:
         raise UserError(f"--data-dir {data_dir}: not used with a text file ({name})")
-    elif not Path(name).exists():
-        if set(name) & set("*?["):
-            raise UserError(f"{name}: no such file; to train on several files, give the folder "
-                            "that holds them and nothing else")
-        raise UserError(f"{name}: no such file, and no such dataset; datasets are "
+    elif absent := [path for path in paths if not Path(path).exists()]:
+        if set(absent[0]) & set("*?["):
+            raise UserError(f"{absent[0]}: no such file; to train on several files, name them, or "
+                            "give the folder that holds them")
+        if absent[0] in DATASETS:
+            raise UserError(f"{absent[0]}: a dataset, which is trained on alone")
+        raise UserError(f"{absent[0]}: no such file, and no such dataset; datasets are "
                         f"{', '.join(DATASETS)}")
     else:
-        data = load_text(name)
+        data = load_text(*paths)
     if vocab_size and data.vocab_size != vocab_size:
         raise UserError(f"{name} has {data.vocab_size} token values, not {vocab_size}: the "
                         "checkpoint or --vocab-size belongs to other data")
@@ -80,7 +85,7 @@ def outline(name: str, vocab_size: int = 0) -> Dataset:
                    image_shape=(size, size, 3) if size else None)
 
 
-def present(name: str, data_dir: str | Path | None = None) -> bool:
+def present(name: str | tuple[str, ...], data_dir: str | Path | None = None) -> bool:
     """False if `name` needs files and there is no folder for them."""
     return (name not in DATASETS or not DATASETS[name].needs_files
             or _folder(name, data_dir).is_dir())

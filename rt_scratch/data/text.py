@@ -1,5 +1,5 @@
-"""Own text: the bytes of a file, cut into the first 90 %, the next 5 % and the last 5 %; or of a
-folder of files, of which whole files are held out."""
+"""Own text: the bytes of a file, cut into the first 90 %, the next 5 % and the last 5 %; or of
+several files and folders of files, of which whole files are held out."""
 
 from __future__ import annotations
 
@@ -29,15 +29,17 @@ NOT_PLAIN = [          # first bytes of files that are not text yet, what they a
 ]
 
 
-def load(path: str | Path) -> Dataset:
-    """Bytes of a file or folder; UserError if it cannot be read, is no text or is too short."""
-    path = Path(path)
+def load(*given: str | Path) -> Dataset:
+    """Bytes of a file, or of folders and several files; UserError if one cannot be read or is no
+    text, or if all of it is too short."""
+    path, *more = map(Path, given)
     try:
-        if path.is_dir():
-            return _load_folder(path)
-        if not path.is_file():
-            raise UserError(f"{path}: a pipe or a device, which can be read only once; write the "
-                            "text to a file, and give that")
+        for one in (path, *more):
+            if not one.is_dir() and not one.is_file():
+                raise UserError(f"{one}: a pipe or a device, which can be read only once; write "
+                                "the text to a file, and give that")
+        if more or path.is_dir():
+            return _load_several([path, *more])
         n = path.stat().st_size
         _check_plain(path)
         data = (_Watched(path, np.uint8, "r") if n > IN_MEMORY
@@ -77,24 +79,41 @@ def whole_files(name: str, root: Path, parts: dict[str, list[str]], what: str) -
                                       f"sha256 {digest[:12]}")
 
 
-def _load_folder(folder):
-    """5 % of the files, at least one, to valid and to test each, by a hash of the path alone."""
+def common_folder(given: list[str | Path]) -> Path:
+    """The folder itself, or the nearest that holds all the files and folders."""
+    paths = [Path(os.path.abspath(path)) for path in given]
+    try:
+        return Path(os.path.commonpath([p if p.is_dir() else p.parent for p in paths]))
+    except ValueError:  # Windows
+        raise UserError("the files are on several drives; copy them to one") from None
+
+
+def _load_several(given):
+    """5 % of the files, at least one, to valid and to test each, by a hash of the path alone, which
+    is taken from the nearest folder that holds them all."""
+    folder = common_folder(given)
     paths = []
-    for parent, below, files in os.walk(folder):
-        below[:] = [d for d in below if not d.startswith(".") and d != "rt_cache"]
-        paths += [path for path in (Path(parent) / f for f in files if not f.startswith("."))
-                  if path.is_file() and path.stat().st_size]
-    for path in paths:
+    for one in given:
+        if not one.is_dir():
+            paths.append(one)
+        for parent, below, files in os.walk(one):
+            below[:] = [d for d in below if not d.startswith(".") and d != "rt_cache"]
+            paths += [path for path in (Path(parent) / f for f in files if not f.startswith("."))
+                      if path.is_file()]
+    paths = sorted(Path(os.path.abspath(path)) for path in paths if path.stat().st_size)
+    found = {path.resolve(): path for path in paths}  # none twice: both trained on and held out
+    for path in found.values():
         _check_plain(path)
-    if len(paths) < 3:
-        raise UserError(f"{folder}: a folder with {len(paths)} files of text; whole files are held "
-                        "out, which takes 3 or more: give one file, or cut it into several")
-    names = sorted((p.relative_to(folder).as_posix() for p in paths),
+    if len(found) < 3:
+        raise UserError(f"{' '.join(map(str, given))}: {len(found)} files of text; whole files are "
+                        "held out, which takes 3 or more: give more, or all of it in one file")
+    names = sorted((p.relative_to(folder).as_posix() for p in found.values()),
                    key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
     k = max(1, len(names) // 20)
-    parts = {"train": names[2 * k :], "valid": names[:k], "test": names[k : 2 * k]}
-    return whole_files(folder.resolve().name, folder, {s: sorted(p) for s, p in parts.items()},
-                       "a folder")
+    parts = {"train": sorted(names[2 * k :]), "valid": sorted(names[:k]),
+             "test": sorted(names[k : 2 * k])}
+    return whole_files(folder.resolve().name or "text", folder, parts,
+                       "a folder" if len(given) == 1 else "several texts")
 
 
 def _join(root, parts, new):

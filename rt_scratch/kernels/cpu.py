@@ -8,6 +8,7 @@ in place, side by side on threads (`threads.parallel`), and build windows and ma
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -83,6 +84,11 @@ def _product(x, y):
 # ---------------------------------------------------------------------------------- LayerNorm
 
 def layer_norm(x, gain, bias):
+    if _few(x):
+        y, mean, rstd = _normalized_few(x)
+        y *= gain
+        y += bias
+        return y, LayerNormCache(x, gain, mean, rstd)
     y, mean, rstd = _normalized(x)
 
     def piece(r):
@@ -114,6 +120,9 @@ def layer_norm_backward(dy, cache):
 
 
 def normalize(x):
+    if _few(x):
+        y, mean, rstd = _normalized_few(x)
+        return y, NormalizeCache(x, mean, rstd)
     y, mean, rstd = _normalized(x)
     return y.reshape(x.shape), NormalizeCache(x, mean, rstd)
 
@@ -130,6 +139,27 @@ def normalize_backward(dn, cache):
 
     parallel(piece, tiles(len(flat), PIECE // d))
     return dx
+
+
+def _normalized_few(x):
+    """n, mean, rstd in as few operations as can be."""
+    average, epsilon, _ = _few_constants(x.shape[-1], x.dtype)
+    mean = x.dot(average)                                            # (..., 1)
+    n = x - mean
+    rstd = (n * n).dot(average)
+    rstd += epsilon
+    np.sqrt(rstd, out=rstd)
+    np.reciprocal(rstd, out=rstd)
+    n *= rstd
+    return n, mean, rstd
+
+
+@functools.cache
+def _few_constants(d, dtype):
+    """Arrays, since a number costs NumPy as much as an operation on a row."""
+    average = np.full((d, 1), 1 / d, dtype)
+    gelu = [np.array(z, dtype) for z in (GELU_SCALE * GELU_CUBE, GELU_SCALE, 1, 0.5)]
+    return average, np.array(EPSILON, dtype), gelu
 
 
 def _normalized(x):
@@ -184,6 +214,19 @@ def geglu_backward(dy, cache):
 
 
 def geglu_ffn(x, w_gate, w_value, w_out, dropped=None):
+    if _few(x) and dropped is None:
+        a, b = _few_times(x, w_gate), _few_times(x, w_value)
+        cube, scale, one, half = _few_constants(1, x.dtype)[2]
+        h = a * a
+        h *= cube
+        h += scale
+        h *= a
+        np.tanh(h, out=h)
+        h += one
+        h *= a
+        h *= b
+        h *= half
+        return _few_times(h, w_out), GatedCache(x, w_gate, w_value, w_out, a, b, dropped)
     rows, m = x.reshape(-1, x.shape[-1]), w_gate.shape[1]
     drop = _Drop(dropped, (*x.shape[:-1], m))
     a, b = (np.empty((len(rows), m), x.dtype) for _ in range(2))
@@ -223,6 +266,11 @@ def geglu_ffn_backward(dy, cache):
 
     parallel(piece, tiles(len(rows), ROWS))
     return dx.reshape(x.shape), _product(flat, da), _product(flat, db), _product(h, rows)
+
+
+def _few_times(x, w):
+    """x w, up to three rows one after the other: for a product of matrices BLAS first copies w."""
+    return (x[..., None, :] @ w)[..., 0, :] if x.shape[-1] < x.size < 4 * x.shape[-1] else x.dot(w)
 
 
 def _geglu(a, b, out):
@@ -877,9 +925,14 @@ def _wide(matrix):
     return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
 
 
+def _few(x) -> bool:
+    """True for arrays so small that cutting them costs more than it gains: a token per text."""
+    return x.size < PIECE // 8
+
+
 def worthwhile(*args) -> bool:
-    """False for arrays so small that a single token's step is quicker without any of this."""
-    return first_array(args).size >= PIECE // 8
+    """False for arrays so small that the plain functions are quicker."""
+    return not _few(first_array(args))
 
 
 TWINS = {f"{module}.{f.__name__}": f for module, functions in {
@@ -891,3 +944,4 @@ TWINS = {f"{module}.{f.__name__}": f for module, functions in {
     "routing": (top_members, by_cluster, inverse, gather, scatter_sum),
     "optim": (adamw_update, muon_update),
 }.items() for f in functions}
+ANY_SIZE = ("layers.layer_norm", "layers.normalize", "layers.geglu_ffn")  # have a way for few rows

@@ -220,12 +220,13 @@ def _settings(path, meta) -> Saved:
             meta.get("drawn", step * train.batch * train.accumulate))
         whole_numbers = step, steady, progress.scored, progress.drawn
         numbers = value, progress.best, progress.seconds, progress.valid
-        texts = [config["dataset"]] + [text for text in (config["data"], *(
+        names = config["dataset"] if isinstance(config["dataset"], list) else [config["dataset"]]
+        texts = names + [text for text in (config["data"], *(
             config.get(key) for key in ("data_dir", "codec", "codec_file", "codec_sha256")))
             if text is not None]
         right = (all(type(n) is int and 0 <= n < 2 ** 62 for n in whole_numbers)
                  and all(type(x) in (int, float) and not math.isnan(x) for x in numbers)
-                 and 0 < value < math.inf and abs(progress.seconds) < math.inf
+                 and 0 < value < math.inf and names and abs(progress.seconds) < math.inf
                  and all(type(text) is str and "\0" not in text for text in texts))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

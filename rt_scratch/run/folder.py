@@ -17,6 +17,7 @@ from rt_scratch.config import ModelConfig, TrainConfig, to_json
 from rt_scratch.console import harmless, warn
 from rt_scratch.data import Codec, Dataset, saved_codec
 from rt_scratch.data.files import digest_of
+from rt_scratch.data.text import common_folder
 from rt_scratch.errors import UserError
 
 try:
@@ -29,9 +30,10 @@ TEMPORARY = re.compile(r".+\.\d+-[0-9a-f]{16}\.tmp|(last|best)\.npz\.tmp|log\.cs
 LOCKED_BYTE = 1 << 20  # Windows locks bytes, and a locked one cannot be read
 
 
-def default_folder(dataset: str) -> Path:
-    """Where a run on this dataset or text file goes unless told."""
-    return Path("runs") / Path(dataset).resolve().stem
+def default_folder(dataset: str | tuple[str, ...]) -> Path:
+    """Where a run on this dataset, text file or files goes unless told."""
+    path = Path(dataset).resolve() if isinstance(dataset, str) else common_folder(dataset)
+    return Path("runs") / (path.stem or "text")
 
 
 def newest_run(root: Path) -> Path:
@@ -42,7 +44,7 @@ def newest_run(root: Path) -> Path:
     return runs[-1].parent
 
 
-def describe(name: str, location: str | None, dataset: Dataset, model: ModelConfig,
+def describe(name: str | list[str], location: str | None, dataset: Dataset, model: ModelConfig,
              train: TrainConfig) -> dict:
     """What config.json and every checkpoint say; name and location: how the data are found."""
     codec = dataset.codec
@@ -97,6 +99,13 @@ class RunFolder:
         self.close()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.path)
+        try:
+            self._fill()
+        except BaseException:  # a full disk, Ctrl-C
+            self.close()
+            raise
+
+    def _fill(self):
         for old in self.path.iterdir():
             if TEMPORARY.fullmatch(old.name):
                 with contextlib.suppress(OSError):

@@ -183,9 +183,12 @@ def _csv(rows, header, columns=COLUMNS):
 
 def _whole(row):
     try:
+        for name in COLUMNS[5:]:
+            float(row[name] or 0)  # empty without routing
         return (set(row) == set(COLUMNS) and None not in row.values()
-                and int(row["step"]) >= 0 and float(row["score"]) >= 0)
-    except (TypeError, ValueError):
+                and row["split"] in ("train", "valid") and 0 <= int(row["step"]) < 2 ** 53
+                and float(row["nats"]) >= 0 and float(row["score"]) >= 0)
+    except (TypeError, ValueError, KeyError):
         return False
 
 

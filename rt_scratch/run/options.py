@@ -91,15 +91,16 @@ def plan_run(args) -> Plan:
 
 
 def _new(args, given):
-    name, location = "stdlib" if args.dataset is None else args.dataset, args.data_dir
+    name, location = args.dataset or "stdlib", args.data_dir
+    shown = _shown(name)
     folder = args.out or default_folder(name)
     if not args.dry_run and best_checkpoint(folder).exists():
         raise UserError(f"--out {folder}: holds a run already; add --resume to continue it, or "
                         "choose another folder")
     if args.download:
-        data.fetch(name, location)
+        data.fetch(shown, location)
     source, codec, seq_len = None, None, 0
-    values = preset(name, args.preset or "small")
+    values = preset(shown, args.preset or "small")
     if args.init_from:
         source = read_state(_checkpoint(args.init_from, args.checkpoint))
         codec, seq_len = data.given_codec(source.config, args.init_from), source.model.seq_len
@@ -111,7 +112,7 @@ def _new(args, given):
                else data.outline(name, vocab_size))
     for fixed in ("kind", "pad_id"):
         if given.get(fixed, getattr(dataset, fixed)) != getattr(dataset, fixed):
-            raise UserError(f"--{flag(fixed)} {given[fixed]}: {name} has "
+            raise UserError(f"--{flag(fixed)} {given[fixed]}: {shown} has "
                             f"{getattr(dataset, fixed)}")
     values |= {"kind": dataset.kind, "vocab_size": dataset.vocab_size, "pad_id": dataset.pad_id}
     if dataset.kind == "image":
@@ -123,7 +124,7 @@ def _new(args, given):
         check_shapes(source, model.validate())
         if known and source.config.get("codec_sha256", config["codec_sha256"]) != \
                 config["codec_sha256"]:
-            raise UserError(f"--init-from {args.init_from}: its codec is not that of {name}: its "
+            raise UserError(f"--init-from {args.init_from}: its codec is not that of {shown}: its "
                             "tokens stand for other text")
         config["init_from"] = f"{source.path.resolve()}, step {source.step}"
     return Plan(folder, dataset, model, train, config, None, source)
@@ -142,9 +143,11 @@ def _saved(args, given):
     saved = read_state(path)
     before = saved.config
     name = before["dataset"]
-    if args.dataset not in (None, name):
+    name = tuple(name) if isinstance(name, list) else name
+    if args.dataset and args.dataset != name:
         if args.dataset in data.DATASETS or name in data.DATASETS:
-            raise UserError(f"the run was trained on {name}, not on {args.dataset}")
+            raise UserError(f"the run was trained on {_shown(name)}, not on "
+                            f"{_shown(args.dataset)}")
         name = args.dataset  # own text that was moved or renamed
     location = args.data_dir or before.get("data_dir")
     model, train = (dataclasses.replace(old, **_only(type(old), given))
@@ -189,9 +192,16 @@ def _resumed(args, saved, train):
     return saved
 
 
+def _shown(name):
+    """The name of a dataset or a file, or the names of several files."""
+    return name if isinstance(name, str) else " ".join(name)
+
+
 def _config(name, location, dataset, model, train):
     if name not in data.DATASETS:
-        name = str(Path(name).resolve())  # a run is resumed from anywhere
+        paths = [str(Path(path).resolve()) for path in
+                 ([name] if isinstance(name, str) else name)]  # a run is resumed from anywhere
+        name = paths[0] if len(paths) == 1 else paths
     return describe(name, location and str(Path(location).resolve()), dataset, model, train)
 
 

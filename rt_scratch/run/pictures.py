@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
 
+from rt_scratch.data.images import colours
 from rt_scratch.errors import UserError
 from rt_scratch.run.folder import whole
 from rt_scratch.run.log import read_log
@@ -53,11 +55,15 @@ def pillow():
 
 
 def read_picture(path: Path, size: int):
-    """A picture as (size, size, 3) uint8; UserError where Pillow cannot read it."""
+    """A picture as (size, size, 3) uint8, with the colours that a viewer shows; UserError where
+    Pillow cannot read it."""
     Image = pillow()
+    if not path.is_file():  # a pipe would keep us waiting
+        raise UserError(f"{path}: no such file, or none that can be read twice")
     try:
-        with Image.open(path) as picture:
-            return np.asarray(picture.convert("RGB").resize((size, size)))
+        with warnings.catch_warnings(), Image.open(path) as picture:
+            warnings.simplefilter("ignore")  # of what is damaged Pillow says much
+            return np.asarray(Image.fromarray(colours(picture)).resize((size, size)))
     except Exception as error:  # a damaged file raises nearly anything
         raise UserError(f"{path}: not an image that Pillow reads ({error})") from None
 

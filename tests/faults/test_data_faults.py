@@ -313,7 +313,7 @@ def test_kills(tmp_path, request):
     command = [sys.executable, "-m", "rt_scratch.data", "pg19", "--data-dir",
                str(tmp_path / "data"), "--vocab-size", "400"]
     rnd = random.Random(0)
-    n = request.config.getoption("--kills")
+    n = -(-request.config.getoption("--kills") // 2)
     root = tmp_path / "data" / "rt_cache"
     most, unfinished, start = 0, 0, time.monotonic()
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)

@@ -100,6 +100,41 @@ def test_ctrl_c_during_imports(script, module):
     assert (result.returncode, result.stderr) == (1, "interrupted\n")
 
 
+@pytest.mark.parametrize("error", [AttributeError, RuntimeError, OSError])
+def test_ctrl_c_that_becomes_another_error(error, capsys):
+    """As in a `finally` that the interrupted code had not prepared yet."""
+    def work():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        finally:
+            raise error("no such attribute")
+
+    with pytest.raises(SystemExit) as ended:
+        console.script(work)
+    assert ended.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+    with pytest.raises(AttributeError):
+        console.script(lambda: 1 .missing)
+
+
+LATE = """
+import os, signal, threading, time
+from rt_scratch.console import script
+
+def late():
+    threading.main_thread().join(0.3)  # it waits for this thread then, with nothing left to do
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.3)
+
+script(lambda: threading.Thread(target=late).start())
+"""
+
+
+def test_ctrl_c_at_the_very_end():
+    result = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_in_a_thread(text, tmp_path):
     """Where Python takes no handlers, none are set, and the run goes through."""
     raised = []
@@ -315,6 +350,19 @@ def test_two_trainings_in_one_process(tmp_path):
     with RunFolder(tmp_path / "run", {}, None):
         with pytest.raises(UserError, match=f"process {os.getpid()} on"):
             RunFolder(tmp_path / "run", {}, None)
+    RunFolder(tmp_path / "run", {}, None).close()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt])
+def test_a_folder_that_cannot_be_filled_is_not_kept_locked(tmp_path, monkeypatch, error):
+    def fail(handle):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(type(error) if isinstance(error, OSError) else error):
+            RunFolder(tmp_path / "run", {}, None)
+        assert names(tmp_path / "run") == []
     RunFolder(tmp_path / "run", {}, None).close()
 
 
