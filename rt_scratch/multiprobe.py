@@ -18,8 +18,8 @@ from rt_scratch.attention import attend, distance_rows, distance_rows_backward
 from rt_scratch.dispatch import array_module
 from rt_scratch.dropout import dropout_mask
 from rt_scratch.kmeans import MAX_CLUSTERS, nearest, unit_length
-from rt_scratch.layers import normalize
-from rt_scratch.routing import Coverage, Mode, Route, Rule, by_cluster, gather, scatter_sum
+from rt_scratch.layers import normalize, segment_sum
+from rt_scratch.routing import Coverage, Mode, Route, Rule, by_cluster, gather, inverse
 
 
 def multiprobe_route(q, k, mu, rule: Rule) -> Route:
@@ -54,6 +54,8 @@ class Tiles(NamedTuple):
     keys: Any      # (B, H, N, 3 S) positions
     column: Any    # (B, H, N, S, 1) of the latest key that the row sees, always >= 2 S - 1
     visible: Any   # (B, H, N, S, 3 S) True where the row sees the key; nothing in rows to spare
+    order: Any     # (B, H, T) positions of the keys, sorted by (cluster, time)
+    block: Any     # (B, H, N) of that order, the last of the three whose keys the tile meets
 
 
 def tiles(probes, key_winner, window: int) -> Tiles:
@@ -95,14 +97,15 @@ def tiles(probes, key_winner, window: int) -> Tiles:
         out[(*lead, index)] = values
         return out
 
-    first_slot = s * (placed(block, row // s, n_tiles)[..., None] - 2)  # (B, H, N, 1)
+    block = placed(block, row // s, n_tiles)                         # (B, H, N)
+    first_slot = s * (block[..., None] - 2)                          # (B, H, N, 1)
     slots = first_slot + xp.arange(3 * s)                            # (B, H, N, 3 S)
     low, high, query = (placed(x, row, n_tiles * s).reshape(b, h, n_tiles, s) for x in (
         xp.maximum(first, end - w), end, by_last // r))
     keys = xp.take_along_axis(order, xp.clip(slots, 0, t - 1).reshape(b, h, -1), 2)
     visible = ((slots[..., None, :] >= low[..., None]) & (slots[..., None, :] < high[..., None]))
     return Tiles(query, placed(row, by_last, r * t).reshape(b, h, t, r), keys.reshape(slots.shape),
-                 xp.maximum(high - 1 - first_slot, 2 * s - 1)[..., None], visible)
+                 xp.maximum(high - 1 - first_slot, 2 * s - 1)[..., None], visible, order, block)
 
 
 def _below(rows, x, span: int):
@@ -186,7 +189,7 @@ def multiprobe_attention_backward(do, cache: MultiprobeCache, n_tokens: int):
                                         tables[0])
         drel_v = distance_rows_backward(drel_v.astype(dtype, copy=False), tables[1])
     dq = _of_queries(dq, tile).sum(3)
-    dk, dv = (scatter_sum(x, tile.keys, n_tokens) for x in (dk, dv))
+    dk, dv = (_of_keys(x, tile, n_tokens) for x in (dk, dv))
     return *(x.astype(dtype, copy=False) for x in (dq, dk, dv)), drel_k, drel_v
 
 
@@ -217,6 +220,23 @@ def _log(top, total):
 def _of_queries(x, tile):
     """Rows (B, H, N, S, D) of tiles -> those of each query (B, H, T, R, D)."""
     return gather(x.reshape(*x.shape[:2], -1, x.shape[-1]), tile.rows)
+
+
+def _of_keys(x, tile, n_tokens):
+    """Gradients (B, H, N, 3 S, D) at the keys of tiles -> (B, H, T, D): the transpose of a gather.
+
+    Added up block by block, then over the three places that a block has among those of its tiles.
+    """
+    xp, (b, h, _, wide, d) = array_module(x), x.shape
+    s = wide // 3
+    n = -(-n_tokens // s)
+    block = n * xp.arange(b * h).reshape(b, h, 1) + tile.block
+    sums = segment_sum(x.reshape(-1, wide * d), block.reshape(-1), b * h * n)
+    sums = sums.reshape(b, h, n, 3, s, d)
+    slots = xp.zeros((b, h, n + 2, s, d), x.dtype)
+    for i in range(3):
+        slots[:, :, i : i + n] += sums[:, :, :, i]
+    return gather(slots[:, :, 2:].reshape(b, h, -1, d)[:, :, :n_tokens], inverse(tile.order))
 
 
 def _by_key(x, tile):
@@ -268,7 +288,7 @@ def multiprobe_store(cfg, heads, batch, capacity, xp, dtype):
     return Rings(xp.zeros(shape, dtype), xp.zeros(shape, dtype), xp.zeros(shape[:3], xp.int64))
 
 
-def multiprobe_fill(q, k, v, context, store, routed):
+def multiprobe_fill(q, k, v, p, context, store, routed):
     """The latest keys of the prompt, each in the cluster of its own vector."""
     xp, key_winner = array_module(q), routed.route.key_winner
     b, h, n, w, _ = store.k.shape

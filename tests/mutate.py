@@ -98,6 +98,7 @@ BUGS = [
      "_outer(_by_distance(p, tile, rows_v), do_rows)"),
     ("multiprobe", "        dp += _by_key(do_rows @ _wide(rows_v).T, tile)\n", ""),
     ("multiprobe", "n * row + tile.column - p + 1 +", "n * row + n - p +"),
+    ("multiprobe", "slots[:, :, i : i + n] += sums", "slots[:, :, i : i + n] = sums"),
     ("model", "dx = dx + (_norm_backward(dn, cache.norm_ffn, g[\"norm_ffn\"]) if pre else dn)",
      "dx = _norm_backward(dn, cache.norm_ffn, g[\"norm_ffn\"]) if pre else dn"),
     ("model", "df = dropout_backward(dx, cache.dropped_ffn)", "df = dx"),
