@@ -112,7 +112,8 @@ def choose(logits, rng, temperature=1.0, top_k=0, top_p=0.0):
     with np.errstate(over="ignore"):  # next to 0 all but the best become -inf
         z = (z - z.max(-1, keepdims=True)) / temperature
     order = xp.argsort(-z, axis=-1, kind="stable")                   # best first
-    z = xp.take_along_axis(z, order, axis=-1)
+    rows = xp.arange(len(z))
+    z = z[rows[:, None], order]
     if top_k:
         z[:, top_k:] = -math.inf
     p = xp.exp(z - z[:, :1])
@@ -123,7 +124,7 @@ def choose(logits, rng, temperature=1.0, top_k=0, top_p=0.0):
     draw = rng.random((len(p), 1)) if isinstance(rng, np.random.Generator) else np.array(
         [[row.random()] for row in rng])
     picked = xp.minimum((xp.cumsum(p, axis=-1) < draw).sum(-1), (p > 0).sum(-1) - 1)
-    return xp.take_along_axis(order, picked[:, None], axis=-1)[:, 0]
+    return order[rows, picked]
 
 
 def generate(params, centroids, cfg: ModelConfig, n_tokens: int, *, rng, prompt=None, batch=1,

@@ -21,6 +21,13 @@ def test_decoding_is_the_forward_pass(cfg, seed, prompt):
     check_decoding(setup(cfg, seed), prompt)
 
 
+def test_centroids_of_several_lengths():
+    m = setup(SMALL)
+    for i, c in m.centroids.items():
+        m.centroids[i] = c._replace(mu=c.mu * np.array([0.2, 1, 5])[:, None])
+    check_decoding(m, 5)
+
+
 @given(configs(routings=("topk",), dropout=False), seeds, st.sampled_from([0, 1, 5]))
 def test_topk_decodes_by_the_prefix(cfg, seed, prompt):
     """With one layer a token's output is that of the forward pass over the prefix alone.
