@@ -20,6 +20,7 @@ try:
     from rt_scratch.data.batches import training_batch
     from rt_scratch.device import select_device, select_precision
     from rt_scratch.errors import UserError
+    from rt_scratch.graph import recorded
     from rt_scratch.parallel import checksum, software, start
     from rt_scratch.run import checkpoint, costs, log
     from rt_scratch.run.evaluate import CAUSAL_WINDOWS, doubt, evaluate, evaluate_causally
@@ -27,7 +28,7 @@ try:
     from rt_scratch.run.initial import initial_state
     from rt_scratch.run.options import add_fields, check_flags, plan_run
     from rt_scratch.run.pictures import plot_loss
-    from rt_scratch.run.samples import show_sample
+    from rt_scratch.run.samples import show_sample, wanted
     from rt_scratch.step import cut, train_step
 except KeyboardInterrupt:  # it takes a second
     raise SystemExit("interrupted") from None
@@ -42,7 +43,8 @@ def work(args, world):
     xp, device = select_device(args.device, world)
     plan = world.in_turn(lambda: plan_run(args))
     model, train = plan.model, plan.train
-    _, dtype = select_precision(train.precision, xp)  # of the network; None: of the parameters
+    plan = plan._replace(precision=select_precision(train.precision, xp))
+    step_once = recorded(train_step, train, xp, world) if train.cuda_graph else train_step
     say(costs.describe(device, plan))
     if args.dry_run:
         return
@@ -58,7 +60,7 @@ def work(args, world):
     try:
         with RunFolder(plan.folder, plan.config, plan.dataset.codec.file,
                        writes=world.rank == 0) as run:
-            fit(plan, run, state, progress, last, xp, dtype, world)
+            fit(plan, run, state, progress, last, xp, world, step_once)
     except MemoryError as error:
         raise UserError(
             f"out of memory at --batch {train.batch} x {model.seq_len} tokens, precision "
@@ -66,7 +68,7 @@ def work(args, world):
             "smaller --batch with --accumulate, or on a GPU --precision bf16") from error
 
 
-def fit(plan, run, state, progress, last, xp, dtype, world):
+def fit(plan, run, state, progress, last, xp, world, step_once):
     """The training loop, to step `last`; of several processes the first writes the run folder."""
     folder, dataset, model, train = plan[:4]
     windows, first = train.batch * train.accumulate, state.step
@@ -84,8 +86,8 @@ def fit(plan, run, state, progress, last, xp, dtype, world):
         while state.step < last and not stopping:
             ids, labels = training_batch(dataset, model.seq_len, windows, train.seed, state.step,
                                          progress.drawn)
-            state, result = train_step(state, grads, cut(ids, labels, model, train, xp, world),
-                                       model, train, dtype, world)
+            state, result = step_once(state, grads, cut(ids, labels, model, train, xp, world),
+                                      model, train, plan.precision.dtype, world)
             progress = progress._replace(drawn=progress.drawn + windows)
             done = state.step
             logging = due(done) or done % train.log_every == 0
@@ -119,10 +121,10 @@ def fit(plan, run, state, progress, last, xp, dtype, world):
 def score(plan, run, state, progress, row, clock, bar, stop, world):
     """Score the validation split after a step that is saved, and show a sample -> Progress."""
     folder, dataset, model, train = plan[:4]
-    valid = None
+    valid, drawing = None, wanted(state.step, progress.scored, model, train)
     with clock.aside(), stop.at_once() if world.size == 1 else contextlib.nullcontext():
         valid = evaluate(state, dataset, model, "valid", train.batch, limit=train.eval_windows,
-                         world=world)
+                         world=world, precision=plan.precision)
     if valid is None:  # interrupted; --resume comes back here
         return progress
     if not math.isfinite(valid.nats):
@@ -139,7 +141,7 @@ def score(plan, run, state, progress, row, clock, bar, stop, world):
         checkpoint.save_into(run, name, state, progress, clock.total())
     if run.writes:
         sample = ""
-        if not stop.asked:
+        if drawing and not stop.asked:
             with harmless("the sample"), clock.aside(), stop.at_once():
                 sample = show_sample(state, dataset, model, train.seed, folder)
         text = f"step {state.step}  {valid.line}\n{log.cluster_line(row)}{sample}"
@@ -149,15 +151,15 @@ def score(plan, run, state, progress, row, clock, bar, stop, world):
 
 def score_split(args, state, plan, world):
     """--evaluate: print the score of a split, and with --evaluate-causally that of decoding."""
-    limit = args.eval_windows
-    if limit is None:
-        limit = CAUSAL_WINDOWS if args.evaluate_causally else 0
+    default = CAUSAL_WINDOWS if args.evaluate_causally else 0
+    limit = default if args.eval_windows is None else args.eval_windows
     say(f"checkpoint: {plan.saved.path}, step {state.step}")
     result = evaluate(state, plan.dataset, plan.model, args.evaluate, plan.train.batch, args.stride,
-                      limit, world)
+                      limit, world, plan.precision)
     say(doubt(result.nats, plan.model) + result.line)
     if args.evaluate_causally:
-        say(evaluate_causally(state, plan.dataset, plan.model, args.evaluate, limit, world).line)
+        say(evaluate_causally(state, plan.dataset, plan.model, args.evaluate, limit, world,
+                              plan.precision).line)
 
 
 def parse(argv=None):
@@ -172,8 +174,7 @@ def parse(argv=None):
     add("--data-dir", help="folder with the dataset's official files")
     add("--download", action="store_true", help="get the dataset first")
     add("--out", type=Path, help="run folder (default: runs/DATASET)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto",
-        help="auto takes a GPU if there is one (default)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU, if any")
     add("--resume", action="store_true", help="continue a run exactly")
     add("--init-from", type=Path, metavar="RUN", help="start with model, parameters and centroids "
         "of this run; --n-clusters may differ: centroids are then drawn by k-means")
@@ -186,8 +187,7 @@ def parse(argv=None):
     add("--evaluate-causally", action="store_true",
         help=f"with --evaluate: also score by incremental decoding, on --eval-windows (default "
              f"{CAUSAL_WINDOWS}) windows")
-    add("--stride", type=int, default=0,
-        help="with --evaluate: tokens between windows (default: no overlap)")
+    add("--stride", type=int, default=0, help="with --evaluate: tokens between windows (0: T)")
     add("--dry-run", action="store_true", help="describe the run and stop; needs no files")
     add_fields(parser)
     args = parser.parse_intermixed_args(argv)  # files may follow flags

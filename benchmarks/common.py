@@ -2,6 +2,7 @@
 own per measurement, tables."""
 
 import json
+import math
 import os
 import platform
 import resource
@@ -13,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from rt_scratch import ModelConfig, TrainConfig, cut, decode, new_state, train_step
+from rt_scratch.graph import recorded
+from rt_scratch.run.options import plan_run
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {  # name: (configuration, batch). GEGLU of hidden width 4 C, half of the heads local, bytes
@@ -43,10 +46,11 @@ def training(cfg, batch, train=RECIPE, xp=np, dtype=None):
     state = new_state(cfg, train, xp)
     grads = xp.empty_like(state.flat)
     parts = cut(random_tokens(cfg, batch, cfg.seq_len), None, cfg, train, xp)
+    step_once = recorded(train_step, train, xp) if train.cuda_graph else train_step
 
     def one(_):
         nonlocal state
-        state, told = train_step(state, grads, parts, cfg, train, dtype)
+        state, told = step_once(state, grads, parts, cfg, train, dtype)
         return told
 
     return one
@@ -92,6 +96,21 @@ def machine():
         cpu = f"{len(names)} x {names[0]}" if names else cpu
     return f"{time.strftime('%Y-%m-%d')}; {cpu}; Python {platform.python_version()}, NumPy " \
         f"{np.__version__}"
+
+
+def planned(flags):
+    """(ModelConfig, TrainConfig) that train.py would take from these flags; needs no data."""
+    sys.path.insert(0, str(ROOT))
+    import train
+
+    plan = plan_run(train.parse([str(flag) for flag in (*flags, "--dry-run")]))
+    return plan.model, plan.train
+
+
+def exponent(points, at_least=0):
+    """b of the line log y = a + b log x through the points with x >= at_least; nan below two."""
+    points = [point for point in points if point[0] >= at_least]
+    return float(np.polyfit(*np.log(np.array(points).T), 1)[0]) if len(points) > 1 else math.nan
 
 
 def table(header, rows):

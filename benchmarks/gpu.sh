@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call of under 8 minutes: the tests, then the measurements.
-#   benchmarks/gpu.sh OUT            (needs: pip install -e '.[cuda13,test]'; rivals: '.[bench]')
+#   benchmarks/gpu.sh OUT            (needs: pip install -e '.[cuda12,test]' or cuda13; rivals: '.[bench]')
 set -uo pipefail
 out=${1:?usage: benchmarks/gpu.sh OUT_FOLDER}
 cd "$(dirname "$0")/.."

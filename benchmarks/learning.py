@@ -30,6 +30,7 @@ from race import machine_and_rivals, start_ours, start_torch
 from rt_scratch import UserError, cut, data, decode, logits, new_state, train_step
 from rt_scratch.console import script
 from rt_scratch.data.batches import eval_windows, random_windows
+from rt_scratch.run.evaluate import token_nats
 
 NAMES = {"ours": "ours, causal", "topk": "ours, topk", "port": "port"}
 WINDOWS = 32          # of validation text per score
@@ -94,10 +95,7 @@ class Port:
 
 def bits(logits, targets):
     """Bits of each target: -log2 softmax(logits)[target]."""
-    z = logits.astype("float64")
-    z -= z.max(-1, keepdims=True)
-    hit = np.take_along_axis(z, targets[..., None], -1)[..., 0]
-    return (np.log(np.exp(z).sum(-1)) - hit) / math.log(2)
+    return token_nats(logits, targets) / math.log(2)
 
 
 def contender(name, size, text, minutes, lr):

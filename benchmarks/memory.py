@@ -15,11 +15,10 @@ import sys
 import time
 from pathlib import Path
 
-from common import ROOT, in_own_process, machine, peak_bytes, table, training
+from common import ROOT, in_own_process, machine, peak_bytes, planned, table, training
 
 from rt_scratch import select_device
 from rt_scratch.run.costs import n_parameters, step_bytes
-from rt_scratch.run.options import plan_run
 
 PRESETS = ("cifar10/released", "enwik8/released", "wikitext103/released", "imagenet64/released",
            "pg19/released")
@@ -28,14 +27,9 @@ COLUMNS = ("preset", "parameters", "T", "V", "recompute", "seconds", "estimate, 
 
 def plan(name, recompute):
     """(ModelConfig, TrainConfig) of DATASET/PRESET at batch 1."""
-    sys.path.insert(0, str(ROOT))
-    import train
-
     dataset, preset = name.split("/")
-    planned = plan_run(train.parse([
-        dataset, "--preset", preset, "--batch", "1", "--dry-run", "--data-dir",
-        str(ROOT / "no data"), "--recompute" if recompute else "--no-recompute"]))
-    return planned.model, planned.train
+    return planned([dataset, "--preset", preset, "--batch", 1, "--data-dir", ROOT / "no data",
+                    "--recompute" if recompute else "--no-recompute"])
 
 
 def one_step(name, recompute):

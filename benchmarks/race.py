@@ -22,6 +22,7 @@ from common import (
     PORT_WORK,
     SIZES,
     decoding,
+    exponent,
     in_own_process,
     machine,
     peak_bytes,
@@ -102,26 +103,31 @@ def sgemm(*_):
     return {"seconds": [best], "gflops": 2e-9 * THREADS * 10 * 1024**3 / best, "peak_mib": 0}
 
 
-def start_ours():
+def start_ours(n_threads=THREADS):
     if hasattr(os, "sched_setaffinity"):  # our pool takes a thread for every core it may use
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:n_threads])
     select_device("cpu")
 
 
-def start_torch():
+def start_torch(n_threads=THREADS):
     import torch
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(n_threads)
     torch.manual_seed(0)
 
 
-def timed(function, n, warm_up=2):
-    """Seconds of n calls after the warm-up, and the peak memory of the process."""
+def timed(function, n, warm_up=2, clock=time.perf_counter, enough=math.inf):
+    """Seconds of n calls after the warm-up, and the peak memory of the process.
+
+    Once they took `enough` seconds together, no further call is made.
+    """
     seconds = []
     for i in range(warm_up + n):
-        start = time.perf_counter()
+        start = clock()
         function(i)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
+        if sum(seconds[warm_up:]) > enough:
+            break
     return {"seconds": seconds[warm_up:], "peak_mib": peak_bytes() / 2**20}
 
 
@@ -222,8 +228,7 @@ def race_length(size, n_rounds, record):
         points.append((t, seconds))
         rows.append([t, round(math.sqrt(t)), f"{seconds:.3f}", f"{seconds / t * 1e6:.1f}",
                      f"{r['peak_mib']:.0f}"])
-    long = [(t, seconds) for t, seconds in points if t >= FIT_FROM]
-    slope = np.polyfit(*np.log(np.array(long).T), 1)[0] if len(long) > 1 else math.nan
+    slope = exponent(points, FIT_FROM)
     return f"## Cost against length, {size}\n\nTraining steps of one window, W = K = sqrt(T), " \
         f"mode causal. Fitted exponent from T = {FIT_FROM} on: {slope:.2f} (the paper's bound " \
         "is 1.5; the matrices' share grows like 1).\n\n" + table(

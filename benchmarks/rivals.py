@@ -6,8 +6,10 @@ import torch_twin
 from common import RECIPE
 from routing_transformer import RoutingTransformerLM
 from routing_transformer.autoregressive_wrapper import AutoregressiveWrapper
+from routing_transformer.routing_transformer import SelfAttention
 
 from rt_scratch import new_state
+from rt_scratch.parameters import init_centroids, init_parameters, views
 
 
 def port(cfg):
@@ -33,6 +35,33 @@ def twin_training(cfg, batch, autocast=False, compiled=False):
     ids = torch.randint(0, cfg.vocab_size, (batch, cfg.seq_len))
     loss = torch.compile(torch_twin.loss) if compiled else torch_twin.loss
     return training(lambda: loss(params, mu, cfg, ids), list(torch_twin.leaves(params)), autocast)
+
+
+def port_layer(cfg, x):
+    """A function that runs an attention layer of the port on x (B, T, C), forward and backward."""
+    net = next(m for m in port(cfg).modules() if isinstance(m, SelfAttention))
+    return passes(lambda x: net(x)[0], x, list(net.parameters()))
+
+
+def twin_layer(cfg, x):
+    """The same of our own model; full attention without relative positions is torch's kernel."""
+    flat, table = init_parameters(cfg, np, "float32", 0)
+    p = torch_twin.tree(views(flat, table)["layers"][0]["attention"])
+    mu = {i: torch.tensor(c.mu) for i, c in init_centroids(cfg, np, "float32", 0).items()}
+    return passes(lambda x: torch_twin.attention(x, p, mu.get(0), cfg, cfg.layer_heads(0))[0], x,
+                  list(torch_twin.leaves(p)))
+
+
+def passes(forward, x, parameters):
+    x = torch.tensor(x, requires_grad=True)
+    dy = torch.ones_like(x)
+
+    def one(_):
+        for leaf in (x, *parameters):
+            leaf.grad = None
+        forward(x).backward(dy)
+
+    return one
 
 
 def training(make_loss, parameters, autocast):

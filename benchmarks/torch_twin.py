@@ -3,7 +3,8 @@
     python benchmarks/torch_twin.py        logits and gradients of both in float64, side by side
 
 Written from the paper and the definitions of `rt_scratch.model`, not from its code: relative
-positions are gathered, blocks are cut with `unfold`, clusters are sorted and scattered by torch.
+positions are gathered, blocks are cut with `unfold`, clusters are sorted and scattered by torch;
+full attention without relative positions is torch's fused kernel.
 Text, gated feed-forward layers, heads local, full, causal and topk, shared or separate keys.
 """
 
@@ -13,7 +14,14 @@ import sys
 import numpy as np
 import torch
 from common import size_model
-from torch.nn.functional import cross_entropy, gelu, layer_norm, pad, silu
+from torch.nn.functional import (
+    cross_entropy,
+    gelu,
+    layer_norm,
+    pad,
+    scaled_dot_product_attention,
+    silu,
+)
 
 from rt_scratch import init_centroids, init_parameters, model, views
 
@@ -46,7 +54,12 @@ def loss(params, mu, cfg, ids):
 def forward(params, mu, cfg, ids):
     """(logits (B, T, V), commitment loss)."""
     e = params["embed"]
-    x = e["table"][pad(ids, (1, -1))] @ e["w"] + e["b"]
+    seen = [pad(ids, (j, -j)) for j in range(1, cfg.input_tokens + 1)]
+    rows = [e["table"][token] for token in seen]
+    if cfg.ngram_rows:
+        number = sum(token * cfg.vocab_size**j for j, token in enumerate(seen))
+        rows.append(e["ngrams"][number % cfg.ngram_rows])
+    x = torch.cat(rows, -1) @ e["w"] + e["b"]
     if cfg.timing_signal:
         half = cfg.width // 2
         rate = 10000 ** (-torch.arange(half, dtype=x.dtype) / max(half - 1, 1))
@@ -96,6 +109,9 @@ def attention(x, p, mu, cfg, kinds):
         if routes:
             o, commitment = routing(q[:, own], None if cfg.share_qk else k[:, key], v[:, own], mu,
                                     p, cfg)
+        elif kind == "full" and "local_rel_k" not in p:
+            o = scaled_dot_product_attention(q[:, own], k[:, key], v[:, own], is_causal=True,
+                                             scale=1.0)
         else:
             s, lookback = (t, 0) if kind == "full" else (cfg.block, cfg.lookback)
             o = local(q[:, own], k[:, key], v[:, own], p.get("local_rel_k"), p.get("local_rel_v"),
@@ -223,6 +239,8 @@ def cases():
     change = dataclasses.replace
     return {
         "causal": small,
+        "three input tokens": change(small, input_tokens=3),
+        "trigrams": change(small, input_tokens=3, ngram_rows=13),
         # In `topk` equal tokens at other positions score equally; the timing signal breaks ties.
         "topk": change(small, routing="topk", timing_signal=True),
         "causal, separate keys, post-norm": change(small, share_qk=False, norm="post"),
@@ -233,6 +251,7 @@ def cases():
             embed_width=12, tie_embedding=True),
         "routing in the last layer only": change(small, routing="topk", routing_layers=(-1,)),
         "full attention in the first layer, SwiGLU": change(small, full_layers=(0,), ffn="swiglu"),
+        "full attention, fused": change(small, attention="full", local_max_distance=0),
     }
 
 

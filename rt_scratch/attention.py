@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from rt_scratch.dispatch import accelerated, array_module
 from rt_scratch.dropout import dropout_mask
-from rt_scratch.layers import segment_sum
 
 # ------------------------------------------------------------------------- relative positions
 #
@@ -29,22 +28,42 @@ DistanceRowsCache = namedtuple("DistanceRowsCache", "table first last")
 def distance_rows(table, first: int, last: int):
     """Rows of the table for the distances first .. last:  table[clip(d, -m, m) + m].
 
-    table (2 m + 1, D) -> (last - first + 1, D). docs/derivations.md (32).
+    table (2 m + 1, D) -> (last - first + 1, D). Where nothing is clipped they are a slice of the
+    table, and a view of it. docs/derivations.md (32).
     """
-    index = distance_index(table, first, last)
-    return table[index], DistanceRowsCache(table, first, last)
+    xp = array_module(table)
+    before, near, after = _clipped(table, first, last)
+    rows = table[near]
+    if before or after:
+        rows = xp.concatenate([xp.repeat(table[:1], before, axis=0), rows,
+                               xp.repeat(table[-1:], after, axis=0)])
+    return rows, DistanceRowsCache(table, first, last)
 
 
 def distance_rows_backward(drows, cache):
-    """Adds up the rows that share an entry of the table. docs/derivations.md (32)."""
+    """Adds up the rows that share an entry of the table: its first, or its last.
+
+    docs/derivations.md (32).
+    """
     table, first, last = cache
-    return segment_sum(drows, distance_index(table, first, last), table.shape[0])
+    before, near, after = _clipped(table, first, last)
+    end = drows.shape[0] - after
+    dtable = array_module(drows).zeros(table.shape, drows.dtype)
+    dtable[near] = drows[before:end]
+    if before:
+        dtable[0] += drows[:before].sum(0)
+    if after:
+        dtable[-1] += drows[end:].sum(0)
+    return dtable
 
 
-def distance_index(table, first: int, last: int):
-    """Row of the table for each of the distances first .. last."""
-    m = table.shape[0] // 2
-    return array_module(table).clip(array_module(table).arange(first, last + 1), -m, m) + m
+def _clipped(table, first, last):
+    """How many of the distances first .. last are clipped to -m, the rows of those that are not
+    clipped, as a slice, and how many are clipped to m."""
+    m, n = table.shape[0] // 2, last - first + 1
+    before, after = max(0, min(n, -m - first)), max(0, min(n, last - m))
+    start = first + before + m
+    return before, slice(start, start + n - before - after), after
 
 
 def skew(x, n_keys: int):
@@ -90,8 +109,9 @@ def attend(q, k, v, rel_k, rel_v, mask, scale, dropped=None):
     """o_i = sum_j p_ij (v_j + rel_v[j - i]),  p_i = softmax_j scale q_i . (k_j + rel_k[j - i]).
 
     q (..., S, D), k and v (..., N, D); rel_k, rel_v (P, D) rows by distance as in `skew`, or both
-    None; mask, broadcast to (..., S, N), is True where query i may see key j. A query that may see
-    nothing gets 0. `dropped` drops entries of p (dropout.py).
+    None; mask, broadcast to (..., S, N), is True where query i may see key j, None where the
+    queries are the last S of the N positions and see no later one. A query that may see nothing
+    gets 0. `dropped` drops entries of p (dropout.py).
     Paper section 3, Shaw et al. 2018 equations 3 and 4. Cache: the inputs and lse (..., S, 1), the
     log-sum-exp of each row, from which the backward computes p again.
     docs/derivations.md (26), (27), (36).
@@ -152,7 +172,15 @@ def _logits(q, k, rel_k, mask, scale):
     if rel_k is not None:
         z += skew(_rows_times(q, rel_k.T), k.shape[-2])
     z *= scale
+    if mask is None:
+        mask = causal_mask(xp, *z.shape[-2:])
     return xp.where(mask, z, -math.inf)
+
+
+def causal_mask(xp, n_queries: int, n_keys: int):
+    """(S, N), True where key j is not after query i, the queries being the last S of N positions.
+    """
+    return xp.tri(n_queries, n_keys, n_keys - n_queries, dtype=bool)
 
 
 def _rows_times(x, w):

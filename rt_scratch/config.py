@@ -46,6 +46,10 @@ class ModelConfig:
     n_layers: int = _field(4, "L, number of blocks", least=1, most=1024)  # streams of dropout
     width: int = _field(128, "C, width of the residual stream", least=1)
     embed_width: int = _field(0, "E, width of the token table; 0: same as width (text)", least=0)
+    input_tokens: int = _field(1, "tokens whose embeddings the input layer sees at each position "
+                                  "(text; small presets: 3)", least=1, most=64)
+    ngram_rows: int = _field(0, "rows, best a prime number, of a table that the n-gram of the "
+                                "input tokens is looked up in; 0: none (text)", least=0)
     ffn: str = _field("geglu", "feed-forward layer", FEED_FORWARDS)
     ffn_width: int = _field(384, "M, hidden width of the feed-forward layer", least=1)
     norm: str = _field("pre", "where LayerNorm stands: x + f(LN(x)) or LN(x + f(x))",
@@ -104,6 +108,11 @@ class ModelConfig:
         return self.width // self.n_heads
 
     @property
+    def ngram_width(self) -> int:
+        """Width of the table of n-grams: a quarter of E, 0 without one."""
+        return -(-self.token_width // 4) if self.ngram_rows else 0
+
+    @property
     def token_width(self) -> int:
         """E, the width of the token table."""
         return self.embed_width or self.width
@@ -152,9 +161,10 @@ class ModelConfig:
             if self.seq_len != 3 * self.image_size ** 2:
                 _fail(f"--image-size {self.image_size}: --seq-len must be 3 x size x size = "
                       f"{3 * self.image_size ** 2}, not {self.seq_len}")
-            if self.tie_embedding or self.timing_signal or self.embed_width:
-                _fail("--tie-embedding, --timing-signal and --embed-width are for text, not "
-                      "images")
+            if (self.tie_embedding or self.timing_signal or self.embed_width
+                    or self.input_tokens > 1 or self.ngram_rows):
+                _fail("--tie-embedding, --timing-signal, --embed-width, --input-tokens and "
+                      "--ngram-rows are for text, not images")
         elif self.image_size or self.n_classes:
             _fail("--image-size and --n-classes are for images, not text")
         return self
@@ -183,10 +193,14 @@ class TrainConfig:
         "auto", "arithmetic of the network. auto: bf16 on a GPU that has it, else float32. tf32, "
                 "bf16 and fp16 (with loss scaling) are for GPUs; parameters, their gradients, "
                 "statistics and centroids stay float32", PRECISIONS)
+    cuda_graph: bool = _field(False, "record a step as one CUDA graph and repeat it: Python then "
+                                     "starts one thing per step, not thousands")
     seed: int = _field(0, "seed of weights, data order and dropout", least=0)
     eval_every: int = _field(700, "steps between evaluations; 0: only at the end", least=0)
     eval_windows: int = _field(64, "windows per evaluation, evenly spread over the "
                                    "split; 0: the whole split", least=0)
+    sample_every: int = _field(0, "steps between samples, drawn at the next evaluation; 0: text at "
+                                  "each, pictures only at the end of the run", least=0)
     log_every: int = _field(20, "steps between log lines", least=1)
 
     @property

@@ -20,7 +20,8 @@ from rt_scratch.model import block, embed, mu_of, next_logits
 
 
 class Memory:
-    """The text so far: per layer the store of each kind of head, and the next position.
+    """The text so far: per layer the store of each kind of head, the ids that the input layer still
+    sees, and the next position.
 
     `prefill` and `step` write into it; it belongs to one text per batch row. Beside it the matrices
     of queries (scaled by D^-1/2), keys and values as one: one product of a token instead of three.
@@ -29,14 +30,21 @@ class Memory:
     def __init__(self, params, cfg: ModelConfig, batch: int, capacity: int, labels=None):
         """Empty, for texts of up to `capacity` positions."""
         table = params["embed"]["table"]
+        xp = array_module(table)
         self.position, self.labels = 0, labels
+        self.recent = xp.zeros((batch, cfg.input_tokens - 1), "int64")
         self.projections = [_projection(params["layers"][i]["attention"], cfg)
                             for i in range(cfg.n_layers)]
         self.parts = [parts(cfg, i) for i in range(cfg.n_layers)]
         self.stores = [
-            [part.kind.store(cfg, part.heads.stop - part.heads.start, batch, capacity,
-                             array_module(table), table.dtype) for part in layer]
-            for layer in self.parts]
+            [part.kind.store(cfg, part.heads.stop - part.heads.start, batch, capacity, xp,
+                             table.dtype) for part in layer] for layer in self.parts]
+
+    def advance(self, ids):
+        """Go on to the position after ids (B, n), already shifted."""
+        seen = array_module(ids).concatenate([self.recent, ids], axis=1)
+        self.recent = seen[:, seen.shape[1] - self.recent.shape[1] :]
+        self.position += ids.shape[1]
 
 
 def _projection(p, cfg):
@@ -56,17 +64,18 @@ def prefill(params, centroids, cfg: ModelConfig, ids, capacity: int, labels=None
     for i in range(cfg.n_layers):
         x, _, _ = block(x, params["layers"][i], cfg, i, mu_of(centroids, i),
                         stores=memory.stores[i])
-    memory.position = shifted.shape[1]
+    memory.advance(shifted)
     return next_logits(params, cfg, x[:, -1]), memory
 
 
 def step(params, centroids, cfg: ModelConfig, memory: Memory, ids):
     """Take the tokens ids (B,) that were chosen -> logits (B, V) of those that follow."""
-    x, _ = embed(params, cfg, ids[:, None], memory.position, memory.labels)
+    ids = ids[:, None]
+    x, _ = embed(params, cfg, ids, memory.position, memory.labels, before=memory.recent)
     x = x[:, 0]                                                      # (B, C)
     for i in range(cfg.n_layers):
         x = _block(x, params["layers"][i], Context(cfg, i, mu_of(centroids, i)), memory)
-    memory.position += 1
+    memory.advance(ids)
     return next_logits(params, cfg, x)
 
 

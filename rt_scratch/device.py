@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
+from rt_scratch.console import say
 from rt_scratch.dispatch import register_twins
-from rt_scratch.errors import UserError
+from rt_scratch.errors import GPU_PACKAGES, UserError
 from rt_scratch.kernels import cpu
 from rt_scratch.parallel import SINGLE, World
 from rt_scratch.threads import keep_freed_memory, n_threads, set_blas_threads
@@ -26,7 +29,7 @@ def select_device(name: str = "auto", world: World = SINGLE):
             reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
             if name == "cuda":
                 raise UserError(f"--device cuda: no usable GPU ({reason}); use --device cpu, or "
-                                "install a driver and pip install -e '.[cuda13]'") from error
+                                f"install a driver and {GPU_PACKAGES}") from error
             why = f" (no GPU: {reason})"
     else:
         why = ""
@@ -55,20 +58,31 @@ def _select_cuda(world):
     from rt_scratch.kernels import cuda
 
     register_twins("cupy", cuda.TWINS, cuda.supports)
+    cupy.cuda.Stream(non_blocking=True).use()  # a CUDA graph records any but the default one
     name = cupy.cuda.runtime.getDeviceProperties(world.local_rank)["name"].decode()
     return cupy, f"cuda: {name}, CuPy {cupy.__version__}, one stream"
 
 
-def select_precision(name: str, xp):
-    """(name, dtype of activations or None for that of the parameters): what 'auto' means here.
+class Precision(NamedTuple):
+    """Arithmetic of the network."""
 
-    bf16 on GPUs that have it (compute capability 8 and more), float32 elsewhere. UserError where
-    the device cannot do what was asked for.
+    name: str = "float32"
+    dtype: Any = None      # of activations; None: that of the parameters
+
+
+def select_precision(name: str, xp) -> Precision:
+    """What 'auto' means here: bf16 on GPUs that have it (compute capability 8 and more), float32
+    elsewhere; tf32, and a line that says why, where packages for bf16 are missing.
+
+    UserError where the device cannot do what was asked for.
     """
     on_gpu = xp.__name__ == "cupy"
     has_bf16 = on_gpu and int(xp.cuda.Device().compute_capability) >= 80
+    bfloat16, problem = _bfloat16() if has_bf16 else (None, "")
     if name == "auto":
-        name = "bf16" if has_bf16 else "float32"
+        name = "bf16" if bfloat16 else "tf32" if has_bf16 else "float32"
+        if problem:
+            say(f"note: --precision auto is tf32 here: {problem}")
     if name in ("tf32", "bf16", "fp16") and not on_gpu:
         raise UserError(f"--precision {name}: for GPUs; a CPU takes float32 or float64")
     if name in ("tf32", "bf16") and not has_bf16:
@@ -77,11 +91,17 @@ def select_precision(name: str, xp):
         from rt_scratch.kernels import gemm
 
         gemm.use_tf32(name == "tf32")
-    if name == "bf16":
-        try:
-            import ml_dtypes
-        except ImportError:
-            raise UserError("--precision bf16 needs ml_dtypes: pip install "
-                            "-e '.[cuda13]'") from None
-        return name, ml_dtypes.bfloat16
-    return name, "float16" if name == "fp16" else None
+    if name == "bf16" and problem:
+        raise UserError(f"--precision bf16: {problem}")
+    return Precision(name, {"bf16": bfloat16, "fp16": "float16"}.get(name))
+
+
+def _bfloat16():
+    """(NumPy's type, "") or (None, what is missing)."""
+    if np.lib.NumpyVersion(np.__version__) < "2.1.2":  # CuPy registers the type from there on
+        return None, f"bf16 needs NumPy 2.1.2 or later, not {np.__version__}: {GPU_PACKAGES}"
+    try:
+        from ml_dtypes import bfloat16
+    except ImportError:
+        return None, f"bf16 needs ml_dtypes: {GPU_PACKAGES}"
+    return bfloat16, ""

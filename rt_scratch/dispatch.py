@@ -21,7 +21,9 @@ def array_module(x):
 
 
 @functools.cache
-def _module_of(kind):
+def _module_of(kind: type):
+    if issubclass(kind, np.ndarray | np.generic):
+        return np
     return sys.modules[kind.__module__.partition(".")[0]]
 
 

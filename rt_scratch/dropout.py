@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rt_scratch.dispatch import accelerated, array_module
 
@@ -12,7 +12,7 @@ class Dropped(NamedTuple):
     """Which mask an array (B, ...) of B windows is multiplied by."""
 
     rate: float                  # share of the entries that become 0
-    key: tuple[int, int, int]    # (seed, stream, step)
+    key: tuple[int, int, Any]    # (seed, stream, step); the step may be a 0-d uint32 array
     first: int = 0               # position of its first window among those of the whole step
 
 
@@ -56,7 +56,7 @@ def first_entry(dropped: Dropped, shape) -> int:
     return dropped.first * math.prod(shape[1:])
 
 
-def philox(xp, seed: int, index, stream: int, step: int):
+def philox(xp, seed: int, index, stream: int, step):
     """Philox4x32-10: (n,) uint64 counters -> (n, 8) uint16 random numbers."""
     mask = 0xFFFFFFFF
     c0, c1 = index & mask, index >> 32

@@ -260,9 +260,15 @@ def routing_backward(do, dcommitment, cache):
 
 def random_clusters(cfg, layer: int, xp, heads: int, n_tokens: int):
     """The cluster (H, T) of each position, the same in training and decoding."""
+    drawn = _drawn_clusters(cfg, layer, xp, heads)
+    return drawn[:, xp.arange(n_tokens) % cfg.seq_len]
+
+
+@functools.lru_cache(maxsize=64)
+def _drawn_clusters(cfg, layer, xp, heads):
+    """(H, seq_len), drawn on the host and moved to the device once."""
     rng = Generator(Philox(key=[cfg.seed_random, layer]))
-    drawn = rng.integers(cfg.n_clusters, size=(cfg.seq_len, heads)).T
-    return xp.asarray(drawn)[:, xp.arange(n_tokens) % cfg.seq_len]
+    return xp.asarray(rng.integers(cfg.n_clusters, size=(cfg.seq_len, heads)).T)
 
 
 class Members(NamedTuple):

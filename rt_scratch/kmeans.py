@@ -1,7 +1,7 @@
 """Online k-means: the centroids of routing heads, and the loss that keeps tokens near them.
 
 Centroids are state, not parameters: no gradient reaches them. `cluster_statistics` counts during
-the forward pass what each centroid won, `update_centroids` moves them once per optimizer step.
+the forward pass what each centroid won, `replace_centroids` moves them once per optimizer step.
 """
 
 from __future__ import annotations
@@ -30,9 +30,19 @@ def nearest(x, mu, equal_length: bool = False):
     to length 1 first (`causal` heads): a long centroid would otherwise win more tokens than its
     direction deserves. docs/derivations.md (47).
     """
+    return compare(x, mu, equal_length)[0]
+
+
+@accelerated
+def compare(x, mu, equal_length: bool = False):
+    """The winners (B, H, T) of `nearest`, and every token's product with every centroid.
+
+    Products (B, H, K, T), in the dtype of mu.
+    """
     if equal_length:
         mu = unit_length(mu)
-    return (x.astype(mu.dtype, copy=False) @ mu.swapaxes(-1, -2)).argmax(-1)
+    products = x.astype(mu.dtype, copy=False) @ mu.swapaxes(-1, -2)  # (B, H, T, K)
+    return products.argmax(-1), products.swapaxes(-1, -2)
 
 
 def unit_length(mu):
@@ -68,9 +78,17 @@ def update_centroids(state: Centroids, counts, sums, decay: float) -> Centroids:
     return Centroids(xp.where((counts > 0)[..., None], mu, state.mu), count, total)
 
 
+@accelerated
+def replace_centroids(state: Centroids, counts, sums, decay: float) -> None:
+    """`update_centroids` in place: the arrays of the state then hold the result."""
+    for own, new in zip(state, update_centroids(state, counts, sums, decay), strict=True):
+        own[...] = new
+
+
 CommitmentCache = namedtuple("CommitmentCache", "apart")
 
 
+@accelerated
 def commitment(x, mu, winner):
     """loss = mean over all entries of (x - mu[winner])^2: keeps tokens near their centroid.
 
@@ -86,6 +104,12 @@ def commitment(x, mu, winner):
 def commitment_backward(dloss, cache):
     """dx = 2 dloss (x - mu[winner]) / size. docs/derivations.md (48)."""
     return cache.apart * (2 * dloss / cache.apart.size)
+
+
+@accelerated
+def add_commitment_gradient(dx, dloss, cache):
+    """dx += commitment_backward(dloss, cache), to what attention sent back to x, in place."""
+    dx += commitment_backward(dloss, cache).astype(dx.dtype, copy=False)
 
 
 LLOYD_ROUNDS = 20

@@ -20,31 +20,58 @@ from rt_scratch.dropout import dropout, dropout_backward
 EPSILON = 1e-6  # of LayerNorm; the released code's value
 
 
+@accelerated
+def add_gradients(backward, dy, cache, buffers, dx=None):
+    """Run backward(dy, cache), add the gradients of the parameters to `buffers`, return the first.
+
+    The first is that of the input, a tuple where there are several inputs. buffers: an array per
+    parameter, in the order of the gradients. With `dx` the input's gradient is added to it, in
+    place, and dx returned: an input that is used twice has the sum of two gradients.
+    Matrix products on a GPU add to what is there, so that its twin writes no gradient twice.
+    """
+    own, *gradients = backward(dy, cache)
+    gradients = [gradient for gradient in gradients if gradient is not None]
+    for buffer, gradient in zip(buffers, gradients, strict=True):
+        buffer += gradient
+    if dx is None:
+        return own
+    dx += own
+    return dx
+
+
 # ------------------------------------------------------------------------------------- linear
 
-LinearCache = namedtuple("LinearCache", "x w biased")
+LinearCache = namedtuple("LinearCache", "x w biased scale", defaults=(1.0,))
 
 
 @accelerated
-def linear(x, w, b=None):
-    """y = x w + b.  x (..., I), w (I, O), b (O,) or None -> (..., O). docs/derivations.md (2)."""
+def linear(x, w, b=None, scale=1.0):
+    """y = scale x w + b.  x (..., I), w (I, O), b (O,) or None -> (..., O).
+
+    docs/derivations.md (2).
+    """
     y = (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
+    if scale != 1:
+        y *= scale
     if b is not None:
         y += b
-    return y, LinearCache(x, w, b is not None)
+    return y, LinearCache(x, w, b is not None, scale)
 
 
 @accelerated
 def linear_backward(dy, cache):
     """dx = dy w^T,  dw = x^T dy,  db = sum of dy over rows, None where there was no bias.
 
-    docs/derivations.md (3).
+    With a scale dx and dw are those of scale dy. docs/derivations.md (3).
     """
-    x, w, biased = cache
+    x, w, biased, scale = cache
     rows = dy.reshape(-1, dy.shape[-1])  # (N, O)
+    db = rows.sum(0) if biased else None
+    if scale != 1:
+        rows = rows * scale
     dx = (rows @ w.T).reshape(x.shape)
     dw = x.reshape(-1, x.shape[-1]).T @ rows
-    return dx, dw, rows.sum(0) if biased else None
+    return dx, dw, db
 
 
 # ---------------------------------------------------------------------------------- LayerNorm
@@ -101,6 +128,36 @@ def layer_norm_backward(dy, cache):
     return dx, (dy * n).sum(rows), dy.sum(rows)
 
 
+# ----------------------------------------------------------------------------------- residual
+
+ResidualCache = namedtuple("ResidualCache", "dropped norm")
+
+
+@accelerated
+def residual(x, f, dropped, gain=None, bias=None):
+    """y = x + dropout(f), the end of a sublayer f;  post-norm: y = layer_norm(x + dropout(f)).
+
+    x, f (..., C); with gain and bias (C,) the sum is normalised. docs/derivations.md (53).
+    """
+    f, dropped = dropout(f, dropped)
+    y, norm = x + f, None
+    if gain is not None:
+        y, norm = layer_norm(y, gain, bias)
+    return y, ResidualCache(dropped, norm)
+
+
+@accelerated
+def residual_backward(dy, cache):
+    """(dx, df), and dgain and dbias after a LayerNorm:  dx = dy or LN^T dy,  df = dx keep.
+
+    Without a LayerNorm dx is dy, without dropout df is dx. docs/derivations.md (8), (54).
+    """
+    dx, gradients = dy, ()
+    if cache.norm is not None:
+        dx, *gradients = layer_norm_backward(dy, cache.norm)
+    return (dx, dropout_backward(dx, cache.dropped)), *gradients
+
+
 # ------------------------------------------------------------------------------- feed-forward
 
 GELU_SCALE = math.sqrt(2 / math.pi)
@@ -140,7 +197,7 @@ def swiglu(a, b):
 
     Shazeer 2020. The tanh form does not overflow. docs/derivations.md (19).
     """
-    s = 0.5 * (1 + array_module(a).tanh(0.5 * a))
+    s = _sigmoid(a)
     return a * s * b, GateCache(a, b)
 
 
@@ -150,8 +207,13 @@ def swiglu_backward(dy, cache):
     docs/derivations.md (17), (19).
     """
     a, b = cache
-    s = 0.5 * (1 + array_module(a).tanh(0.5 * a))
+    s = _sigmoid(a)
     return dy * b * s * (1 + a * (1 - s)), dy * (a * s)
+
+
+def _sigmoid(a):
+    """In the dtype of a: CuPy's product of bfloat16 and a Python number is float32."""
+    return (0.5 * (1 + array_module(a).tanh(0.5 * a))).astype(a.dtype, copy=False)
 
 
 GatedCache = namedtuple("GatedCache", "x w_gate w_value w_out a b dropped")
@@ -207,25 +269,27 @@ def _gated_backward(gate, gate_backward, dy, cache):
     return dx_a + dx_b, dw_gate, dw_value, dw_out
 
 
-ReluCache = namedtuple("ReluCache", "hidden positive dropped out")
+ReluCache = namedtuple("ReluCache", "hidden dropped out")
 
 
+@accelerated
 def relu_ffn(x, w_in, b_in, w_out, b_out, dropped=None):
     """y = dropout(max(x w_in + b_in, 0)) w_out + b_out.  x (..., C), w_in (C, M), w_out (M, C).
 
     docs/derivations.md (20).
     """
     h, hidden = linear(x, w_in, b_in)
-    h = array_module(x).maximum(h, 0)
-    d, dropped = dropout(h, dropped)
-    y, out = linear(d, w_out, b_out)
-    return y, ReluCache(hidden, h > 0, dropped, out)
+    h, dropped = dropout(array_module(x).maximum(h, 0), dropped)
+    y, out = linear(h, w_out, b_out)
+    return y, ReluCache(hidden, dropped, out)
 
 
+@accelerated
 def relu_ffn_backward(dy, cache):
     """Gradients of x, w_in, b_in, w_out, b_out. docs/derivations.md (20)."""
     dh, dw_out, db_out = linear_backward(dy, cache.out)
-    dh = dropout_backward(dh, cache.dropped) * cache.positive
+    positive = cache.out.x > 0  # before dropout too, but for entries whose dh it makes 0
+    dh = dropout_backward(dh, cache.dropped) * positive
     dx, dw_in, db_in = linear_backward(dh, cache.hidden)
     return dx, dw_in, db_in, dw_out, db_out
 
@@ -265,10 +329,11 @@ def segment_sum(rows, index, n: int):
     """
     xp = array_module(rows)
     order = xp.argsort(index, kind="stable")
-    sorted_rows = xp.concatenate([rows[order], xp.zeros_like(rows[:1])])  # (N + 1, D)
-    bounds = xp.searchsorted(index[order], xp.arange(n + 1))
-    sums = xp.add.reduceat(sorted_rows, bounds[:-1], axis=0)  # an empty run gives a stray row
-    return sums * (bounds[1:] > bounds[:-1])[:, None]
+    index = index[order]
+    starts = xp.append(0, xp.flatnonzero(index[1:] != index[:-1]) + 1)  # of runs of one number
+    out = xp.zeros((n, rows.shape[1]), rows.dtype)
+    out[index[starts]] = xp.add.reduceat(rows[order], starts, axis=0)
+    return out
 
 
 def shift_right(ids):
@@ -278,6 +343,29 @@ def shift_right(ids):
     """
     xp = array_module(ids)
     return xp.concatenate([xp.zeros_like(ids[:, :1]), ids[:, :-1]], axis=1)
+
+
+def recent(ids, n: int, before=None):
+    """ids (B, T) -> (B, T, n): entry j of position t is id t - j, for a convolution over n tokens.
+
+    before (B, n - 1): the ids before the first; without them id 0, as in `shift_right`.
+    """
+    xp, t = array_module(ids), ids.shape[1]
+    if before is None:
+        before = xp.zeros((len(ids), n - 1), ids.dtype)
+    both = xp.concatenate([before, ids], axis=1)                     # (B, n - 1 + T)
+    return xp.stack([both[:, n - 1 - j : n - 1 - j + t] for j in range(n)], axis=-1)
+
+
+def ngram(ids, base: int, rows: int):
+    """(..., n) -> (...): a row of a table of `rows` for every n-gram, sum_j ids_j base^j mod rows.
+
+    N-grams that share a row share it by accident, if `rows` is a prime number: `base` and its
+    powers should have no divisor in common with it.
+    """
+    xp = array_module(ids)
+    digits = xp.asarray([pow(base, j, rows) for j in range(ids.shape[-1])])
+    return (ids * digits).sum(-1) % rows
 
 
 EmbeddingCache = namedtuple("EmbeddingCache", "ids table")

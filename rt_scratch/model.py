@@ -1,6 +1,6 @@
 """The Routing Transformer: one block, the whole model, forward and backward.
 
-Data flow, text:   ids -> shift right -> embedding -> dense -> blocks -> [LayerNorm] -> output
+Data flow, text:   ids -> shift right -> embeddings -> dense -> blocks -> [LayerNorm] -> output
            image:  values -> shift right -> channel table + positions -> blocks -> output
 
 Two conventions meet here. Plain functions (layers, attention, routing) return gradients. The parts
@@ -11,14 +11,15 @@ tree of gradients; they alone write `+=` into it, and return the gradient of the
 from __future__ import annotations
 
 from collections import namedtuple
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rt_scratch.config import ModelConfig
 from rt_scratch.dispatch import array_module
-from rt_scratch.dropout import Dropped, dropout, dropout_backward, dropout_mask
+from rt_scratch.dropout import Dropped, dropout, dropout_backward
 from rt_scratch.heads import Context, parts
 from rt_scratch.layers import (
     FEED_FORWARDS,
+    add_gradients,
     embedding,
     embedding_backward,
     image_embedding,
@@ -29,6 +30,10 @@ from rt_scratch.layers import (
     linear_backward,
     linear_cross_entropy,
     linear_cross_entropy_backward,
+    ngram,
+    recent,
+    residual,
+    residual_backward,
     shift_right,
     timing_signal,
 )
@@ -41,7 +46,7 @@ class Noise(NamedTuple):
     """What dropout masks depend on, apart from where in the model they are."""
 
     seed: int
-    step: int
+    step: Any       # int, or a 0-d uint32 array on a GPU
     first: int = 0  # position of the first window among those of the whole step
 
 
@@ -67,8 +72,9 @@ def forward(params, centroids, cfg: ModelConfig, ids, labels=None, noise=None, f
     """
     shifted = shift_right(ids)
     if noise and cfg.target_dropout:
-        mask = _dropped(cfg.target_dropout, noise, "target")
-        shifted = shifted * (dropout_mask(array_module(ids), ids.shape, mask, "float32") > 0)
+        kept, _ = dropout(array_module(ids).ones(ids.shape, "float32"),
+                          _dropped(cfg.target_dropout, noise, "target"))
+        shifted = shifted * (kept > 0)
     x, cache_embed = embed(params, cfg, shifted, 0, labels, noise)
     x, dropped = dropout(x, _dropped(cfg.residual_dropout, noise, "input"))
     caches, memberships, routes, commitment = [], {}, {}, 0
@@ -125,12 +131,8 @@ def loss_backward(dnats, dcommitment, cache: LossCache, grads):
 
     docs/derivations.md (56).
     """
-    dh, dw, db = linear_cross_entropy_backward(dnats, cache.output)
-    if cache.forward.cfg.tie_embedding:
-        grads["embed"]["table"] += dw.T
-    else:
-        grads["output"]["w"] += dw
-    grads["output"]["b"] += db
+    dh = add_gradients(linear_cross_entropy_backward, dnats, cache.output,
+                       _output(grads, cache.forward.cfg))
     forward_backward(dh.reshape(cache.shape), dcommitment, cache.forward, grads)
 
 
@@ -153,11 +155,17 @@ def mu_of(centroids, layer: int):
 
 # ---------------------------------------------------------------------------------- input, output
 
-EmbedCache = namedtuple("EmbedCache", "cfg table dense classes dropped")
+EmbedCache = namedtuple("EmbedCache", "cfg table dense ngrams classes dropped")
 
 
-def embed(params, cfg: ModelConfig, shifted, start: int, labels=None, noise=None):
-    """Embeddings (B, T, C) of already shifted ids at positions start, start + 1, ..."""
+def embed(params, cfg: ModelConfig, shifted, start: int, labels=None, noise=None, before=None):
+    """Embeddings (B, T, C) of already shifted ids at positions start, start + 1, ...
+
+    text: x_t = [embedding(id_t), embedding(id_(t - 1)), ..., row of the n-gram] w + b over the last
+    input_tokens ids: a causal convolution. Released code: one id, no n-gram. `before`: see
+    layers.recent.
+    docs/derivations.md (3) to (5).
+    """
     p = params["embed"]
     drop = _dropped(cfg.embed_dropout, noise, "embed")
     cache_class = None
@@ -167,13 +175,18 @@ def embed(params, cfg: ModelConfig, shifted, start: int, labels=None, noise=None
             c, cache_class = embedding(labels, p["classes"])
             x = x + c[:, None]
         x, dropped = dropout(x, drop)
-        return x, EmbedCache(cfg, cache, None, cache_class, dropped)
-    e, cache = embedding(shifted, p["table"])
+        return x, EmbedCache(cfg, cache, None, None, cache_class, dropped)
+    seen, cache_ngrams = recent(shifted, cfg.input_tokens, before), None
+    e, cache = embedding(seen, p["table"])
+    e = e.reshape(*shifted.shape, -1)                                # (B, T, n E)
+    if cfg.ngram_rows:
+        row, cache_ngrams = embedding(ngram(seen, cfg.vocab_size, cfg.ngram_rows), p["ngrams"])
+        e = array_module(e).concatenate([e, row], axis=-1)
     e, dropped = dropout(e, drop)
     x, cache_dense = linear(e, p["w"], p["b"])
     if cfg.timing_signal:
         x = x + timing_signal(array_module(x), x.shape[1], x.shape[2], x.dtype, start)
-    return x, EmbedCache(cfg, cache, cache_dense, None, dropped)
+    return x, EmbedCache(cfg, cache, cache_dense, cache_ngrams, None, dropped)
 
 
 def _embed_backward(dx, cache: EmbedCache, g):
@@ -186,10 +199,12 @@ def _embed_backward(dx, cache: EmbedCache, g):
         g["rows"] += drows
         g["columns"] += dcolumns
         return
-    de, dw, db = linear_backward(dx, cache.dense)
-    g["w"] += dw
-    g["b"] += db
-    g["table"] += embedding_backward(dropout_backward(de, cache.dropped), cache.table)
+    de = add_gradients(linear_backward, dx, cache.dense, (g["w"], g["b"]))
+    de = dropout_backward(de, cache.dropped)
+    if cache.cfg.ngram_rows:
+        de, drow = array_module(de).split(de, [-cache.cfg.ngram_width], axis=-1)
+        g["ngrams"] += embedding_backward(drow, cache.ngrams)
+    g["table"] += embedding_backward(de.reshape(*cache.table.ids.shape, -1), cache.table)
 
 
 OutputCache = namedtuple("OutputCache", "norm dense")
@@ -208,11 +223,10 @@ def before_output(params, cfg: ModelConfig, x):
 
 def _before_output_backward(dx, cache: OutputCache, grads):
     if cache.dense is not None:
-        dx, dw, db = linear_backward(dx, cache.dense)
-        grads["output"]["w_embed"] += dw
-        grads["output"]["b_embed"] += db
+        g = grads["output"]
+        dx = add_gradients(linear_backward, dx, cache.dense, (g["w_embed"], g["b_embed"]))
     if cache.norm is not None:
-        dx = _norm_backward(dx, cache.norm, grads["norm"])
+        dx = add_gradients(layer_norm_backward, dx, cache.norm, _leaves(grads["norm"]))
     return dx
 
 
@@ -223,7 +237,7 @@ def next_logits(params, cfg: ModelConfig, x):
 
 
 def _output(params, cfg):
-    """(w, b) of the output layer; tied to the token table if so configured."""
+    """(w, b) of the output layer, or their gradients; w is the token table's where tied to it."""
     p = params["output"]
     return (params["embed"]["table"].T if cfg.tie_embedding else p["w"]), p["b"]
 
@@ -231,7 +245,7 @@ def _output(params, cfg):
 # ------------------------------------------------------------------------------------ one block
 
 BlockCache = namedtuple(
-    "BlockCache", "cfg norm_attention attention dropped_attention norm_ffn ffn dropped_ffn")
+    "BlockCache", "cfg norm_attention attention residual_attention norm_ffn ffn residual_ffn")
 
 
 def block(x, p, cfg: ModelConfig, layer: int, mu, noise=None, fixed=None, stores=None):
@@ -245,47 +259,44 @@ def block(x, p, cfg: ModelConfig, layer: int, mu, noise=None, fixed=None, stores
     pre = cfg.norm == "pre"
     n, cache_n1 = layer_norm(x, **p["norm_attention"]) if pre else (x, None)
     a, cache_a, routed = attention(n, p["attention"], cfg, layer, mu, noise, fixed, stores)
-    a, dropped_a = dropout(a, _dropped(cfg.residual_dropout, noise, "attention_out", layer))
-    x = x + a
-    if not pre:
-        x, cache_n1 = layer_norm(x, **p["norm_attention"])
+    x, cache_r1 = residual(x, a, _dropped(cfg.residual_dropout, noise, "attention_out", layer),
+                           **({} if pre else p["norm_attention"]))
 
     n, cache_n2 = layer_norm(x, **p["norm_ffn"]) if pre else (x, None)
     f, cache_f = FEED_FORWARDS[cfg.ffn].forward(
         n, **p["ffn"], dropped=_dropped(cfg.ffn_dropout, noise, "ffn", layer))
-    f, dropped_f = dropout(f, _dropped(cfg.residual_dropout, noise, "ffn_out", layer))
-    x = x + f
-    if not pre:
-        x, cache_n2 = layer_norm(x, **p["norm_ffn"])
-    return x, BlockCache(cfg, cache_n1, cache_a, dropped_a, cache_n2, cache_f, dropped_f), routed
+    x, cache_r2 = residual(x, f, _dropped(cfg.residual_dropout, noise, "ffn_out", layer),
+                           **({} if pre else p["norm_ffn"]))
+    return x, BlockCache(cfg, cache_n1, cache_a, cache_r1, cache_n2, cache_f, cache_r2), routed
 
 
 def block_backward(dx, dcommitment, cache: BlockCache, g):
-    """Gradient of the block's input; parameters' gradients are added to g.
+    """Gradient of the block's input; parameters' gradients are added to g. Uses dx up.
 
-    docs/derivations.md (54).
+    Either norm: the block's input went two ways, to the sublayer (or its LayerNorm) and to the
+    sum, so dx is the sum of two gradients. docs/derivations.md (54).
     """
-    pre = cache.cfg.norm == "pre"
-    if not pre:
-        dx = _norm_backward(dx, cache.norm_ffn, g["norm_ffn"])
-    df = dropout_backward(dx, cache.dropped_ffn)
-    dn, *gradients = FEED_FORWARDS[cache.cfg.ffn].backward(df, cache.ffn)
-    for name, gradient in zip(g["ffn"], gradients, strict=True):  # in the order of the arguments
-        g["ffn"][name] += gradient
-    dx = dx + (_norm_backward(dn, cache.norm_ffn, g["norm_ffn"]) if pre else dn)
+    pre, feed_forward = cache.cfg.norm == "pre", FEED_FORWARDS[cache.cfg.ffn].backward
+    ends = ((), ()) if pre else (_leaves(g["norm_attention"]), _leaves(g["norm_ffn"]))
 
-    if not pre:
-        dx = _norm_backward(dx, cache.norm_attention, g["norm_attention"])
-    da = dropout_backward(dx, cache.dropped_attention)
-    dn = attention_backward(da, dcommitment, cache.attention, g["attention"])
-    return dx + (_norm_backward(dn, cache.norm_attention, g["norm_attention"]) if pre else dn)
+    dx, df = add_gradients(residual_backward, dx, cache.residual_ffn, ends[1])
+    if pre:
+        dn = add_gradients(feed_forward, df, cache.ffn, _leaves(g["ffn"]))
+        dx = add_gradients(layer_norm_backward, dn, cache.norm_ffn, _leaves(g["norm_ffn"]), dx)
+    else:
+        dx = add_gradients(feed_forward, df, cache.ffn, _leaves(g["ffn"]), dx)
+
+    dx, da = add_gradients(residual_backward, dx, cache.residual_attention, ends[0])
+    if pre:
+        dn = attention_backward(da, dcommitment, cache.attention, g["attention"])
+        return add_gradients(layer_norm_backward, dn, cache.norm_attention,
+                             _leaves(g["norm_attention"]), dx)
+    return attention_backward(da, dcommitment, cache.attention, g["attention"], dx)
 
 
-def _norm_backward(dy, cache, g):
-    dx, dgain, dbias = layer_norm_backward(dy, cache)
-    g["gain"] += dgain
-    g["bias"] += dbias
-    return dx
+def _leaves(tree):
+    """The arrays of one layer's parameters, in the order of the arguments."""
+    return tuple(tree.values())
 
 
 AttentionCache = namedtuple("AttentionCache", "cfg parts q k v heads out")
@@ -316,11 +327,13 @@ def attention(x, p, cfg: ModelConfig, layer: int, mu=None, noise=None, fixed=Non
                              cache_o), routed
 
 
-def attention_backward(dy, dcommitment, cache: AttentionCache, g):
-    """Gradient of x; parameters' gradients are added to g. docs/derivations.md (55)."""
+def attention_backward(dy, dcommitment, cache: AttentionCache, g, dx=None):
+    """Gradient of x, added to dx if that is given; parameters' gradients are added to g.
+
+    docs/derivations.md (55).
+    """
     cfg = cache.cfg
-    do, dw_o, _ = linear_backward(dy, cache.out)
-    g["w_o"] += dw_o
+    do = add_gradients(linear_backward, dy, cache.out, (g["w_o"],))
     do = split_heads(do, cfg)                                        # (B, H, T, D)
     b, h, t, d = do.shape
     n_keys = sum(part.keys.stop - part.keys.start for part in cache.parts if part.keys)
@@ -333,16 +346,10 @@ def attention_backward(dy, dcommitment, cache: AttentionCache, g):
             dkh[:, part.keys] = dk_own
         for name, gradient in gradients.items():
             g[name] += gradient
-    dq *= cfg.head_width ** -0.5
-    dx, dw_q, _ = linear_backward(dq.reshape(b, t, h * d), cache.q)
-    dx_v, dw_v, _ = linear_backward(dv.reshape(b, t, h * d), cache.v)
-    g["w_q"] += dw_q
-    g["w_v"] += dw_v
-    dx += dx_v
+    dx = add_gradients(linear_backward, dq.reshape(b, t, h * d), cache.q, (g["w_q"],), dx)
+    dx = add_gradients(linear_backward, dv.reshape(b, t, h * d), cache.v, (g["w_v"],), dx)
     if n_keys:
-        dx_k, dw_k, _ = linear_backward(dk.reshape(b, t, n_keys * d), cache.k)
-        g["w_k"] += dw_k
-        dx += dx_k
+        dx = add_gradients(linear_backward, dk.reshape(b, t, n_keys * d), cache.k, (g["w_k"],), dx)
     return dx
 
 
@@ -352,8 +359,7 @@ def project(x, p, cfg: ModelConfig):
     Released code: all queries are scaled here; routing heads then normalise them, which takes the
     scale away again but for the epsilon of the LayerNorm.
     """
-    q, cache_q = linear(x, p["w_q"])
-    q *= cfg.head_width ** -0.5
+    q, cache_q = linear(x, p["w_q"], scale=cfg.head_width ** -0.5)
     k, cache_k = linear(x, p["w_k"]) if "w_k" in p else (x[..., :0], None)
     v, cache_v = linear(x, p["w_v"])
     return tuple(split_heads(z, cfg) for z in (q, k, v)), (cache_q, cache_k, cache_v)

@@ -160,7 +160,8 @@ def multiprobe_attention(q, k, v, rel_k, rel_v, route: Route, rule: Rule, droppe
 def multiprobe_attention_backward(do, cache: MultiprobeCache, n_tokens: int):
     """dz_ts = p_ts (dp_ts - do_t . o_t): the sum over all rows of a query, from what they made.
 
-    Returns dq, dk, dv, drel_k, drel_v. docs/derivations.md (70), (71).
+    Returns dq, dk, dv, drel_k, drel_v; where keys are queries dq is that of both roles, and dk
+    None. docs/derivations.md (70), (71).
     """
     q, k, v, rows_k, rows_v, tables, tile, scale, dropped, lse, o = cache
     xp, dtype = array_module(q), q.dtype
@@ -190,7 +191,8 @@ def multiprobe_attention_backward(do, cache: MultiprobeCache, n_tokens: int):
         drel_v = distance_rows_backward(drel_v.astype(dtype, copy=False), tables[1])
     dq = _of_queries(dq, tile).sum(3)
     dk, dv = (_of_keys(x, tile, n_tokens) for x in (dk, dv))
-    return *(x.astype(dtype, copy=False) for x in (dq, dk, dv)), drel_k, drel_v
+    dq, dk, dv = (x.astype(dtype, copy=False) for x in (dq, dk, dv))
+    return *((dq + dk, None) if k is q else (dq, dk)), dv, drel_k, drel_v
 
 
 def _logits(q, k, rows_k, tile, scale):

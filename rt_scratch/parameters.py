@@ -1,7 +1,12 @@
-"""Parameters: one table of names and shapes, one flat buffer, a tree of views of it."""
+"""Parameters: one table of names and shapes, one flat buffer, a tree of views of it.
+
+A network that computes in half precision takes a rounded copy of the buffer instead, laid out for
+matrix products.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from typing import Any, NamedTuple
@@ -10,6 +15,7 @@ import numpy as np
 from numpy.random import Generator, Philox
 
 from rt_scratch.config import ModelConfig
+from rt_scratch.dispatch import accelerated, array_module
 from rt_scratch.heads import key_heads, parts
 from rt_scratch.kmeans import Centroids
 from rt_scratch.layers import FEED_FORWARDS, normalize
@@ -40,8 +46,10 @@ def parameter_table(cfg: ModelConfig) -> list[Leaf]:
 
     if cfg.kind == "text":
         add("embed.table", cfg.vocab_size, e)
-        add("embed.w", e, c)
+        add("embed.w", cfg.input_tokens * e + cfg.ngram_width, c)
         add("embed.b", c, init="zeros")
+        if cfg.ngram_rows:
+            add("embed.ngrams", cfg.ngram_rows, cfg.ngram_width)
     else:
         add("embed.table", 3 * cfg.vocab_size, c)
         add("embed.rows", cfg.image_size, 1, 3 * c, init="positions")
@@ -76,14 +84,76 @@ def parameter_table(cfg: ModelConfig) -> list[Leaf]:
 
 def views(flat, table: list[Leaf]) -> dict:
     """The tree of the flat buffer: tree['layers'][0]['attention']['w_q'] is a view of it."""
+    return _tree(table, lambda leaf: flat[leaf.start : leaf.stop].reshape(leaf.shape))
+
+
+def _tree(table, array_of):
     tree: dict[str, Any] = {}
     for leaf in table:
         *path, last = leaf.name.split(".")
         node = tree
         for part in path:
             node = node.setdefault(int(part) if part.isdigit() else part, {})
-        node[last] = flat[leaf.start : leaf.stop].reshape(leaf.shape)
+        node[last] = array_of(leaf)
     return tree
+
+
+class Place(NamedTuple):
+    """Where a matrix stands in the compute copy, in entries; leading axes count as rows."""
+
+    source: int    # in the flat buffer
+    rows: int
+    columns: int
+    start: int     # a multiple of LEAF
+    stride: int    # from row to row, a multiple of ROW
+
+
+LEAF, ROW = 64, 8  # entries: 128 and 16 bytes of half precision, what products read at a time
+
+
+@functools.lru_cache(maxsize=8)
+def compute_layout(table: tuple[Leaf, ...]) -> tuple[dict[str, Place], int]:
+    """The places of the leaves of two or more axes, by name, and the size of all."""
+    places, size = {}, 0
+    for leaf in table:
+        if len(leaf.shape) > 1:
+            rows, columns = math.prod(leaf.shape[:-1]), leaf.shape[-1]
+            place = Place(leaf.start, rows, columns, size, columns + -columns % ROW)
+            places[leaf.name] = place
+            size += rows * place.stride + -rows * place.stride % LEAF
+    return places, size
+
+
+def compute_copy(flat, table: list[Leaf], dtype) -> dict:
+    """The parameters as a network takes them that computes in `dtype`: a tree like `views`.
+
+    Matrices are rounded to dtype, and every one, and every row of it, begins where a GPU's matrix
+    products read fastest, whatever its size. Vectors, the gains and biases, are views of the
+    buffer, unrounded. Without a dtype all are.
+    """
+    if dtype is None:
+        return views(flat, table)
+    places, size = compute_layout(tuple(table))
+    rounded = round_matrices(flat, tuple(places.values()), size, dtype)
+
+    def array_of(leaf):
+        if len(leaf.shape) < 2:
+            return flat[leaf.start : leaf.stop].reshape(leaf.shape)
+        _, rows, columns, start, stride = places[leaf.name]
+        wide = rounded[start : start + rows * stride].reshape(*leaf.shape[:-1], stride)
+        return wide[..., :columns]
+
+    return _tree(table, array_of)
+
+
+@accelerated
+def round_matrices(flat, places: tuple[Place, ...], size: int, dtype):
+    """The matrices at their places in an array (size,) of `dtype`, with 0 between their rows."""
+    rounded = array_module(flat).zeros(size, dtype)
+    for source, rows, columns, start, stride in places:
+        wide = rounded[start : start + rows * stride].reshape(rows, stride)
+        wide[:, :columns] = flat[source : source + rows * columns].reshape(rows, columns)
+    return rounded
 
 
 def _uniform(rng, shape, gain):

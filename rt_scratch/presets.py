@@ -1,8 +1,10 @@
 """Presets: the fields in which each dataset's recipes differ from the defaults of config.py.
 
 `released` is what the authors' code sets, for other lengths `released-12k` and `released-1k`, for
-their baselines without routing `released-local`; `paper` where the paper says something else;
-`small` is ours and fits a laptop. A flag given on the command line wins over the preset.
+their baselines without routing `released-local`; `paper` where the paper says something else; for
+CIFAR-10 the rows of its table 1, where `paper-HxL` has H routing heads of 8 in the last L layers of
+12; `small` is ours and fits a laptop; the default dataset and own text have TEXT alone. A flag given
+on the command line wins over the preset.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ _RELEASED_IMAGE = dict(
     _RELEASED_TEXT, ffn="relu", ffn_width=2048, residual_dropout=0.3, width=1024,
     local_max_distance=0, routing_max_distance=0,
 )
+# Not defaults of config.py, because the released models look at one token and no n-gram.
+TEXT = dict(input_tokens=3, ngram_rows=6763)
 _ADAMW = dict(  # what the recorded results of the small presets were trained with
     init_out_scale=1.0, optimizer="adamw", lr=3e-3, schedule="cosine", warmup=50, eval_every=600)
 _SMALL = dict(_ADAMW, seq_len=1024, n_clusters=16)  # and the defaults of config.py
@@ -84,11 +88,19 @@ PRESETS["enwik8"]["paper"] = dict(PRESETS["enwik8"]["released"], n_clusters=32, 
 PRESETS["wikitext103"]["paper"] = dict(
     PRESETS["wikitext103"]["released"], n_layers=10, n_clusters=16, window=256)
 PRESETS["pg19"]["paper"] = dict(PRESETS["pg19"]["released"], routing_layers=(-2, -1))
+for _heads in (2, 4, 8):
+    for _layers in (2, 4, 8, 12):
+        PRESETS["cifar10"][f"paper-{_heads}x{_layers}"] = dict(
+            PRESETS["cifar10"]["released"], n_local_heads=8 - _heads, n_routing_heads=_heads,
+            routing_layers=tuple(range(-_layers, 0)))
+PRESETS["cifar10"]["paper-random"] = dict(PRESETS["cifar10"]["paper-4x8"], routing="random")
+PRESETS["cifar10"]["paper-local"] = dict(PRESETS["cifar10"]["released"], attention="local")
+PRESETS["cifar10"]["paper-full"] = dict(PRESETS["cifar10"]["released"], attention="full")
 
 
 def preset(dataset: str, name: str) -> dict:
-    """Field values of a preset; `small` by default. The default dataset and own text need none."""
-    table = PRESETS.get(dataset, {"small": {}})
+    """Field values of a preset; `small` by default."""
+    table = PRESETS.get(dataset, {"small": TEXT})
     if name not in table:
         raise UserError(f"--preset {name}: {dataset} has {', '.join(table)}")
     return table[name]

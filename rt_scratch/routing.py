@@ -30,9 +30,11 @@ from rt_scratch.attention import (
 )
 from rt_scratch.dispatch import accelerated, array_module
 from rt_scratch.kmeans import (
+    MAX_CLUSTERS,
+    add_commitment_gradient,
     cluster_statistics,
     commitment,
-    commitment_backward,
+    compare,
     nearest,
 )
 from rt_scratch.layers import normalize, normalize_backward, segment_sum
@@ -46,7 +48,8 @@ class Mode(NamedTuple):
     choose: Callable            # (q, k, mu, rule) -> Route
     attend: Callable            # (q, k, v, rel_k, rel_v, Route, rule, dropped) ->
     #                             o, cache, Coverage
-    attend_backward: Callable   # (do, cache, n_tokens) -> dq, dk, dv, drel_k, drel_v
+    attend_backward: Callable   # (do, cache, n_tokens) -> dq, dk, dv, drel_k, drel_v; where keys
+    #                             are queries dq is that of both roles, and dk None
     learns: bool                # whether centroids follow the tokens
 
 
@@ -129,13 +132,12 @@ def routing_attention_backward(do, dloss, cache: RoutingCache):
     dqn, dkn, dv, drel_k, drel_v = cache.rule.mode.attend_backward(
         do, cache.attention, cache.n_tokens)
     if cache.key is None:  # keys are queries: the loss was counted twice
-        dqn = dqn + dkn
         if cache.commitment is not None:
-            dqn += (2 * commitment_backward(dloss, cache.commitment)).astype(dqn.dtype, copy=False)
+            add_commitment_gradient(dqn, 2 * dloss, cache.commitment)
         return normalize_backward(dqn, cache.query), None, dv, drel_k, drel_v
     if cache.commitment is not None:
-        dqn = dqn + commitment_backward(dloss, cache.commitment).astype(dqn.dtype, copy=False)
-        dkn = dkn + commitment_backward(dloss, cache.key_commitment).astype(dkn.dtype, copy=False)
+        add_commitment_gradient(dqn, dloss, cache.commitment)
+        add_commitment_gradient(dkn, dloss, cache.key_commitment)
     return (normalize_backward(dqn, cache.query), normalize_backward(dkn, cache.key), dv, drel_k,
             drel_v)
 
@@ -145,16 +147,12 @@ def routing_attention_backward(do, dloss, cache: RoutingCache):
 def topk_route(q, k, mu, rule: Rule) -> Route:
     """Each centroid takes the W queries, and the W keys, that score highest with it."""
     window = min(rule.window, q.shape[2])
-    winner, members = nearest(q, mu), top_members(cluster_scores(q, mu), window)
+    winner, scores = compare(q, mu)
+    members = top_members(scores, window)
     if k is q:
         return Route(winner, winner, members=members, key_members=members)
-    return Route(winner, nearest(k, mu), members=members,
-                 key_members=top_members(cluster_scores(k, mu), window))
-
-
-def cluster_scores(x, mu):
-    """Every token's score with every centroid: mu . x.  (B, H, T, D), (H, K, D) -> (B, H, K, T)."""
-    return mu @ x.astype(mu.dtype, copy=False).swapaxes(-1, -2)
+    key_winner, key_scores = compare(k, mu)
+    return Route(winner, key_winner, members=members, key_members=top_members(key_scores, window))
 
 
 @accelerated
@@ -177,12 +175,11 @@ def topk_attention(q, k, v, rel_k, rel_v, route: Route, rule: Rule, dropped=None
     When causal, a query sees members that are not later than itself; where keys are queries, that
     order of time is the order in the cluster.
     """
-    xp = array_module(q)
     shared, window = route.key_members is route.members, route.members.shape[-1]
-    mask = xp.ones((window, window), bool)
-    if rule.causal and shared:
-        mask = xp.tril(mask)
-    elif rule.causal:
+    mask = None  # causal by order
+    if not rule.causal:
+        mask = array_module(q).ones((window, window), bool)
+    elif not shared:
         mask = route.key_members[..., None, :] <= route.members[..., :, None]  # (B, H, K, W, W)
     rows_k = rows_v = cache_k = cache_v = None
     if rel_k is not None:
@@ -194,9 +191,14 @@ def topk_attention(q, k, v, rel_k, rel_v, route: Route, rule: Rule, dropped=None
     o, cache = attend(queries, keys, gather(v, route.key_members), rows_k, rows_v, mask, rule.scale,
                       dropped)
     out, cache_mean = scatter_mean(o, route.members, q.shape[2])     # (B, H, T, D)
-    times = cache_mean.times
     return (out, TopkCache(cache, cache_mean, cache_k, cache_v, route),
-            Coverage((times == 0).mean(), (times > 1).mean()))
+            coverage(cache_mean.times))
+
+
+@accelerated
+def coverage(times) -> Coverage:
+    """From the number of clusters that each token is in, (B, H, T, 1)."""
+    return Coverage((times == 0).mean(), (times > 1).mean())
 
 
 def topk_attention_backward(do, cache: TopkCache, n_tokens: int):
@@ -207,7 +209,9 @@ def topk_attention_backward(do, cache: TopkCache, n_tokens: int):
         drel_k = distance_rows_backward(drel_k, cache.rows_k)
         drel_v = distance_rows_backward(drel_v, cache.rows_v)
     members, key_members = cache.route.members, cache.route.key_members
-    return (scatter_sum(dq, members, n_tokens), scatter_sum(dk, key_members, n_tokens),
+    dq, dk = (dq + dk, None) if key_members is members else (dq, dk)
+    return (scatter_sum(dq, members, n_tokens),
+            None if dk is None else scatter_sum(dk, key_members, n_tokens),
             scatter_sum(dv, key_members, n_tokens), drel_k, drel_v)
 
 
@@ -217,23 +221,26 @@ def causal_route(q, k, mu, rule: Rule) -> Route:
     """A token joins its nearest centroid. A key lives in the cluster of its token's query."""
     winner = nearest(q, mu, equal_length=True)
     key_winner = winner if k is q else nearest(k, mu, equal_length=True)
-    return Route(winner, key_winner, order=by_cluster(winner))
+    return Route(winner, key_winner, order=by_cluster(winner, mu.shape[1]))
 
 
 def random_route(q, k, mu, rule: Rule) -> Route:
     """The clusters are those of the rule, whatever the tokens are."""
     winner = array_module(q).broadcast_to(rule.clusters[None], q.shape[:3])
-    return Route(winner, winner, order=by_cluster(winner))
+    return Route(winner, winner, order=by_cluster(winner, mu.shape[1]))
 
 
 @accelerated
-def by_cluster(winner):
-    """Positions sorted by (cluster, time): the stable order of winner (B, H, T) along time."""
+def by_cluster(winner, n_clusters: int = MAX_CLUSTERS):
+    """Positions sorted by (cluster, time): the stable order of winner (B, H, T) along time.
+
+    Winners are below n_clusters, at most 1024.
+    """
     xp = array_module(winner)
     return xp.argsort(winner, axis=-1, kind="stable")
 
 
-SortedCache = namedtuple("SortedCache", "local order back")
+SortedCache = namedtuple("SortedCache", "local order back shared")
 
 
 def sorted_attention(q, k, v, rel_k, rel_v, route: Route, rule: Rule, dropped=None):
@@ -243,22 +250,22 @@ def sorted_attention(q, k, v, rel_k, rel_v, route: Route, rule: Rule, dropped=No
     its cluster up to and including itself; the mask leaves same cluster and rank distance < W.
     docs/derivations.md (44), (45).
     """
-    xp = array_module(q)
     order = route.order                                              # (B, H, T)
-    segments = xp.take_along_axis(route.winner, order, axis=2)
+    segments = gather(route.winner[..., None], order)[..., 0]
     queries = gather(q, order)
     o, cache = local_attention(queries, queries if k is q else gather(k, order), gather(v, order),
                                rel_k, rel_v, -(-rule.window // 2), 2, rule.scale, segments,
                                rule.window, dropped)
-    back, none = inverse(order), xp.zeros((), q.dtype)
-    return gather(o, back), SortedCache(cache, order, back), Coverage(none, none)
+    back, none = inverse(order), array_module(q).zeros((), q.dtype)
+    return gather(o, back), SortedCache(cache, order, back, k is q), Coverage(none, none)
 
 
 def sorted_attention_backward(do, cache: SortedCache, n_tokens: int):
     """Gradients of q, k, v, rel_k, rel_v. docs/derivations.md (45)."""
     dq, dk, dv, drel_k, drel_v = local_attention_backward(gather(do, cache.order), cache.local)
     back = cache.back
-    return gather(dq, back), gather(dk, back), gather(dv, back), drel_k, drel_v
+    dq, dk = (dq + dk, None) if cache.shared else (dq, gather(dk, back))
+    return gather(dq, back), dk, gather(dv, back), drel_k, drel_v
 
 
 @accelerated
@@ -312,6 +319,7 @@ def scatter_mean(rows, index, n_tokens: int):
             ScatterMeanCache(index, times))
 
 
+@accelerated
 def scatter_mean_backward(dout, cache):
     """drows = (dout / (times + 1e-2))[index]. docs/derivations.md (43)."""
     return gather((dout / (cache.times + MEAN_FLOOR)).astype(dout.dtype, copy=False), cache.index)

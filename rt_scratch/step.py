@@ -9,6 +9,8 @@ once, so that all take the same step.
 
 from __future__ import annotations
 
+import functools
+import operator
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ import numpy as np
 from rt_scratch.config import ModelConfig, TrainConfig
 from rt_scratch.dispatch import array_module
 from rt_scratch.heads import KINDS
-from rt_scratch.kmeans import Centroids, update_centroids
+from rt_scratch.kmeans import Centroids, replace_centroids
 from rt_scratch.model import Noise, Report, loss, loss_backward, target_weights
 from rt_scratch.optim import (
     FIRST_SCALE,
@@ -28,7 +30,7 @@ from rt_scratch.optim import (
     learning_rate,
 )
 from rt_scratch.parallel import SINGLE, World
-from rt_scratch.parameters import init_centroids, init_parameters, views
+from rt_scratch.parameters import compute_copy, init_centroids, init_parameters, views
 from rt_scratch.routing import Membership
 from rt_scratch.threads import parallel
 
@@ -94,25 +96,27 @@ def new_state(model: ModelConfig, train: TrainConfig, xp) -> State:
 
 
 def train_step(state: State, grads, parts: list[Part], model: ModelConfig, train: TrainConfig,
-               dtype=None, world: World = SINGLE):
+               dtype=None, world: World = SINGLE, lr=None):
     """One optimizer step -> (the state after it, Step).
 
     parts: what `cut` makes of the batch, for this process of `world`. Writes into the buffers of
     the state and into `grads`, a buffer like state.flat; makes no check, so that nothing waits for
     a GPU (but with fp16, where a step whose gradient overflows is left out and the loss scale
-    halved).
+    halved). lr: the learning rate, unless the schedule is to say; it and state.step may be arrays
+    of a GPU (graph.py).
     """
     result = gradients(state, grads, parts, model, train, dtype, world)
     norm = clip_by_global_norm(grads, train.clip) if train.clip else global_norm(grads)
-    lr = learning_rate(state.step, train.schedule, train.lr, train.warmup, train.steps)
+    if lr is None:
+        lr = learning_rate(state.step, train.schedule, train.lr, train.warmup, train.steps)
     fp16 = train.precision == "fp16"
-    applied, centroids = not fp16 or bool(np.isfinite(float(norm))), state.centroids
+    applied = not fp16 or bool(np.isfinite(float(norm)))
     if applied:
         OPTIMIZERS[train.optimizer].update(state.flat, grads, state.optimizer, state.table, lr,
                                            state.step, weight_decay=train.weight_decay)
-        centroids = move_centroids(centroids, result.memberships, model)
+        move_centroids(state.centroids, result.memberships, model)
     scale = state.scale.after(applied) if fp16 else state.scale
-    return (state._replace(centroids=centroids, step=state.step + 1, scale=scale),
+    return (state._replace(step=state.step + 1, scale=scale),
             Step(result.nats, result.memberships, norm, lr, applied))
 
 
@@ -138,14 +142,14 @@ def gradients(state: State, grads, parts: list[Part], model: ModelConfig, train:
 
     Every target weighs the same whatever part it is in, and a window draws the same dropout, so
     cutting a batch differently, between processes too, changes nothing but rounding. The network
-    computes in `dtype` (default: that of the parameters), on a rounded copy of them; `grads` keeps
-    theirs. The backward pass runs on state.scale times the loss. On a CPU train.parts parts run
-    side by side: as many times the activations, and as many gradient buffers.
+    computes in `dtype` (default: that of the parameters), on a copy of them whose matrices are
+    rounded; `grads` keeps theirs. The backward pass runs on state.scale times the loss. On a CPU
+    train.parts parts run side by side: as many times the activations, and as many gradient buffers.
     """
     flat, table, scale = state.flat, state.table, state.scale.value
     xp = array_module(flat)
     together = -(-train.parts // world.size) if xp is np else 1
-    params = views(flat if dtype is None else flat.astype(dtype), table)
+    params = compute_copy(flat, table, dtype)
     n = len(parts)
     spare = {slot: xp.empty_like(grads) for slot in {i % together for i in range(1, n)}}
     grads[...] = 0
@@ -173,9 +177,9 @@ def gradients(state: State, grads, parts: list[Part], model: ModelConfig, train:
     world.sum(grads)
     nats, commitments, reports = zip(*results, strict=True)
     shares = [part.share for part in parts]
-    commitment = sum(share * c for share, c in zip(shares, commitments, strict=True))
     merged = _merge(reports, shares)
-    told = world.totals([sum(nats), commitment, *chain(*merged.values())], flat.dtype)
+    told = world.totals([_sum(nats), _sum(commitments, shares), *chain(*merged.values())],
+                        flat.dtype)
     members = zip(*[iter(told[2:])] * len(Membership._fields), strict=True)
     memberships = {i: Membership(*m) for i, m in zip(merged, members, strict=True)}
     return Gradients(*told[:2], memberships, list(reports))
@@ -184,17 +188,23 @@ def gradients(state: State, grads, parts: list[Part], model: ModelConfig, train:
 def _merge(reports, shares) -> dict[int, Membership]:
     merged = {}
     for layer in reports[0].memberships:
-        parts = [r.memberships[layer] for r in reports]
-        merged[layer] = Membership(
-            sum(m.counts for m in parts), sum(m.sums for m in parts),
-            sum(share * m.uncovered for share, m in zip(shares, parts, strict=True)),
-            sum(share * m.several for share, m in zip(shares, parts, strict=True)))
+        counts, sums, uncovered, several = zip(*(r.memberships[layer] for r in reports),
+                                               strict=True)
+        merged[layer] = Membership(_sum(counts), _sum(sums), _sum(uncovered, shares),
+                                   _sum(several, shares))
     return merged
 
 
-def move_centroids(centroids: dict[int, Centroids], memberships, model: ModelConfig):
-    """The centroids after one step of online k-means, in every layer whose centroids learn."""
-    if not KINDS[model.routing].mode.learns:
-        return centroids
-    return {i: update_centroids(c, memberships[i].counts, memberships[i].sums,
-                                model.centroid_decay) for i, c in centroids.items()}
+def _sum(arrays, shares=None):
+    """The (weighted) sum; of one array with a share of 1 the array itself, no kernel of a GPU."""
+    if shares is not None:
+        arrays = [a if share == 1 else share * a for a, share in zip(arrays, shares, strict=True)]
+    return functools.reduce(operator.add, arrays)
+
+
+def move_centroids(centroids: dict[int, Centroids], memberships, model: ModelConfig) -> None:
+    """One step of online k-means, in place, in every layer whose centroids learn."""
+    if KINDS[model.routing].mode.learns:
+        for i, own in centroids.items():
+            replace_centroids(own, memberships[i].counts, memberships[i].sums,
+                              model.centroid_decay)

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from rt_scratch import dispatch
 from rt_scratch.config import ModelConfig, TrainConfig, from_json, to_json
-from rt_scratch.device import select_precision
+from rt_scratch.device import select_device, select_precision
 from rt_scratch.errors import UserError
 
 IMAGE = dict(kind="image", image_size=2, seq_len=12)
@@ -29,6 +32,8 @@ IMAGE = dict(kind="image", image_size=2, seq_len=12)
     (dict(centroid_decay=1.5), "--centroid-decay 1.5: must be at most 1"),
     (dict(n_classes=3), "for images"),
     (dict(**IMAGE, embed_width=5), "are for text"),
+    (dict(**IMAGE, input_tokens=3), "are for text"),
+    (dict(**IMAGE, ngram_rows=3), "are for text"),
     (dict(kind="image", image_size=3), "--seq-len must be 3 x size x size = 27"),
 ])
 def test_impossible_models(change, word):
@@ -112,3 +117,43 @@ def test_precision_of_a_gpu():
         select_precision("bf16", FakeGPU("75"))
     ml_dtypes = pytest.importorskip("ml_dtypes")
     assert select_precision("auto", FakeGPU("90")) == ("bf16", ml_dtypes.bfloat16)
+
+
+def test_a_gpu_works_on_a_stream_of_its_own(monkeypatch):
+    """Not on the default one, which no CUDA graph records."""
+    used = []
+
+    class Stream:
+        def __init__(self, non_blocking):
+            self.non_blocking = non_blocking
+
+        def use(self):
+            used.append(self.non_blocking)
+
+    runtime = SimpleNamespace(getDeviceProperties=lambda number: {"name": b"One"})
+    fake = SimpleNamespace(__name__="cupy", __version__="14", is_available=lambda: True,
+                           ones=np.ones, float32=np.float32,
+                           cuda=SimpleNamespace(runtime=runtime, Stream=Stream))
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    for twins in dispatch.twins.values():
+        monkeypatch.setitem(twins, "cupy", None)  # what is registered is undone afterwards
+    assert select_device("cuda") == (fake, "cuda: One, CuPy 14, one stream") and used == [True]
+
+
+@pytest.mark.parametrize("missing", ["ml_dtypes", "NumPy 2.1.2 or later, not 2.1.1"])
+def test_without_bf16_auto_is_tf32(monkeypatch, capsys, missing):
+    """With a line that says what is missing and how to get it; asked for by name it is an error."""
+    if missing == "ml_dtypes":
+        monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    else:
+        monkeypatch.setattr(np, "__version__", "2.1.1")
+    why = f"bf16 needs {missing}: pip install -e '.[cuda13]', for drivers before 580 '.[cuda12]'"
+    assert select_precision("auto", FakeGPU("90")) == ("tf32", None)
+    assert capsys.readouterr().out == f"note: --precision auto is tf32 here: {why}\n"
+    assert select_precision("tf32", FakeGPU("90")) == ("tf32", None)
+    assert select_precision("auto", FakeGPU("75")) == ("float32", None)
+    assert select_precision("auto", np) == ("float32", None)
+    assert not capsys.readouterr().out
+    with pytest.raises(UserError) as error:
+        select_precision("bf16", FakeGPU("90"))
+    assert str(error.value) == f"--precision bf16: {why}"

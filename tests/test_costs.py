@@ -47,6 +47,8 @@ def but(**changes):
     # E 5: embed.w and output.w_embed 20 each; tied, the table 10 x 5 is the output matrix
     (but(embed_width=5, tie_embedding=True), 6 * (20 + 64 + 36 + 20 + 50) + 28 * 2 * 4),
     (but(embed_width=5), 6 * (20 + 64 + 36 + 20 + 50) + 28 * 2 * 4),
+    (but(input_tokens=3), 6 * (156 + 32) + 28 * 2 * 4),
+    (but(ngram_rows=9), 6 * (156 + 4) + 28 * 2 * 4),        # its table of width 1 is looked up
     # images: tables are looked up, classes and positions too; output 4 x 256, ReLU 24
     (but(kind="image", image_size=2, seq_len=12, vocab_size=256, n_classes=7, ffn="relu"),
      6 * (64 + 24 + 1024) + 28 * 2 * 4),
@@ -73,6 +75,8 @@ LAYER = 8 + 64 + 28 + 8 + 36
     (but(local_max_distance=0), N - 28),
     (but(tie_embedding=True), N - 40),
     (but(embed_width=5), N + 10 + 4 + 25 + 10),            # table, embed.w, w_embed and b_embed, w
+    (but(input_tokens=3), N + 2 * 16),
+    (but(ngram_rows=9), N + 9 + 4),
     (but(kind="image", image_size=2, seq_len=12, vocab_size=256, n_classes=7),
      # tables 3 x 256 x 4, positions 2 x 12 twice, classes 28; output 4 x 256 + 256
      3072 + 24 + 24 + 28 + LAYER + 8 + 1024 + 256),

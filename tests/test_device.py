@@ -4,6 +4,7 @@
 arrays to the last bit: the same operations run in the same order.
 """
 
+import copy
 import dataclasses
 import io
 from contextlib import redirect_stdout
@@ -61,7 +62,7 @@ def test_training_steps(name, recompute, optimizer):
     ends = []
     for put, xp in ((lambda x: x, np), (to_device, strictxp)):
         flat = put(m.flat.copy())
-        state = m.state()._replace(flat=flat, centroids=put(m.centroids),
+        state = m.state()._replace(flat=flat, centroids=put(copy.deepcopy(m.centroids)),
                                    optimizer=OPTIMIZERS[optimizer].init(flat, m.table))
         grads = put(np.empty_like(m.flat))
         parts = cut(m.ids, m.labels, m.cfg, dataclasses.replace(recipe, parts=1), xp)

@@ -35,6 +35,17 @@ def test_dropout_masks_differ():
             assert (a != b).any()
 
 
+def test_the_step_may_be_an_array():
+    """As a CUDA graph has it: whoever writes a later step into it gets that step's mask."""
+    step = np.full((), 3, "uint32")
+    for later in (3, 4, 2**32 - 2):
+        step[...] = later
+        for function in (dropout.reference, cpu.dropout):
+            got, want = (function(np.ones((5, 9)), Dropped(0.5, (1, 2, number)))[0]
+                         for number in (step, later))
+            np.testing.assert_array_equal(got, want)
+
+
 @given(st.integers(0, 40), st.integers(0, 40))
 def test_dropout_mask_by_parts(start, n):
     """Entry i depends on the key and i alone."""

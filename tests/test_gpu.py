@@ -81,6 +81,22 @@ def test_decoding(cupy, routing):
     np.testing.assert_allclose(logits[1], logits[0], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("routing", ["causal", "topk", "random"])
+@pytest.mark.parametrize("flags", [[], ["--optimizer", "adafactor", "--accumulate", "2"]], ids=str)
+def test_cuda_graph(cupy, tmp_path, routing, flags):
+    """A recorded step gives the bits of a step kernel by kernel, dropout and all."""
+    text = tmp_path / "text.txt"
+    text.write_bytes(bytes(range(97, 117)) * 200)
+    for name in ("--cuda-graph", "--no-cuda-graph"):
+        train.main([str(text), *SMALL_RUN, "--device", "cuda", "--routing", routing, name, *flags,
+                    "--residual-dropout", "0.1", "--attention-dropout", "0.1", "--target-dropout",
+                    "0.1", "--out", str(tmp_path / name)])
+    a, b = (np.load(tmp_path / x / "last.npz") for x in ("--cuda-graph", "--no-cuda-graph"))
+    for key in a.files:
+        if key != "__meta__":
+            np.testing.assert_array_equal(a[key], b[key])
+
+
 @pytest.mark.parametrize("precision", ["auto", "float32", "fp16"])
 def test_runs_resume_and_travel(cupy, tmp_path, precision):
     """A GPU run stopped and resumed ends with the same bits; the CPU goes on from it and back."""

@@ -18,7 +18,8 @@ from rt_scratch import dispatch, layers, optim, routing
 from rt_scratch.device import select_device
 from rt_scratch.dropout import Dropped
 from rt_scratch.kernels import cpu, cuda
-from rt_scratch.parameters import Leaf
+from rt_scratch.kmeans import Centroids
+from rt_scratch.parameters import Leaf, Place
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda"))
 
@@ -80,7 +81,10 @@ FORWARD = {
     "layers.layer_norm": lambda rng: draw(rng, (B, T, C), (C,), (C,)),
     "layers.normalize": lambda rng: draw(rng, (B, H, T, D)),
     "layers.geglu": lambda rng: draw(rng, (B, T, M), (B, T, M)),
+    "layers.residual": lambda rng: (*draw(rng, (B, T, C), (B, T, C)), DROPPED,
+                                    *draw(rng, (C,), (C,))),
     "layers.geglu_ffn": lambda rng: (*draw(rng, (B, T, C), (C, M), (C, M), (M, C)), DROPPED),
+    "layers.relu_ffn": lambda rng: (*draw(rng, (B, T, C), (C, M), (M,), (M, C), (C,)), DROPPED),
     "layers.linear_cross_entropy": lambda rng: (
         *draw(rng, (T, C), (C, 11), (11,)), rng.integers(0, 11, T), *draw(rng, (T,))),
     "attention.attend": lambda rng: (
@@ -88,16 +92,33 @@ FORWARD = {
               (2 * W, D)), np.tri(W, 2 * W, W, dtype=bool), 0.5, DROPPED),
     "attention.local_attention": lambda rng: (*heads(rng), W, 1, 0.5, *segments(rng), DROPPED),
 }
+ADD = cached(plain("layers.linear"), FORWARD["layers.linear"])
 CASES = FORWARD | {f"{name}_backward": cached(plain(name), FORWARD[name]) for name in FORWARD} | {
+    "layers.add_gradients": lambda rng: (
+        layers.linear_backward, *ADD(rng), tuple(draw(rng, (C, M), (M,))), *draw(rng, (B, T, C))),
     "layers.segment_sum": lambda rng: (*draw(rng, (T, C)), rng.integers(0, K, T), K),
+    "parameters.round_matrices": lambda rng: (
+        *draw(rng, (200,)), (Place(3, 8, 6, 0, 8), Place(51, 4, 16, 64, 16)), 128, "float32"),
     "dropout.dropout": lambda rng: (*draw(rng, (B, T, C)), DROPPED),
+    "kmeans.compare": lambda rng: (*draw(rng, (B, H, T, D), (H, K, D)), True),
+    "kmeans.commitment": lambda rng: (*draw(rng, (B, H, T, D), (H, K, D)), winners(rng)),
+    "kmeans.add_commitment_gradient": lambda rng: (
+        *draw(rng, (B, H, T, D)), 0.5,
+        plain("kmeans.commitment")(*CASES["kmeans.commitment"](rng))[1]),
     "kmeans.cluster_statistics": lambda rng: (*draw(rng, (B, H, T, D)), winners(rng), K),
+    "kmeans.replace_centroids": lambda rng: (
+        Centroids(*draw(rng, (H, K, D)), rng.random((H, K), "float32"), *draw(rng, (H, K, D))),
+        rng.integers(0, 3, (H, K)).astype("float32"), *draw(rng, (H, K, D)), 0.9),
     "routing.top_members": lambda rng: (*draw(rng, (B, H, K, T)), W),
     "routing.by_cluster": lambda rng: (winners(rng),),
     "routing.inverse": lambda rng: (routing.by_cluster.reference(winners(rng)),),
     "routing.gather": lambda rng: (*draw(rng, (B, H, T, D)), members(rng)),
     "routing.scatter_sum": lambda rng: (*draw(rng, (B, H, K, W, D)), members(rng), T),
     "routing.scatter_mean": lambda rng: (*draw(rng, (B, H, K, W, D)), members(rng), T),
+    "routing.scatter_mean_backward": lambda rng: (*draw(rng, (B, H, T, D)), plain(
+        "routing.scatter_mean")(*CASES["routing.scatter_mean"](rng))[1]),
+    "routing.coverage": lambda rng: (rng.integers(0, 3, (B, H, T, 1)).astype("float32"),),
+    "optim.global_norm": lambda rng: draw(rng, (3 * T,)),
     "optim.adamw_update": buffer(optim.adamw_init),
     "optim.muon_update": buffer(optim.muon_init),
     "optim.adafactor_update": buffer(optim.adafactor_init),
@@ -110,7 +131,7 @@ def exact(tree):
         return tree.astype("float64") if tree.dtype.kind == "f" else tree.copy()
     if isinstance(tree, dict):
         return {key: exact(value) for key, value in tree.items()}
-    if isinstance(tree, tuple) and not isinstance(tree, Leaf):
+    if isinstance(tree, tuple) and not isinstance(tree, Leaf | Place):
         values = map(exact, tree)
         return type(tree)(*values) if hasattr(tree, "_fields") else tuple(values)
     return tree

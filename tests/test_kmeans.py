@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from rt_scratch.kmeans import (
     Centroids,
+    add_commitment_gradient,
     cluster_statistics,
     commitment,
     commitment_backward,
+    compare,
     nearest,
     seeded_centroids,
     update_centroids,
@@ -27,7 +29,11 @@ def test_nearest(seed, t, k, d, equal_length):
     rng, q, _, _, mu = routing_inputs(seed, t, d, k)
     winner = nearest(q, mu, equal_length)
     size = np.linalg.norm(mu, axis=-1, keepdims=True) if equal_length else 1
-    np.testing.assert_array_equal(winner, np.einsum("bhtd,hkd->bhtk", q, mu / size).argmax(-1))
+    products = np.einsum("bhtd,hkd->bhtk", q, mu / size)
+    np.testing.assert_array_equal(winner, products.argmax(-1))
+    same, all_products = compare(q, mu, equal_length)
+    np.testing.assert_array_equal(same, winner)
+    np.testing.assert_allclose(all_products, products.swapaxes(-1, -2), **EXACT)
 
 
 def test_nearest_is_the_lower_index_on_ties():
@@ -91,6 +97,10 @@ def test_commitment(seed, t, k, d):
     np.testing.assert_allclose(loss, want, **EXACT)
     check_gradients(lambda x: commitment(x, mu, winner),
                     lambda d, cache: (commitment_backward(d, cache),), (q,), rng)
+    cache, dx = commitment(q, mu, winner)[1], normal(rng, q.shape)
+    want = dx + commitment_backward(0.3, cache)
+    add_commitment_gradient(dx, 0.3, cache)
+    np.testing.assert_array_equal(dx, want)
 
 
 @given(seeds, st.sampled_from([1, 2, 5]))

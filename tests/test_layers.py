@@ -15,16 +15,56 @@ from rt_scratch.dropout import Dropped
 EXACT = dict(rtol=1e-12, atol=1e-12)
 
 
-@given(seeds, sizes, sizes, sizes, layouts, st.booleans())
-def test_linear(seed, n, i, o, layout, bias):
+@given(seeds, sizes, sizes, sizes, layouts, st.booleans(), st.sampled_from([1.0, 0.3]))
+def test_linear(seed, n, i, o, layout, bias, scale):
     rng = np.random.default_rng(seed)
     x, w = normal(rng, (2, n, i), layout), normal(rng, (i, o), layout)
     b = normal(rng, (o,)) if bias else None
-    y, _ = layers.linear(x, w, b)
-    want = [[[sum(x[p, q, r] * w[r, s] for r in range(i)) + (b[s] if bias else 0)
+    y, _ = layers.linear(x, w, b, scale)
+    want = [[[scale * sum(x[p, q, r] * w[r, s] for r in range(i)) + (b[s] if bias else 0)
               for s in range(o)] for q in range(n)] for p in range(2)]
     np.testing.assert_allclose(y, want, **EXACT)
-    check_gradients(layers.linear, layers.linear_backward, (x, w, b), rng)
+    check_gradients(lambda *a: layers.linear(*a, scale), layers.linear_backward, (x, w, b), rng)
+
+
+@given(seeds, sizes, widths, st.booleans())
+def test_add_gradients(seed, n, c, twice):
+    """Gradients are added to the buffers; that of the input is returned, or added as well."""
+    rng = np.random.default_rng(seed)
+    x, w, b, dy, dx = (normal(rng, s) for s in ((2, n, c), (c, 3), (3,), (2, n, 3), (2, n, c)))
+    before, buffers = [normal(rng, (c, 3)), normal(rng, (3,))], []
+    buffers += [z.copy() for z in before]
+    _, cache = layers.linear(x, w, b)
+    want = layers.linear_backward(dy, cache)
+    old = dx.copy()
+    got = layers.add_gradients(layers.linear_backward, dy, cache, tuple(buffers),
+                               dx if twice else None)
+    assert (got is dx) == twice
+    np.testing.assert_array_equal(got, old + want[0] if twice else want[0])
+    for buffer, z, gradient in zip(buffers, before, want[1:], strict=True):
+        np.testing.assert_array_equal(buffer, z + gradient)
+    with pytest.raises(ValueError):  # a buffer for each gradient
+        layers.add_gradients(layers.linear_backward, dy, cache, tuple(buffers[:1]))
+
+
+@given(seeds, sizes, widths, st.booleans(), st.sampled_from([0.0, 0.4]))
+def test_residual(seed, n, c, normed, rate):
+    """x + dropout(f), normalised or not, and both inputs' gradients."""
+    rng = np.random.default_rng(seed)
+    x, f = normal(rng, (2, n, c)), normal(rng, (2, n, c))
+    norm = (normal(rng, (c,)), normal(rng, (c,))) if normed else ()
+    dropped = Dropped(rate, (3, 4, 5))
+    y, _ = layers.residual(x, f, dropped, *norm)
+    want = x + layers.dropout(f, dropped)[0]
+    assume(want.std(-1).min() > 0.1 or not normed)
+    np.testing.assert_array_equal(y, layers.layer_norm(want, *norm)[0] if normed else want)
+
+    def backward(dy, cache):
+        (dx, df), *gradients = layers.residual_backward(dy, cache)
+        return dx, df, *gradients
+
+    check_gradients(lambda x, f, *norm: layers.residual(x, f, dropped, *norm), backward,
+                    (x, f, *norm), rng, step=1e-5)
 
 
 @given(seeds, sizes, widths, layouts)
@@ -121,6 +161,29 @@ def test_shift_right(seed, b, t):
     ids = np.random.default_rng(seed).integers(0, 9, (b, t))
     shifted = layers.shift_right(ids)
     assert (shifted[:, 0] == 0).all() and (shifted[:, 1:] == ids[:, :-1]).all()
+
+
+@given(seeds, sizes, lengths, sizes)
+def test_recent(seed, b, t, n):
+    ids = np.random.default_rng(seed).integers(1, 9, (b, t))
+    seen = layers.recent(ids, n)
+    for j in range(n):
+        assert (seen[:, :j, j] == 0).all() and (seen[:, j:, j] == ids[:, : max(t - j, 0)]).all()
+    cut = t // 2
+    padded = np.concatenate([np.zeros((b, n - 1), int), ids], axis=1)
+    later = layers.recent(ids[:, cut:], n, padded[:, cut : cut + n - 1])
+    np.testing.assert_array_equal(later, seen[:, cut:])
+
+
+@given(seeds, sizes, st.sampled_from([1, 7, 101]))
+def test_ngram(seed, n, rows):
+    """The number that Python's own integers make of the digits, long or short."""
+    base = 250
+    ids = np.random.default_rng(seed).integers(0, base, (2, 5, n))
+    found = layers.ngram(ids, base, rows)
+    for b, t in np.ndindex(2, 5):
+        digits = ids[b, t].tolist()
+        assert found[b, t] == sum(d * base**j for j, d in enumerate(digits)) % rows
 
 
 @given(seeds, sizes, lengths, sizes, sizes)

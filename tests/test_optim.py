@@ -61,10 +61,12 @@ def test_muon(seed, decay):
             momentum[z.name] = 0.95 * momentum[z.name] + g
             x = g + 0.95 * momentum[z.name]
             x = x / math.sqrt(sum(e * e for e in x.flat))
-            for _ in range(5):  # from the left, whatever the shape: the same polynomial
+            for first, third, fifth in (  # from the left, whatever the shape: the same polynomial
+                    (7.9424, -22.2873, 15.8239), (3.6465, -2.7291, 0.5374),
+                    (2.6758, -1.989, 0.4539)):
                 a = np.array([[sum(p * q for p, q in zip(i, j, strict=True)) for j in x]
                               for i in x])
-                x = 3.4445 * x - 4.7750 * np.dot(a, x) + 2.0315 * np.dot(a, np.dot(a, x))
+                x = first * x + third * np.dot(a, x) + fifth * np.dot(a, np.dot(a, x))
             want[z.name] = w - 0.01 * (decay * w + 0.2 * math.sqrt(max(z.shape)) * x)
     for z in BLOCKS:
         own = flat[z.start : z.stop]
@@ -87,7 +89,7 @@ def test_muon_moves_orthogonally(seed, shape, size):
     optim.muon_update(flat, grads, optim.muon_init(flat, table), table, 0.5, 0)
     change = left.T @ -flat.reshape(shape) @ right.T / (0.5 * 0.2 * math.sqrt(max(shape)))
     np.testing.assert_allclose(change, np.diag(change.diagonal()), atol=1e-9)
-    assert (0.6 < change.diagonal()).all() and (change.diagonal() < 1.25).all()
+    assert (0.7 < change.diagonal()).all() and (change.diagonal() < 1.3).all()
 
 
 def test_muon_without_gradient():

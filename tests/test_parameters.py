@@ -3,11 +3,21 @@
 import dataclasses
 
 import numpy as np
+import pytest
 from helpers.models import SMALL
 from helpers.strategies import configs
 from hypothesis import given
 
-from rt_scratch.parameters import init_centroids, init_parameters, parameter_table, views
+from rt_scratch.config import ModelConfig
+from rt_scratch.parameters import (
+    compute_copy,
+    compute_layout,
+    init_centroids,
+    init_parameters,
+    parameter_table,
+    views,
+)
+from rt_scratch.presets import PRESETS
 
 
 @given(configs())
@@ -43,3 +53,52 @@ def test_initial_values():
     mu = state[0].mu
     np.testing.assert_allclose(mu.mean(-1), 0, atol=1e-6)
     np.testing.assert_allclose((mu * mu).mean(-1), 1, rtol=1e-3)
+
+
+PIECES = {"wikitext103": 267_735, "pg19": 98_304}  # tokens of the datasets whose V is not 256
+
+
+def preset_model(dataset, name):
+    fields = {k: v for k, v in PRESETS[dataset][name].items()
+              if k in ModelConfig.__dataclass_fields__}
+    if side := {"imagenet64": 64, "cifar10": 32}.get(dataset):
+        fields |= {"kind": "image", "image_size": side}
+    return ModelConfig(**{"vocab_size": PIECES.get(dataset, 256)} | fields).validate()
+
+
+@pytest.mark.parametrize("dataset, name", [(d, n) for d in PRESETS for n in PRESETS[d]])
+def test_every_matrix_is_aligned(dataset, name):
+    """In the compute copy of every preset, from the shapes alone: matrices begin at multiples of
+    128 bytes of half precision, rows at multiples of 16, and none overlaps another."""
+    table = parameter_table(preset_model(dataset, name))
+    places, size = compute_layout(tuple(table))
+    assert list(places) == [leaf.name for leaf in table if len(leaf.shape) > 1]
+    end = 0
+    for leaf in table:
+        if len(leaf.shape) > 1:
+            place = places[leaf.name]
+            assert place.start % 64 == place.stride % 8 == 0 and place.start >= end
+            assert place.columns == leaf.shape[-1] <= place.stride < place.columns + 8
+            assert place.source == leaf.start
+            assert place.rows * place.columns == leaf.stop - leaf.start
+            end = place.start + place.rows * place.stride
+    assert end <= size
+
+
+@given(configs())
+def test_compute_copy(cfg):
+    """Matrices rounded, vectors not: those are views of the buffer."""
+    flat, table = init_parameters(cfg, np, "float32", 7)
+    flat += np.random.default_rng(0).normal(size=flat.shape).astype("float32")
+    assert np.shares_memory(compute_copy(flat, table, None)["output"]["b"], flat)
+    trees = [compute_copy(flat, table, "float16"), views(flat, table)]
+    for leaf in table:
+        got, want = trees
+        for key in leaf.name.split("."):
+            got, want = (tree[int(key) if key.isdigit() else key] for tree in (got, want))
+        assert got.shape == want.shape
+        if want.ndim < 2:
+            assert np.shares_memory(got, flat) and got.dtype == np.float32
+        else:
+            np.testing.assert_array_equal(got, want.astype("float16"), strict=True)
+            assert got.strides[-1] == 2 and all(s % 16 == 0 for s in got.strides[:-1])

@@ -30,6 +30,7 @@ def test_one_step(dataset, name, tmp_path):
     model = dataclasses.replace(
         model, vocab_size=256, width=8 * model.n_heads, ffn_width=24, n_layers=3,
         embed_width=8 if model.embed_width else 0, seq_len=192,
+        routing_layers=tuple(i for i in model.routing_layers if i >= -3),
         image_size=8 if model.image_size else 0, window=max(model.window // shorter, 1),
         block=max(model.block // shorter, 1)).validate()
     ids = np.random.default_rng(0).integers(0, 256, (2, 192))
@@ -41,8 +42,9 @@ def test_one_step(dataset, name, tmp_path):
     assert np.isfinite(result.nats) and np.isfinite(state.flat).all() and state.step == 1
     assert all((state.flat != before)[leaf.start : leaf.stop].any() for leaf in state.table)
     assert set(mu) == {i for i in range(model.n_layers) if model.routing_heads(i)}
-    assert bool(mu) == (name != "released-local")
-    assert all((state.centroids[i].mu != mu[i]).any() for i in mu)
+    assert bool(mu) == (name not in ("released-local", "paper-local", "paper-full"))
+    learns = model.routing != "random"
+    assert all((state.centroids[i].mu != mu[i]).any() == learns for i in mu)
 
 
 @pytest.mark.parametrize("dataset, millions", [
@@ -62,7 +64,25 @@ def test_where_the_paper_differs():
     assert changed("pg19") == {"routing_layers": (-2, -1)}
     with pytest.raises(UserError, match="pg19 has released, small, released-local, paper"):
         preset("pg19", "large")
-    assert preset("some.txt", "small") == {}
+    assert preset("some.txt", "small") == preset("stdlib", "small") == {"input_tokens": 3,
+                                                                       "ngram_rows": 6763}
+
+
+def test_rows_of_the_papers_table_of_images(tmp_path):
+    """Table 1: H routing heads of 8 in the last L of 12 layers, elsewhere local; its controls."""
+    for h in (2, 4, 8):
+        for n in (2, 4, 8, 12):
+            model, _ = planned("cifar10", f"paper-{h}x{n}", tmp_path)
+            local = (("local", 8 - h),) if h < 8 else ()
+            for i in range(12):
+                assert model.layer_heads(i) == ((("topk", h), *local) if i >= 12 - n
+                                                else (("local", 8),))
+            assert (model.n_clusters * model.window, model.head_width) == (3072, 128)
+    random, _ = planned("cifar10", "paper-random", tmp_path)
+    assert [random.routing_heads(i) for i in range(12)] == [0] * 4 + [4] * 8
+    assert random.kinds() == {"random", "local"}
+    for kind in ("local", "full"):
+        assert planned("cifar10", f"paper-{kind}", tmp_path)[0].kinds() == {kind}
 
 
 DROPOUTS = ("embed_dropout", "attention_dropout", "ffn_dropout", "residual_dropout",

@@ -1,5 +1,6 @@
 """One optimizer step: parts of a batch, accumulation, centroids, threads."""
 
+import copy
 import dataclasses
 import threading
 import time
@@ -45,16 +46,26 @@ def test_parts_are_one_large_batch(routing, parts):
     np.testing.assert_allclose(result.commitment, together.commitment, rtol=1e-12)
     for i, merged in result.memberships.items():
         np.testing.assert_allclose(merged.several, together.memberships[i].several, atol=1e-12)
-    a, b = (step.move_centroids(m.centroids, r.memberships, m.cfg) for r in (result, together))
+    a, b = (moved(m.centroids, r.memberships, m.cfg) for r in (result, together))
     for i in a:
         for x, y in zip(a[i], b[i], strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-11)
 
 
+def moved(centroids, memberships, cfg):
+    """The centroids after their step, those before it unchanged."""
+    after = copy.deepcopy(centroids)
+    assert step.move_centroids(after, memberships, cfg) is None
+    return after
+
+
 def test_random_keeps_its_centroids():
     m = setup(dataclasses.replace(SMALL, routing="random"))
     _, result = run(m, (2,))
-    assert step.move_centroids(m.centroids, result.memberships, m.cfg) is m.centroids
+    after = moved(m.centroids, result.memberships, m.cfg)
+    for i, own in m.centroids.items():
+        for a, b in zip(after[i], own, strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_number_of_threads_changes_no_bit(monkeypatch):
@@ -160,6 +171,7 @@ def test_train_step(routing, clip, optimizer):
     g = grads * (0.05 / norm if clip else 1)
     OPTIMIZERS[optimizer].update(by_hand, g, expected, state.table, 3e-3 * 2 / 3, 1,
                                  weight_decay=0.1)
+    start = copy.deepcopy(state.centroids)
     after, result = step.train_step(state, grads, parts, cfg, recipe)
     np.testing.assert_allclose(after.flat, by_hand, rtol=1e-12)
     for name, value in expected.items():
@@ -167,11 +179,12 @@ def test_train_step(routing, clip, optimizer):
     assert (after.step, after.scale, result.applied) == (2, state.scale, True)
     assert result.nats == counted.nats
     np.testing.assert_allclose([result.norm, result.lr], [norm, 2e-3])
-    moved = step.move_centroids(state.centroids, counted.memberships, cfg)
-    for i, c in moved.items():
-        for a, b, start in zip(after.centroids[i], c, state.centroids[i], strict=True):
+    for i, c in moved(start, counted.memberships, cfg).items():
+        for a, b, own, before in zip(after.centroids[i], c, state.centroids[i], start[i],
+                                     strict=True):
             np.testing.assert_array_equal(a, b)
-            assert (a != start).any() == (routing == "causal")
+            assert (a != before).any() == (routing == "causal")
+            assert a is own  # in place, as a CUDA graph needs it
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -183,11 +196,14 @@ def test_an_overflow_leaves_the_step_out():
     m = setup(SMALL, batch=4)
     parts, grads = step.cut(m.ids, None, SMALL, recipe, np), np.empty_like(state.flat)
     before, bad = state.flat.copy(), state.flat.copy()
-    bad[5] = np.inf
+    bad[5], start = np.inf, copy.deepcopy(state.centroids)
     after, result = step.train_step(state._replace(flat=bad), grads, parts, SMALL, recipe)
     assert not result.applied and not np.isfinite(result.norm)
     assert after.scale == (2.0**15, 0) and after.step == 1
-    assert after.centroids is state.centroids and not after.optimizer["m"].any()
+    for i, c in start.items():
+        for a, b in zip(after.centroids[i], c, strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert not after.optimizer["m"].any()
     after, result = step.train_step(after._replace(flat=before.copy()), grads, parts, SMALL, recipe)
     assert result.applied and after.scale == (2.0**15, 1) and (after.flat != before).any()
 

@@ -1,6 +1,7 @@
 """train.py from the command line: a run, an exact resume, scores, and what happens on bad input."""
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -11,13 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.models import SMALL
 
 import train
 from rt_scratch import step
-from rt_scratch.device import select_device
+from rt_scratch.config import TrainConfig
+from rt_scratch.device import Precision, select_device, select_precision
 from rt_scratch.errors import UserError
 from rt_scratch.optim import OPTIMIZERS
 from rt_scratch.run import checkpoint
+from rt_scratch.run.samples import read_samples, wanted
 
 ROOT = Path(__file__).parent.parent
 
@@ -170,6 +174,65 @@ def test_score_without_looking_ahead(text, tmp_path, capsys, routing):
     scores = [float(line.split()[1]) for line in (forced, causal)]
     assert ("LEAKS" in forced) == (routing == "topk") and "by incremental decoding" in causal
     assert (abs(scores[0] - scores[1]) < 2e-4) == (routing == "causal")
+
+
+def test_scores_are_those_of_the_precision(text, tmp_path, capsys, monkeypatch):
+    """Validation and --evaluate compute as training does, and say so; by token, as decoding does.
+
+    NumPy takes float16 for a GPU's here. In float32, which --precision float32 gives on request,
+    the score is another.
+    """
+    run(text, tmp_path, "--steps", "2", "--eval-every", "0")
+    exact = capsys.readouterr().out
+    evaluate = ["--out", str(tmp_path), "--device", "cpu", "--evaluate", "valid", "--eval-windows",
+                "3"]
+    monkeypatch.setattr(train, "select_precision", lambda *_: Precision("fp16", "float16"))
+    real, found = train.evaluate, []
+
+    def kept(*args, **options):
+        score = real(*args, **options)
+        found.append((args[0].step, score.nats))
+        return score
+
+    monkeypatch.setattr(train, "evaluate", kept)
+    train.main([*evaluate, "--evaluate-causally"])
+    half, by_token = capsys.readouterr().out.splitlines()[-2:]
+    run(text, tmp_path / "half", "--steps", "2", "--eval-every", "0")
+    trained = capsys.readouterr().out
+    assert half.endswith(", fp16)") and by_token.endswith(", float32)")
+    assert next(x for x in trained.splitlines() if "  valid " in x).endswith(", fp16)")
+    exact = next(x for x in exact.splitlines() if "  valid " in x).partition("  ")[2]
+    assert exact.endswith("routing causal)")
+    monkeypatch.setattr(train, "select_precision", select_precision)
+    train.main([*evaluate, "--precision", "float32"])
+    assert capsys.readouterr().out.splitlines()[-1] == exact
+    (_, rounded), (_, _), (_, whole) = found
+    assert 0 < abs(rounded - whole) < 0.01
+
+
+def test_cuda_graph_is_for_gpus(text, tmp_path):
+    """Said before anything is written."""
+    line = fails(text, "--out", tmp_path / "run", "--device", "cpu", "--cuda-graph")
+    assert line == "error: --cuda-graph: for GPUs" and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("every, drawn", [("0", [6]), ("2", [2, 4, 6]), ("3", [4, 6])])
+def test_pictures_are_drawn_at_the_end_or_when_asked(every, drawn):
+    """They take longer than what they illustrate; text is drawn after every evaluation."""
+    cfg = dataclasses.replace(SMALL, kind="image", image_size=3, seq_len=27, vocab_size=256)
+    steps, scored = [2, 4, 6], [0, 2, 4]
+    for model, every_time in ((cfg, False), (SMALL, every == "0")):
+        recipe = TrainConfig(steps=6, sample_every=int(every))
+        got = [s for s, before in zip(steps, scored, strict=True)
+               if wanted(s, before, model, recipe)]
+        assert got == (steps if every_time else drawn)
+
+
+def test_a_run_draws_its_samples(text, tmp_path):
+    """One after each evaluation by default, with --sample-every fewer, and always the last."""
+    for name, flags, steps in (("all", [], [2, 4, 6]), ("some", ["--sample-every", "4"], [4, 6])):
+        run(text, tmp_path / name, "--eval-every", "2", *flags)
+        assert list(read_samples(tmp_path / name)) == steps
 
 
 def test_the_rate_is_that_of_training(text, tmp_path, monkeypatch):

@@ -1,10 +1,11 @@
 // Softmax over rows of attention logits, with everything that would otherwise be another pass over
 // them: scale, relative positions, mask, dropout.
-//   z_ij = scale (s_ij + r_i,c),  c = j - i + S - 1: column of the distance from query i to key j
+//   z_ij = scale (s_ij + r_i,c),  c = j - i + S - 1 - clipped: column of the distance from query i
+//   to key j, 0 for all that are below 0: the farthest keys share the first row of the table
 //   p_ij = exp(z_ij - lse_i) keep_ij / (1 - rate),  lse_i = log sum_j exp z_ij over visible j
 // Axes: b block of the batch, q its S queries, n its N keys, d the P distances. Besides p the same
-// numbers are written by distance, u_i,c = p_ij, else 0: o = p v + u rel_v are two products. A row
-// that sees nothing gives p = 0 and lse = 0.
+// numbers are written by distance, u_i,c = sum of p_ij over the keys of that column: o = p v + u
+// rel_v are two products. A row that sees nothing gives p = 0 and lse = 0.
 // The arrays over n and d hold `rows` rows, a chunk of the batch that begins at first_row; lse,
 // mask and dropout know the whole batch.
 // Called by attend and attend_backward in cuda.py. One warp per row, eight warps per block; p may
@@ -42,40 +43,43 @@ __device__ inline bool visible(const Sight& sight, int b, int i, int j) {
 // One row of logits.
 struct Logits {
   const float *s_n, *r_d;
-  int b, i, first, distances;  // key j is in column first + j of r_d
+  int b, i, first, distances;  // key j is in column first + j of r_d, or 0
   float scale;
 };
 
 __device__ inline float logit(const Logits& row, const Sight& sight, int j) {
   if (!visible(sight, row.b, row.i, j)) return minus_infinity();
   float z = row.s_n[j];
-  if (row.r_d && row.first + j < row.distances) z += row.r_d[row.first + j];
+  if (row.r_d && row.first + j < row.distances) z += row.r_d[max(row.first + j, 0)];
   return z * row.scale;
 }
 
-// Clears the columns of a row by distance that no key falls on.
+// Fills the columns of a row by distance that no key has to itself: 0, and the sum of the lanes'
+// `shared` in the first one.
 template <typename T>
-__device__ inline void clear_rest(T* u_d, int first, int keys, int distances, int lane) {
+__device__ inline void fill_rest(T* u_d, float shared, int first, int keys, int distances,
+                                 int lane) {
+  shared = warp_sum(shared);
   for (int c = lane; c < distances; c += 32)
-    if (c < first || c >= first + keys) store(u_d + c, 0.0f);
+    if (c == 0 || c < first || c >= first + keys) store(u_d + c, c == 0 ? shared : 0.0f);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(256, 4) attention_softmax(
     const float* s_bqn, const float* r_bqd, const bool* mask_mqn, const int* segment_bt, T* p_bqn,
     T* u_bqd, float* lse_bq, long long first_row, long long rows, int queries, int keys,
-    int distances, int mask_blocks, int blocks, int tokens, int offset, int window, float scale,
-    unsigned threshold, unsigned seed_low, unsigned seed_high, unsigned stream, unsigned step,
-    long long first_entry) {
+    int distances, int clipped, int mask_blocks, int blocks, int tokens, int offset, int window, float scale,
+    unsigned threshold, unsigned seed_low, unsigned seed_high, unsigned stream,
+    const unsigned* step_1, long long first_entry) {
   long long at = (long long)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
   int lane = threadIdx.x % 32;
   if (at >= rows) return;
   long long whole = first_row + at;
-  int b = whole / queries, i = whole % queries, first = queries - 1 - i;
+  int b = whole / queries, i = whole % queries, first = queries - 1 - i - clipped;
   Sight sight = {mask_mqn, segment_bt, queries, keys, mask_blocks, blocks, tokens, offset, window};
   Logits row = {s_bqn + at * keys, r_bqd ? r_bqd + at * distances : nullptr, b, i, first,
                 distances, scale};
-  Drop drop = {threshold, seed_low, seed_high, stream, step, (u64)first_entry};
+  Drop drop = drop_of(threshold, seed_low, seed_high, stream, step_1, first_entry);
   u64 entry = drop.first + (u64)whole * keys;  // of the row, for dropout
 
   float top = LOWEST;
@@ -91,18 +95,20 @@ __global__ void __launch_bounds__(256, 4) attention_softmax(
   // Tiles of 256 entries, from a multiple of eight on: each lane draws for eight neighbours, then
   // asks the lane that drew for its own entry.
   int lead = entry % 8;
+  float shared = 0;
   for (int base = -lead; base < keys; base += 256) {
     unsigned bits = kept((entry + base) / 8 + lane, drop);
     for (int part = 0; part < 8; part++) {
-      int j = base + part * 32 + lane;
+      int j = base + part * 32 + lane, c = first + j;
       unsigned keep = __shfl_sync(ALL, bits, part * 4 + lane / 8) >> (lane % 8) & 1;
       if (j < 0 || j >= keys) continue;
       float p = keep ? expf(logit(row, sight, j) - top) * factor : 0.0f;
       store(p_bqn + at * keys + j, p);
-      if (u_bqd && first + j < distances) store(u_bqd + at * distances + first + j, p);
+      if (c <= 0) shared += p;
+      else if (u_bqd && c < distances) store(u_bqd + at * distances + c, p);
     }
   }
-  if (u_bqd) clear_rest(u_bqd + at * distances, first, keys, distances, lane);
+  if (u_bqd) fill_rest(u_bqd + at * distances, shared, first, keys, distances, lane);
 }
 
 // Computes p again from s, r and lse; with g_ij = (dp_ij + dr_i,c) keep_ij / (1 - rate) writes
@@ -114,20 +120,20 @@ __global__ void __launch_bounds__(256, 4) attention_softmax_backward(
     const float* s_bqn, const float* r_bqd, const bool* mask_mqn, const int* segment_bt,
     const float* lse_bq, const float* dp_bqn, const float* dr_bqd, T* p_bqn, T* u_bqd, T* dz_bqn,
     T* du_bqd, long long first_row, long long rows, int queries, int keys, int distances,
-    int mask_blocks, int blocks, int tokens, int offset, int window, float scale,
-    unsigned threshold, unsigned seed_low, unsigned seed_high, unsigned stream, unsigned step,
-    long long first_entry) {
+    int clipped, int mask_blocks, int blocks, int tokens, int offset, int window, float scale,
+    unsigned threshold, unsigned seed_low, unsigned seed_high, unsigned stream,
+    const unsigned* step_1, long long first_entry) {
   long long at = (long long)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
   int lane = threadIdx.x % 32;
   if (at >= rows) return;
   long long whole = first_row + at;
-  int b = whole / queries, i = whole % queries, first = queries - 1 - i;
+  int b = whole / queries, i = whole % queries, first = queries - 1 - i - clipped;
   Sight sight = {mask_mqn, segment_bt, queries, keys, mask_blocks, blocks, tokens, offset, window};
   Logits row = {s_bqn + at * keys, r_bqd ? r_bqd + at * distances : nullptr, b, i, first,
                 distances, scale};
-  Drop drop = {threshold, seed_low, seed_high, stream, step, (u64)first_entry};
+  Drop drop = drop_of(threshold, seed_low, seed_high, stream, step_1, first_entry);
   u64 entry = drop.first + (u64)whole * keys;  // of the row, for dropout
-  float lse = lse_bq[whole], kept_factor = kept_scale(drop), dot = 0;
+  float lse = lse_bq[whole], kept_factor = kept_scale(drop), dot = 0, shared = 0, dshared = 0;
   int lead = entry % 8;
 
   // First round: the sum; second round: the results.
@@ -135,11 +141,11 @@ __global__ void __launch_bounds__(256, 4) attention_softmax_backward(
     for (int base = -lead; base < keys; base += 256) {
       unsigned bits = kept((entry + base) / 8 + lane, drop);
       for (int part = 0; part < 8; part++) {
-        int j = base + part * 32 + lane;
+        int j = base + part * 32 + lane, c = first + j;
         unsigned keep = __shfl_sync(ALL, bits, part * 4 + lane / 8) >> (lane % 8) & 1;
         if (j < 0 || j >= keys) continue;
-        bool by_distance = dr_bqd && first + j < distances;
-        u64 there = at * distances + first + j;
+        bool by_distance = dr_bqd && c < distances;
+        u64 there = at * distances + max(c, 0);
         float q = expf(logit(row, sight, j) - lse);
         float g = dp_bqn[at * keys + j] + (by_distance ? dr_bqd[there] : 0.0f);
         g = keep ? g * kept_factor : 0.0f;
@@ -150,7 +156,10 @@ __global__ void __launch_bounds__(256, 4) attention_softmax_backward(
         float p = keep ? q * kept_factor : 0.0f, dz = scale * q * (g - dot);
         store(p_bqn + at * keys + j, p);
         store(dz_bqn + at * keys + j, dz);
-        if (by_distance) {
+        if (c <= 0) {
+          shared += p;
+          dshared += dz;
+        } else if (by_distance) {
           store(u_bqd + there, p);
           store(du_bqd + there, dz);
         }
@@ -159,7 +168,7 @@ __global__ void __launch_bounds__(256, 4) attention_softmax_backward(
     if (round == 0) dot = warp_sum(dot);
   }
   if (dr_bqd) {
-    clear_rest(u_bqd + at * distances, first, keys, distances, lane);
-    clear_rest(du_bqd + at * distances, first, keys, distances, lane);
+    fill_rest(u_bqd + at * distances, shared, first, keys, distances, lane);
+    fill_rest(du_bqd + at * distances, dshared, first, keys, distances, lane);
   }
 }

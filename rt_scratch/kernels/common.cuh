@@ -64,11 +64,30 @@ __device__ inline float warp_max(float x) {
   return x;
 }
 
+// Sum of one number per thread of a block of 256, in a fixed order, in every thread.
+__device__ inline float block_sum(float x) {
+  __shared__ float sums[8];
+  x = warp_sum(x);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = 0;
+  for (int i = 0; i < 8; i++) x += sums[i];
+  return x;
+}
+
 // Which of the entries 8 octet .. 8 octet + 7 survive dropout, as eight bits: those whose 16-bit
 // number is at least `threshold` (rate x 65536). Entries count from the first window of the step,
 // the array's own from `first` on. Philox4x32-10, Salmon et al. 2011, with counter (octet in 64
 // bits, stream, step): dropout.dropout_mask draws the same numbers.
 struct Drop { unsigned threshold, seed_low, seed_high, stream, step; u64 first; };
+
+// The step is read from the device, so that a graph of kernels draws new numbers each time it runs;
+// null where nothing is dropped.
+__device__ inline Drop drop_of(unsigned threshold, unsigned seed_low, unsigned seed_high,
+                               unsigned stream, const unsigned* step_1, long long first) {
+  return {threshold, seed_low, seed_high, stream, step_1 ? *step_1 : 0, (u64)first};
+}
 
 __device__ inline unsigned kept(u64 octet, Drop drop) {
   if (drop.threshold == 0) return 0xff;
@@ -92,3 +111,12 @@ __device__ inline unsigned kept(u64 octet, Drop drop) {
 }
 
 __device__ inline float kept_scale(Drop drop) { return 65536.0f / (65536 - drop.threshold); }
+
+// The bits of `kept` for the eight entries that begin at `at`, wherever in an octet that is.
+__device__ inline unsigned kept_from(u64 at, Drop drop) {
+  unsigned lead = (drop.first + at) % 8;
+  u64 octet = (drop.first + at) / 8;
+  unsigned bits = kept(octet, drop);
+  if (lead) bits = (bits | kept(octet + 1, drop) << 8) >> lead;
+  return bits;
+}

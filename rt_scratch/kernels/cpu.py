@@ -14,9 +14,10 @@ import math
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from rt_scratch.attention import AttendCache, LocalCache, clipped_reach
+from rt_scratch.attention import AttendCache, LocalCache, causal_mask, clipped_reach
 from rt_scratch.dispatch import first_array
 from rt_scratch.dropout import dropout_mask, first_entry
+from rt_scratch.kmeans import MAX_CLUSTERS
 from rt_scratch.layers import (
     EPSILON,
     GELU_CUBE,
@@ -46,26 +47,31 @@ LOGITS = 1 << 21     # logits alive at a time in the output layer
 
 # ------------------------------------------------------------------------------------- linear
 
-def linear(x, w, b=None):
+def linear(x, w, b=None, scale=1.0):
     rows = x.reshape(-1, x.shape[-1])
     y = np.empty((len(rows), w.shape[1]), x.dtype)
 
     def piece(r):
         np.matmul(rows[r], w, out=y[r])
+        if scale != 1:
+            y[r] *= scale
         if b is not None:
             y[r] += b
 
     _over_rows(piece, len(rows))
-    return y.reshape(*x.shape[:-1], w.shape[1]), LinearCache(x, w, b is not None)
+    return y.reshape(*x.shape[:-1], w.shape[1]), LinearCache(x, w, b is not None, scale)
 
 
 def linear_backward(dy, cache):
-    x, w, biased = cache
+    x, w, biased, scale = cache
     rows = dy.reshape(-1, dy.shape[-1])
+    db = np.ones(len(rows), dy.dtype) @ rows if biased else None
+    if scale != 1:
+        rows = rows * scale
     dx = np.empty((len(rows), w.shape[0]), dy.dtype)
     _over_rows(lambda r: np.matmul(rows[r], w.T, out=dx[r]), len(rows))
     dw = _product(x.reshape(-1, x.shape[-1]), rows)
-    return dx.reshape(x.shape), dw, np.ones(len(rows), dy.dtype) @ rows if biased else None
+    return dx.reshape(x.shape), dw, db
 
 
 def _over_rows(function, n):
@@ -398,7 +404,7 @@ def attend(q, k, v, rel_k, rel_v, mask, scale, dropped=None):
     flat = [z.reshape(blocks, *z.shape[-2:]) for z in (q, k, v)]
     tables = _padded_tables(rel_k, rel_v)
     o, lse = np.empty((blocks, s, v.shape[-1]), q.dtype), np.empty((blocks, s, 1), q.dtype)
-    hidden = _hidden(np.broadcast_to(mask, (*lead, s, n)), q.dtype)
+    hidden = _hidden(mask, (*lead, s, n), q.dtype)
     drop = _Drop(dropped, (*lead, s, n))
 
     def piece(r):
@@ -418,7 +424,7 @@ def attend_backward(do, cache):
     flat = [z.reshape(blocks, *z.shape[-2:]) for z in (q, k, v, do, lse)]
     tables = _padded_tables(rel_k, rel_v)
     dq, dk, dv = (np.empty(z.shape, q.dtype) for z in flat[:3])
-    hidden = _hidden(np.broadcast_to(mask, (*lead, s, n)), q.dtype)
+    hidden = _hidden(mask, (*lead, s, n), q.dtype)
     drop = _Drop(dropped, (*lead, s, n))
     groups = tiles(blocks, -(-blocks // 8))  # each adds up its own gradient of the tables
     drel = None if rel_k is None else np.zeros((2, len(groups), *rel_k.shape), q.dtype)
@@ -438,8 +444,9 @@ def attend_backward(do, cache):
             *((None, None) if drel is None else drel.sum(1)))
 
 
-def _hidden(mask, dtype):
+def _hidden(mask, shape, dtype):
     """Function of a slice of blocks that gives 0 where a query may look, else -inf."""
+    mask = np.broadcast_to(causal_mask(np, *shape[-2:]) if mask is None else mask, shape)
     if all(stride == 0 for stride in mask.strides[:-2]):  # one mask for all blocks
         bias = np.where(mask.reshape(-1, *mask.shape[-2:])[:1], 0, -np.inf).astype(dtype)
         return lambda r: bias
@@ -795,7 +802,7 @@ def top_members(scores, window):
     return out.reshape(*scores.shape[:-1], window)
 
 
-def by_cluster(winner):
+def by_cluster(winner, n_clusters=MAX_CLUSTERS):
     """Sixteen bits are enough for a cluster's number, and NumPy sorts them by radix."""
     small = winner.astype(np.uint16)
     return small.argsort(axis=-1, kind="stable")
@@ -901,14 +908,14 @@ def muon_update(flat, grads, state, table, lr, step, *, weight_decay=0.0):
             change += g.reshape(leaf.shape)
             one[...] = _wide(change)
             one *= 1 / max(math.sqrt(np.vdot(one, one)), np.finfo(x.dtype).tiny)
-        for _ in range(5):
+        for first, third, fifth in NEWTON_SCHULZ:
             a = x @ x.swapaxes(-1, -2)
             b = a @ a.swapaxes(-1, -2)
-            b *= NEWTON_SCHULZ[2]
-            a *= NEWTON_SCHULZ[1]
+            b *= fifth
+            a *= third
             b += a
             y = b @ x
-            x *= NEWTON_SCHULZ[0]
+            x *= first
             x += y
         for one, leaf in zip(x, leaves, strict=True):
             w = _wide(flat[leaf.start : leaf.stop].reshape(leaf.shape))

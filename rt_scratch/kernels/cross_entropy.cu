@@ -1,4 +1,5 @@
-// Cross-entropy of the rows of z + b, a chunk of logits (n rows, V columns) fresh from the product:
+// Cross-entropy of the rows of z + b, a chunk of logits (n rows, V columns, rows `stride` entries
+// apart) fresh from the product:
 //   lse = log sum_v exp(z_v + b_v),  loss = weight (lse - z_target - b_target).
 // Called by linear_cross_entropy and its backward in cuda.py. One block per row.
 #include "common.cuh"
@@ -20,10 +21,10 @@ __device__ inline void block_logsumexp(float& top, float& total) {
   for (int i = 0; i < warps; i++) total += totals[i] * expf(tops[i] - top);
 }
 
-__global__ void cross_entropy(const float* z_nv, const float* b_v, const int* target_n,
-                              const float* weight_n, float* lse_n, float* loss_n, int vocabulary) {
+__global__ void cross_entropy(const float* z_strided, const float* b_v, const int* target_n,
+                              const float* weight_n, float* lse_n, float* loss_n, int vocabulary, int stride) {
   u64 row = blockIdx.x;
-  const float* z_v = z_nv + row * vocabulary;
+  const float* z_v = z_strided + row * stride;
   float top = LOWEST, total = 0;
   for (int v = threadIdx.x; v < vocabulary; v += blockDim.x) {
     float z = z_v[v] + b_v[v];
@@ -43,14 +44,14 @@ __global__ void cross_entropy(const float* z_nv, const float* b_v, const int* ta
 
 // dz = weight (exp(z + b - lse) - [v = target]); weight holds the factor dloss. dz may be z.
 template <typename T>
-__global__ void cross_entropy_backward(const float* z_nv, const float* b_v, const int* target_n,
-                                       const float* weight_n, const float* lse_n, T* dz_nv,
-                                       int vocabulary) {
+__global__ void cross_entropy_backward(const float* z_strided, const float* b_v, const int* target_n,
+                                       const float* weight_n, const float* lse_n, T* dz_strided,
+                                       int vocabulary, int stride) {
   u64 row = blockIdx.x;
   float weight = weight_n[row], lse = lse_n[row];
   int target = target_n[row];
   for (int v = threadIdx.x; v < vocabulary; v += blockDim.x) {
-    float p = expf(z_nv[row * vocabulary + v] + b_v[v] - lse);
-    store(dz_nv + row * vocabulary + v, weight * (v == target ? p - 1 : p));
+    float p = expf(z_strided[row * stride + v] + b_v[v] - lse);
+    store(dz_strided + row * stride + v, weight * (v == target ? p - 1 : p));
   }
 }

@@ -6,14 +6,12 @@
 
 template <typename T>
 __global__ void dropout(const T* x_n, T* y_n, long long size, unsigned threshold,
-                        unsigned seed_low, unsigned seed_high, unsigned stream, unsigned step,
-                        long long first_entry) {
+                        unsigned seed_low, unsigned seed_high, unsigned stream,
+                        const unsigned* step_1, long long first_entry) {
   u64 at = 8 * ((u64)blockIdx.x * blockDim.x + threadIdx.x);
   if (at >= (u64)size) return;
-  Drop drop = {threshold, seed_low, seed_high, stream, step, (u64)first_entry};
-  u64 octet = (drop.first + at) / 8;
-  unsigned lead = drop.first % 8, bits = kept(octet, drop);
-  if (lead) bits = (bits | kept(octet + 1, drop) << 8) >> lead;
+  Drop drop = drop_of(threshold, seed_low, seed_high, stream, step_1, first_entry);
+  unsigned bits = kept_from(at, drop);
   float scale = kept_scale(drop), x[8];
   read_many(x_n, at, size, x);
   for (int i = 0; i < 8; i++) x[i] = (bits >> i) & 1 ? x[i] * scale : 0.0f;

@@ -16,8 +16,9 @@ import numpy as np
 FOLDER = Path(__file__).parent
 OPTIONS = ("-std=c++17",)  # of the compiler
 DTYPE = {"float": "float32", "__half": "float16", "__nv_bfloat16": "bfloat16", "int": "int32",
-         "long long": "int64", "bool": "bool"}
+         "unsigned": "uint32", "long long": "int64", "bool": "bool"}
 SCALAR = {"int": np.int32, "unsigned": np.uint32, "long long": np.int64, "float": np.float32}
+NUMBERS = (bool, int, float)
 # The types that stand for a template parameter: activations, and words of a row that is only moved.
 INSTANCES = {"T": ("float", "__half", "__nv_bfloat16"),
              "W": ("unsigned char", "unsigned short", "unsigned", "uint2", "uint4")}
@@ -72,10 +73,10 @@ def _compiled(instance: str):
     import cupy
 
     function = _module(kernels()[instance.partition("<")[0]].file).get_function(instance)
+    null = cupy.uintp(0)  # CuPy takes addresses from arrays by itself
 
     def start(grid, block, arguments):
-        # A null pointer goes as the integer 0; CuPy takes addresses from arrays by itself.
-        function(grid, block, tuple(cupy.uintp(0) if a is None else a for a in arguments))
+        function(grid, block, tuple([null if a is None else a for a in arguments]))
 
     return start
 
@@ -88,6 +89,35 @@ def _module(file: str):
     return cupy.RawModule(code=source(file), options=OPTIONS, name_expressions=names)
 
 
+class Check(NamedTuple):
+    """What `launch` asks of an argument."""
+
+    parameter: str
+    scalar: type | None    # that numbers are converted to; None: a pointer
+    dtype: str | None      # that arrays must have; None: any
+    activation: bool       # T*: one of the activation types, the same for all
+    strided: bool          # need not be C-contiguous
+
+
+@functools.cache
+def _checks(name: str) -> tuple[Check, ...]:
+    return tuple(Check(parameter, None if declared.endswith("*") else SCALAR[declared],
+                       DTYPE.get(declared[:-1]), declared == "T*", parameter.endswith("strided"))
+                 for declared, parameter in kernels()[name].parameters)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _converted(scalar: type, value):
+    """scalar(value), which NumPy takes its time for."""
+    return scalar(value)
+
+
+@functools.cache
+def dtype_name(dtype) -> str:
+    """dtype.name, which NumPy spells out anew each time."""
+    return dtype.name
+
+
 def launch(name: str, grid, block, *arguments, word: str | None = None) -> None:
     """Start kernel `name`, with arguments in the order of its declaration.
 
@@ -97,27 +127,26 @@ def launch(name: str, grid, block, *arguments, word: str | None = None) -> None:
     C-contiguous, unless the parameter's name ends in `strided`. T is taken from the arrays; `word`
     is the type of W.
     """
-    kernel = kernels()[name]
-    if len(arguments) != len(kernel.parameters):
-        raise TypeError(f"{name} takes {len(kernel.parameters)} arguments, not {len(arguments)}")
-    activation = None
-    converted = []
-    for (declared, parameter), value in zip(kernel.parameters, arguments, strict=True):
-        if not declared.endswith("*"):
-            if isinstance(value, np.ndarray) or hasattr(value, "get"):
-                raise TypeError(f"{name}: {parameter} is an array; a {declared} is expected")
-            value = SCALAR[declared](value)
+    checks, activation, converted = _checks(name), None, []
+    if len(arguments) != len(checks):
+        raise TypeError(f"{name} takes {len(checks)} arguments, not {len(arguments)}")
+    for check, value in zip(checks, arguments, strict=True):
+        parameter, scalar, expected, activated, strided = check
+        if scalar is not None:
+            if type(value) not in NUMBERS and hasattr(value, "shape"):
+                raise TypeError(f"{name}: {parameter} is an array; a number is expected")
+            value = _converted(scalar, value)
         elif value is not None:
-            if declared == "T*":
-                activation = activation or value.dtype.name
+            dtype = dtype_name(value.dtype)
+            if activated:
+                activation = expected = activation or dtype
                 if activation not in WORD:
                     raise TypeError(f"{name}: {parameter} is {activation}, not one of {[*WORD]}")
-            expected = activation if declared == "T*" else DTYPE.get(declared[:-1])
-            if expected and value.dtype.name != expected:
-                raise TypeError(f"{name}: {parameter} is {value.dtype}, not {expected}")
-            if not (parameter.endswith("strided") or value.flags.c_contiguous):
+            if expected and dtype != expected:
+                raise TypeError(f"{name}: {parameter} is {dtype}, not {expected}")
+            if not (strided or value.flags.c_contiguous):
                 raise TypeError(f"{name}: {parameter} is not contiguous")
         converted.append(value)
-    if kernel.template == "T":
-        word = WORD[activation]
-    _compiled(f"{name}<{word}>" if kernel.template else name)(grid, block, tuple(converted))
+    template = kernels()[name].template
+    instance = f"{name}<{WORD[activation] if template == 'T' else word}>" if template else name
+    _compiled(instance)(grid, block, tuple(converted))

@@ -1,34 +1,91 @@
 // Optimizer steps on the flat buffers of parameters w, gradients g and state; all float32.
-// Called by adamw and adafactor in cuda.py.
+// Called by global_norm, adamw, muon and adafactor in cuda.py. The learning rate and the step are
+// read from the device: a CUDA graph of a step repeats what was passed by value.
 #include "common.cuh"
 
-// A leaf of the flat buffer, in entries.
-struct Leaf { long long start, size, decays; };
+// Sum of squares of the entries that a block of 256 takes, four per thread at a time.
+__global__ void sum_squares(const float* x_n, float* part_b, long long size) {
+  float sum = 0, x[4];
+  u64 stride = (u64)gridDim.x * 1024;
+  for (u64 first = ((u64)blockIdx.x * 256 + threadIdx.x) * 4; first < (u64)size; first += stride) {
+    read_many(x_n, first, size, x);
+    for (int i = 0; i < 4; i++) sum += x[i] * x[i];
+  }
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) part_b[blockIdx.x] = sum;
+}
+
+// A leaf of the flat buffer, in entries, and where its second moments begin in theirs.
+struct Leaf { long long start, size, decays, second; };
+
+// 1 - (1 - move)^n, exact to float's rounding also where n move is small.
+__device__ inline float unbias(float move, unsigned n) { return -expm1f(n * log1pf(-move)); }
 
 // m <- m + move1 (g - m),  v <- v + move2 (g^2 - v),  move = 1 - beta,
-// w <- w - w decay - rate m / (sqrt(v) / c2 + epsilon),  decay in leaves that have it.
+// w <- w - lr decay w - lr / c1 m / (sqrt(v / c2) + epsilon),  c = 1 - beta^(step + 1), decay in
+// leaves that have it.
 // Grid (any, leaves), four entries per thread at a time.
 __global__ void adamw(float* w_n, const float* g_n, float* m_n, float* v_n,
-                      const long long* table_li, float rate, float move1, float move2, float c2,
-                      float epsilon, float decay) {
+                      const long long* table_li, const float* lr_1, const unsigned* step_1,
+                      float move1, float move2, float epsilon, float decay) {
+  float rate = *lr_1 / unbias(move1, *step_1 + 1), c2 = sqrtf(unbias(move2, *step_1 + 1));
   const Leaf leaf = ((const Leaf*)table_li)[blockIdx.y];
   u64 end = leaf.start + leaf.size, stride = (u64)gridDim.x * blockDim.x * 4;
+  u64 second = leaf.second - leaf.start;  // may wrap around, and the sums below back again
   u64 first = leaf.start + ((u64)blockIdx.x * blockDim.x + threadIdx.x) * 4;
   for (; first < end; first += stride) {
     float w[4], g[4], m[4], v[4];
     read_many(w_n, first, end, w);
     read_many(g_n, first, end, g);
     read_many(m_n, first, end, m);
-    read_many(v_n, first, end, v);
+    read_many(v_n, first + second, end + second, v);
     for (int i = 0; i < 4; i++) {
       m[i] += move1 * (g[i] - m[i]);
       v[i] += move2 * (g[i] * g[i] - v[i]);
-      if (leaf.decays) w[i] -= decay * w[i];
+      if (leaf.decays) w[i] -= *lr_1 * decay * w[i];
       w[i] -= rate * (m[i] / (sqrtf(v[i]) / c2 + epsilon));
     }
     write_many(w_n, first, end, w);
     write_many(m_n, first, end, m);
-    write_many(v_n, first, end, v);
+    write_many(v_n, first + second, end + second, v);
+  }
+}
+
+// Muon, the parts around the matrix products, for matrices of one shape (`size` entries); table_li
+// are their leaves, x_ln their stack. Grid (any, leaves), four entries per thread at a time.
+
+// m <- momentum m + g,  x = g + momentum m.
+__global__ void muon_momentum(const float* g_n, float* m_n, const long long* table_li, float* x_ln,
+                              long long size, float momentum) {
+  u64 start = ((const Leaf*)table_li)[blockIdx.y].start, end = start + size;
+  u64 out = blockIdx.y * (u64)size, stride = (u64)gridDim.x * blockDim.x * 4;
+  u64 first = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * 4;
+  for (; first < (u64)size; first += stride) {
+    float g[4], m[4], x[4];
+    read_many(g_n, start + first, end, g);
+    read_many(m_n, start + first, end, m);
+    for (int i = 0; i < 4; i++) {
+      m[i] = momentum * m[i] + g[i];
+      x[i] = g[i] + momentum * m[i];
+    }
+    write_many(m_n, start + first, end, m);
+    write_many(x_ln, out + first, out + size, x);
+  }
+}
+
+// w <- w - lr decay w - lr scale x.
+__global__ void muon_update(float* w_n, const long long* table_li, const float* x_ln,
+                            const float* lr_1, long long size, float scale, float decay) {
+  u64 start = ((const Leaf*)table_li)[blockIdx.y].start, end = start + size;
+  u64 out = blockIdx.y * (u64)size, stride = (u64)gridDim.x * blockDim.x * 4;
+  u64 first = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * 4;
+  float lr = *lr_1;
+  for (; first < (u64)size; first += stride) {
+    float w[4], x[4];
+    read_many(w_n, start + first, end, w);
+    read_many(x_ln, out + first, out + size, x);
+    for (int i = 0; i < 4; i++) w[i] -= lr * (decay * w[i] + scale * x[i]);
+    write_many(w_n, start + first, end, w);
   }
 }
 
@@ -38,11 +95,14 @@ __global__ void adamw(float* w_n, const float* g_n, float* m_n, float* v_n,
 //   rows                r <- r + move (mean_c (g^2 + 1e-30) - r),  or the v of a vector
 //   columns, _finish    c <- the same over rows;  mean = mean_r r
 //   squares             partial sums of x^2 and w^2,  x = g rsqrt(r / mean) rsqrt(c)
-//   update              w <- w - rate max(rms w, 1e-3) x / max(1, rms x),  rms over the leaf
+//   update              w <- w - lr max(rms w, 1e-3) x / max(1, rms x),  rms over the leaf
 // Where the leaf decays, g is g + decay w. Grids are (BLOCKS, matrices); a block takes every
 // BLOCKS-th row or tile of columns.
 constexpr int BLOCKS = 128;
 constexpr float SQUARE_FLOOR = 1e-30f, SCALE_FLOOR = 1e-3f;
+
+// 1 - decay of the second moments: (step + 1)^-0.8.
+__device__ inline float move_at(const unsigned* step_1) { return powf(*step_1 + 1.0f, -0.8f); }
 
 // A line of the table, all positions in entries: the matrix in the flat buffer, its size, its position
 // among the row moments (a vector: among the full moments) and the column moments (a vector: -1),
@@ -69,7 +129,8 @@ __device__ inline float gradient(const Gradient& of, long long r, long long c) {
 }
 
 __global__ void adafactor_rows(const float* w_n, const float* g_n, const long long* table_mi,
-                               float* row_s, float* full_s, float move, float decay) {
+                               float* row_s, float* full_s, const unsigned* step_1, float decay) {
+  float move = move_at(step_1);
   const Matrix at = ((const Matrix*)table_mi)[blockIdx.y];
   const Gradient of = gradient_of(at, w_n, g_n, decay);
   if (at.column_state < 0) {
@@ -122,25 +183,13 @@ __global__ void adafactor_columns(const float* w_n, const float* g_n, const long
   }
 }
 
-// Sum of one number per thread of a block of 256, in a fixed order, in every thread.
-__device__ inline float block_sum(float x) {
-  __shared__ float sums[8];
-  x = warp_sum(x);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = 0;
-  for (int i = 0; i < 8; i++) x += sums[i];
-  return x;
-}
-
 // Column moments from the strips; block 0 of each matrix also takes the mean of its row moments.
 __global__ void adafactor_columns_finish(const float* part_zs, const long long* table_mi,
                                          const float* row_s, float* column_s, float* mean_m,
-                                         int strips, long long states, float move) {
+                                         int strips, long long states, const unsigned* step_1) {
   const Matrix at = ((const Matrix*)table_mi)[blockIdx.y];
   if (at.column_state < 0) return;
-  float* v = column_s + at.column_state;
+  float *v = column_s + at.column_state, move = move_at(step_1);
   for (long long c = blockIdx.x * 256 + threadIdx.x; c < at.columns; c += BLOCKS * 256) {
     float sum = 0;
     for (int z = 0; z < strips; z++) sum += part_zs[z * states + at.column_state + c];
@@ -193,8 +242,8 @@ __global__ void adafactor_squares(const float* w_n, const float* g_n, const long
 
 __global__ void adafactor_update(float* w_n, const float* g_n, const long long* table_mi,
                                  const float* row_s, const float* column_s, const float* full_s,
-                                 const float* mean_m, const float* square_mk, float rate,
-                                 float decay) {
+                                 const float* mean_m, const float* square_mk,
+                                 const float* lr_1, float decay) {
   const Matrix at = ((const Matrix*)table_mi)[blockIdx.y];
   if (blockIdx.x >= at.rows) return;
   const Gradient of = gradient_of(at, w_n, g_n, decay);
@@ -207,7 +256,7 @@ __global__ void adafactor_update(float* w_n, const float* g_n, const long long* 
   }
   float size = (float)at.matrices * at.rows * at.columns;
   float rms_x = sqrtf(block_sum(squares_x) / size), rms_w = sqrtf(block_sum(squares_w) / size);
-  float factor = rate * fmaxf(rms_w, SCALE_FLOOR) / fmaxf(1.0f, rms_x);
+  float factor = *lr_1 * fmaxf(rms_w, SCALE_FLOOR) / fmaxf(1.0f, rms_x);
   for (long long r = blockIdx.x; r < at.rows; r += BLOCKS)
     for (long long c = threadIdx.x; c < at.columns; c += 256)
       w_n[at.start + r * at.columns + c] -=

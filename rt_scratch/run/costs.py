@@ -16,7 +16,7 @@ from rt_scratch.optim import OPTIMIZERS
 from rt_scratch.parameters import parameter_table
 from rt_scratch.run.evaluate import mode
 
-LOOKED_UP = ("embed.table", "embed.classes")  # rows are taken from them, no product
+LOOKED_UP = ("embed.table", "embed.ngrams", "embed.classes")  # rows are taken from them, no product
 
 
 def describe(device: str, plan) -> str:

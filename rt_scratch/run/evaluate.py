@@ -12,10 +12,12 @@ from rt_scratch.config import ModelConfig
 from rt_scratch.data import Dataset, score, tokens_per_word
 from rt_scratch.data.batches import count_windows, eval_windows
 from rt_scratch.data.dataset import words_scored
+from rt_scratch.device import Precision
 from rt_scratch.dispatch import array_module, to_host
 from rt_scratch.errors import UserError
 from rt_scratch.model import loss
 from rt_scratch.parallel import SINGLE, World
+from rt_scratch.parameters import compute_copy
 from rt_scratch.step import State
 
 CAUSAL_WINDOWS = 64  # windows that incremental scoring takes at a time, and unless told in all
@@ -28,12 +30,14 @@ class Score(NamedTuple):
 
 
 def evaluate(state: State, dataset: Dataset, model: ModelConfig, split: str, batch: int,
-             stride: int = 0, limit: int = 0, world: World = SINGLE) -> Score:
+             stride: int = 0, limit: int = 0, world: World = SINGLE,
+             precision: Precision = Precision()) -> Score:  # noqa: B008
     """The score of a split in single passes over its windows (data/batches.py: eval_windows).
 
     The processes of `world` take turns with the batches, and all return the score of the whole.
+    The network computes in `precision`, and the line says so where it is not float32.
     """
-    xp, params = array_module(state.flat), state.params
+    xp, params = array_module(state.flat), compute_copy(state.flat, state.table, precision.dtype)
     total = _count(dataset, model, split, stride)
     found = []
     for i, (ids, weights, index) in enumerate(eval_windows(
@@ -53,16 +57,19 @@ def evaluate(state: State, dataset: Dataset, model: ModelConfig, split: str, bat
     value = score(nats, n, dataset, split, n_words)
     return Score(nats / n, value, (
         f"{split} {value:.4f} {dataset.unit}  ({seen}, {_scored(dataset, split, n)}, context "
-        f"{model.seq_len}, stride {stride or model.seq_len}, {mode(model)}{leak})"))
+        f"{model.seq_len}, stride {stride or model.seq_len}, {mode(model)}"
+        f"{'' if precision.name == 'float32' else f', {precision.name}'}{leak})"))
 
 
 def evaluate_causally(state: State, dataset: Dataset, model: ModelConfig, split: str,
-                      limit: int = 0, world: World = SINGLE) -> Score:
+                      limit: int = 0, world: World = SINGLE,
+                      precision: Precision = Precision()) -> Score:  # noqa: B008
     """The score by incremental decoding: each token given what came before, no more.
 
     Processes share the work as in `evaluate`. Without topk heads this is the ordinary score; with
-    them, whose members later tokens help to
-    choose when a window is read in one pass, the difference is what looking ahead is worth.
+    them, whose members later tokens help to choose when a window is read in one pass, the
+    difference is what looking ahead is worth. All decoding computes in the parameters' own type;
+    the line says so where `precision`, that of the run, has another.
     """
     xp, params = array_module(state.flat), state.params
     total = _count(dataset, model, split)
@@ -73,26 +80,38 @@ def evaluate_causally(state: State, dataset: Dataset, model: ModelConfig, split:
         found.append((0.0, 0.0, 0))
         if i % world.size != world.rank:
             continue
-        nats = 0.0
         labels = xp.asarray(dataset.labels[split][index]) if model.n_classes else None
-        ids = xp.asarray(ids)
-        logits, memory = decode.prefill(
-            params, state.centroids, model, ids[:, :0], model.seq_len, labels)
-        for t in range(ids.shape[1]):
-            z = to_host(logits).astype("float64")
-            z -= z.max(-1, keepdims=True)
-            hit = np.take_along_axis(z, to_host(ids[:, t : t + 1]).astype(np.int64), axis=1)[:, 0]
-            nats += float((weights[:, t] * (np.log(np.exp(z).sum(-1)) - hit)).sum())
-            if t + 1 < ids.shape[1]:
-                logits = decode.step(params, state.centroids, model, memory, ids[:, t])
-        found[i] = (nats, float(weights.sum()),
+        nats = incremental_nats(params, state.centroids, model, xp.asarray(ids), labels)
+        found[i] = (float((weights * nats).sum()), float(weights.sum()),
                     words_scored(dataset, split, weights, index, model.seq_len))
     nats, n, n_words = _add(found, world)
     value = score(nats, n, dataset, split, n_words)
+    own = "" if precision.name == "float32" else \
+        f", {precision.name if precision.dtype is None else state.flat.dtype}"
     return Score(nats / n, value, (
         f"{split} {value:.4f} {dataset.unit}  by incremental decoding, nothing seen ahead  "
         f"({limit} of {total} windows, evenly spread, {_scored(dataset, split, n)}, context "
-        f"{model.seq_len}, {mode(model)})"))
+        f"{model.seq_len}, {mode(model)}{own})"))
+
+
+def incremental_nats(params, centroids, model: ModelConfig, ids, labels=None):
+    """-log p(token t | tokens before t) by incremental decoding: ids (B, T) -> (B, T), on the host.
+    """
+    logits, memory = decode.prefill(params, centroids, model, ids[:, :0], model.seq_len, labels)
+    nats = np.empty(ids.shape)
+    for t in range(ids.shape[1]):
+        nats[:, t] = token_nats(logits, ids[:, t])
+        if t + 1 < ids.shape[1]:
+            logits = decode.step(params, centroids, model, memory, ids[:, t])
+    return nats
+
+
+def token_nats(logits, ids):
+    """-log softmax(logits)[id], in float64 on the host: logits (..., V), ids (...) -> (...)."""
+    z = to_host(logits).astype("float64")
+    z -= z.max(-1, keepdims=True)
+    hit = np.take_along_axis(z, to_host(ids)[..., None].astype(np.int64), axis=-1)[..., 0]
+    return np.log(np.exp(z).sum(-1)) - hit
 
 
 def _scored(dataset, split, n):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from rt_scratch import data
 from rt_scratch.config import ModelConfig, TrainConfig, choices, flag
 from rt_scratch.console import say
+from rt_scratch.device import Precision
 from rt_scratch.errors import UserError
 from rt_scratch.optim import learning_rate
 from rt_scratch.presets import preset
@@ -29,6 +30,7 @@ class Plan(NamedTuple):
     config: dict                 # of config.json
     saved: Saved | None          # the checkpoint of a saved run
     source: Saved | None = None  # of another one, whose model and parameters a new run starts with
+    precision: Precision | None = None  # of the network, once the device is known
 
 
 def add_fields(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rt_scratch.config import ModelConfig
+from rt_scratch.config import ModelConfig, TrainConfig
 from rt_scratch.data import Codec, Dataset
 from rt_scratch.decode import generate
 from rt_scratch.dispatch import array_module
@@ -114,6 +114,16 @@ def show_sample(state: State, dataset: Dataset, model: ModelConfig, seed: int, f
     text.end()
     keep_sample(folder, state.step, text.text)
     return f"--- sample\n{text.text}\n---"
+
+
+def wanted(step: int, scored: int, model: ModelConfig, train: TrainConfig) -> bool:
+    """Whether to draw after the evaluation at `step`, the one before having been at `scored`.
+
+    Always at the end. Before it where --sample-every has a multiple since then; by default text,
+    which takes a moment, every time, and pictures, which take minutes, never.
+    """
+    every = train.sample_every or (1 if model.kind == "text" else train.steps)
+    return step == train.steps or step // every > scored // every
 
 
 def keep_sample(folder: Path, step: int, text: str) -> None:

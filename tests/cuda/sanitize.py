@@ -19,6 +19,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 import run_on_cpu  # noqa: E402
 
 from rt_scratch.kernels import cuda, launch  # noqa: E402
+from rt_scratch.kmeans import Centroids  # noqa: E402
 
 BARRIER = "__syncthreads();"
 
@@ -33,19 +34,28 @@ def exercise(file):
         cuda.top_members(numbers(1, 2000), 300)
     elif file == "cross_entropy.cu":
         launch.launch("cross_entropy", (2,), (64,), numbers(2, 100), numbers(100),
-                      np.array([3, 99], np.int32), numbers(2), numbers(2), numbers(2), 100)
+                      np.array([3, 99], np.int32), numbers(2), numbers(2), numbers(2), 100, 100)
     elif file == "layer_norm.cu":
         y, cache = cuda.layer_norm(numbers(20, 33), numbers(33), numbers(33))
         cuda.layer_norm_backward(y, cache)
     elif file == "columns.cu":
-        cuda.column_sum(numbers(20, 33))
+        launch.launch("column_sum", (2, 1), (32, 8), numbers(20, 33), numbers(1, 33), 20, 33, 20,
+                      33)
+        launch.launch("sum_all", (1,), (256,), numbers(600), numbers(1), 600, 1.0)
     elif file == "by_cluster.cu":
         counts = np.ones((1, 600), np.int32)
         launch.launch("cluster_starts", (1,), (256,), counts, 600)
     elif file == "rows.cu":
-        cuda.scatter_sum(numbers(1, 1, 3, 8, 70), np.arange(24).reshape(1, 1, 3, 8), 30)
-    elif file == "kmeans.cu":
-        cuda.cluster_statistics(numbers(1, 1, 40, 70), np.arange(40).reshape(1, 1, 40) % 7, 7)
+        cuda.coverage(np.ones((1, 1, 600, 1), np.float32))
+    elif file == "optim.cu":
+        cuda.global_norm(numbers(5000))
+    elif file in ("kmeans.cu", "centroids.cu"):
+        x, winner = numbers(1, 1, 40, 70), np.arange(40).reshape(1, 1, 40) % 7
+        if file == "kmeans.cu":
+            cuda.compare(x, numbers(1, 7, 70))
+            cuda.commitment(x, numbers(1, 7, 70), winner)
+        counts, sums = cuda.cluster_statistics(x, winner, 7)
+        cuda.replace_centroids(Centroids(sums.copy(), counts + 1, sums.copy()), counts, sums, 0.9)
     else:
         raise SystemExit(f"{file} has no block barrier")
 

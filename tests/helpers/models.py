@@ -80,7 +80,7 @@ def check_gradient(m: Setup, seed, noise=NOISE, step=1e-6):
     _, cache, report = m.loss(noise=noise)
     moved = [m.loss(m.flat + sign * step * v, noise=noise, fixed=report.routes) for sign in (1, -1)]
     if m.cfg.ffn == "relu":  # the step must not cross a kink
-        signs = [[block.ffn.positive for block in c.forward.blocks] for _, c, _ in moved]
+        signs = [[block.ffn.out.x > 0 for block in c.forward.blocks] for _, c, _ in moved]
         assume(all(np.array_equal(a, b) for a, b in zip(*signs, strict=True)))
     g = m.gradient(cache)
     numeric = (moved[0][0] - moved[1][0]) / (2 * step)

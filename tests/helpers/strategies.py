@@ -45,6 +45,8 @@ def configs(draw, kinds=("text", "image"), routings=ROUTING, dropout=True):
         vocab_size=256 if image else 11, n_classes=draw(st.sampled_from([0, 3])) if image else 0,
         pad_id=draw(st.sampled_from([-1, 0])), n_layers=2, width=4 * sum(heads),
         embed_width=0 if image else draw(st.sampled_from([0, 5])),
+        input_tokens=1 if image else draw(st.sampled_from([1, 3])),
+        ngram_rows=0 if image else draw(st.sampled_from([0, 7])),
         tie_embedding=not image and draw(st.booleans()),
         timing_signal=not image and draw(st.booleans()),
         ffn=draw(st.sampled_from([*FEED_FORWARDS])), ffn_width=5,

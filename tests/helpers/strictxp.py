@@ -9,13 +9,18 @@ what would make the host wait for the GPU:
 - functions, methods and keywords that CuPy does not have (checked against the real package when it
   is installed, GPU or not).
 
-Reductions give 0-d arrays, as CuPy's do, never scalars.
+Reductions give 0-d arrays, as CuPy's do, never scalars. `operations` counts what would start a
+kernel: functions, operators and methods that compute or copy, not views. `with capturing():` also
+refuses what a CUDA graph cannot record: copies from the host, CuPy's products (its cuBLAS handle),
+its sorts (they wait).
 """
 
+import collections
 import contextlib
 import inspect
 import operator
 import sys
+from types import SimpleNamespace
 
 import numpy
 
@@ -25,8 +30,13 @@ except ImportError:
     cupy = None
 
 SCALARS = (bool, int, float, numpy.generic)
+VIEWS = set("reshape swapaxes transpose squeeze view broadcast_to expand_dims moveaxis empty "
+            "empty_like promote_types finfo result_type can_cast ndim shape".split())
+operations = collections.Counter()  # by name
 UFUNC_METHODS = {"reduceat": {"add"}, "accumulate": {"add", "multiply"}}
-_may_read = False
+UNRECORDED = {"matmul", "dot", "vdot", "inner", "outer", "einsum", "tensordot", "sort", "argsort",
+              "lexsort", "partition", "argpartition", "unique", "nonzero", "searchsorted"}
+_may_read = _captures = _clears = False
 sys.modules["strictxp"] = sys.modules[__name__]
 
 
@@ -43,6 +53,31 @@ def reading():
         yield
     finally:
         _may_read = before
+
+
+class Unrecorded(AssertionError):
+    """A CUDA graph cannot hold this."""
+
+
+@contextlib.contextmanager
+def capturing(warm_up=False):
+    """Inside, as while CuPy's stream is captured, or in the warm-up before, where all is allowed.
+
+    Either way new arrays hold zeros, so that indices fit where no kernel fills them.
+    """
+    global _captures, _clears
+    _captures, _clears = not warm_up, True
+    try:
+        yield
+    finally:
+        _captures = _clears = False
+
+
+def _record(name, *arguments):
+    if _captures and name in UNRECORDED:
+        raise Unrecorded(f"{name} in a CUDA graph")
+    if _captures and any(isinstance(x, numpy.ndarray) for x in arguments):
+        raise Unrecorded(f"{name}: a copy from the host in a CUDA graph")
 
 
 def _read(what):
@@ -69,8 +104,20 @@ def _outer(value):
     return value
 
 
-def _index(index):
-    for i in index if isinstance(index, tuple) else (index,):
+def _counted(name, argument, result):
+    """The result of an operation, which is counted unless it is its argument, or a view."""
+    same = isinstance(argument, ndarray) and getattr(result, "_host", None) is argument._host
+    if name not in VIEWS and not same:
+        operations[name] += 1
+    return result
+
+
+def _index(index, name=None):
+    """NumPy's form of an index; counted as an operation with a name, or where it copies."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if name or any(isinstance(i, ndarray) for i in parts):
+        operations[name or "take"] += 1
+    for i in parts:
         if isinstance(i, ndarray) and i.dtype == bool:
             _read("indexing with a mask")
         if isinstance(i, slice) and any(isinstance(x, ndarray) for x in (i.start, i.stop, i.step)):
@@ -108,7 +155,7 @@ class ndarray:
         return _outer(self._host[_index(index)])
 
     def __setitem__(self, index, value):
-        self._host[_index(index)] = _inner(value)
+        self._host[_index(index, "copy")] = _inner(value)
 
     def __getattr__(self, name):
         if name.startswith("__") or cupy is not None and not hasattr(cupy.ndarray, name):
@@ -116,26 +163,30 @@ class ndarray:
         if name in ("item", "tolist", "tobytes"):
             _read(f".{name}()")
         value = getattr(self._host, name)
+        if name == "data":
+            return SimpleNamespace(ptr=self._host.ctypes.data)
         if not callable(value):
             return _outer(value)
-        return lambda *args, **options: _outer(
-            value(*map(_inner, args), **{k: _inner(v) for k, v in options.items()}))
+        _record(name)
+        return lambda *args, **options: _counted(name, self, _outer(
+            value(*map(_inner, args), **{k: _inner(v) for k, v in options.items()})))
 
 
 def _operator(name, function):
     def apply(self, other):
         if not isinstance(other, (ndarray, *SCALARS)):
             raise TypeError(f"{name} of a device array and {type(other)}")
-        return _outer(function(self._host, _inner(other)))
+        return _counted(name, self, _outer(function(self._host, _inner(other))))
 
     def reflected(self, other):
         if not isinstance(other, SCALARS):
             raise TypeError(f"{name} of {type(other)} and a device array")
-        return _outer(function(other, self._host))
+        return _counted(name, self, _outer(function(other, self._host)))
 
     def in_place(self, other):
         if not isinstance(other, (ndarray, *SCALARS)):
             raise TypeError(f"{name} of a device array and {type(other)}")
+        operations[name] += 1
         self._host[...] = function(self._host, _inner(other))
         return self
 
@@ -151,15 +202,16 @@ for _name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".spl
 def _matmul(self, other):
     if not isinstance(other, ndarray):
         raise TypeError(f"product of a device array and {type(other)}")
-    return _outer(self._host @ other._host)
+    _record("matmul")
+    return _counted("matmul", self, _outer(self._host @ other._host))
 
 
 ndarray.__matmul__ = _matmul
 
 
 def _plain(name, function):
-    setattr(ndarray, f"__{name}__", lambda self, *other: _outer(
-        function(self._host, *map(_inner, other))))
+    setattr(ndarray, f"__{name}__", lambda self, *other: _counted(name, self, _outer(
+        function(self._host, *map(_inner, other)))))
 
 
 for _name in "lt le gt ge eq ne neg abs invert".split():
@@ -182,11 +234,15 @@ class _Function:
     def __call__(self, *args, **options):
         if self.signature is not None:
             self.signature.bind(*args, **options)  # TypeError for what CuPy does not take
+        _record(self.name, *args)
+        if _clears and self.name in ("empty", "empty_like"):
+            return _outer(numpy.zeros_like(_inner(args[0]), *args[1:], **options)
+                          if self.name == "empty_like" else numpy.zeros(*args, **options))
         if self.name in ("asarray", "array"):  # the way in: from NumPy as well
             args = (args[0]._host if isinstance(args[0], ndarray) else args[0], *args[1:])
-            return _outer(numpy.array(*args, **options))
-        return _outer(self.function(*map(_inner, args),
-                                    **{k: _inner(v) for k, v in options.items()}))
+            return _counted(self.name, None, _outer(numpy.array(*args, **options)))
+        return _counted(self.name, args[0] if args else None, _outer(self.function(
+            *map(_inner, args), **{k: _inner(v) for k, v in options.items()})))
 
     def __getattr__(self, method):
         if self.name not in UFUNC_METHODS.get(method, ()):
@@ -194,6 +250,15 @@ class _Function:
         call = getattr(self.function, method)
         return lambda *args, **options: _outer(
             call(*map(_inner, args), **{k: _inner(v) for k, v in options.items()}))
+
+
+class lib:
+    """Of cupy.lib what gives views."""
+
+    class stride_tricks:
+        @staticmethod
+        def as_strided(x, shape=None, strides=None):
+            return _outer(numpy.lib.stride_tricks.as_strided(_inner(x), shape, strides))
 
 
 def __getattr__(name):
