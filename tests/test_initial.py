@@ -44,7 +44,7 @@ def test_everything_is_taken_over_but_the_optimizer(source, text, tmp_path, caps
     np.testing.assert_array_equal(state.flat, saved["params"])
     np.testing.assert_array_equal(state.centroids[1].total, saved["centroids.1.total"])
     assert not state.optimizer["m"].any() and np.load(source / "last.npz")["opt.m"].any()
-    assert plan.model == read_state(source / "best.npz").model and plan.train.steps == 2800
+    assert plan.model == read_state(source / "best.npz").model
     told = capsys.readouterr().out
     assert "best.npz, step" in told and "k-means" not in told
 
