@@ -25,10 +25,11 @@ try:
     from rt_scratch.run import checkpoint, costs, log
     from rt_scratch.run.evaluate import CAUSAL_WINDOWS, doubt, evaluate, evaluate_causally
     from rt_scratch.run.folder import RunFolder
+    from rt_scratch.run.initial import initial_state
     from rt_scratch.run.options import add_fields, check_flags, plan_run
     from rt_scratch.run.pictures import plot_loss
     from rt_scratch.run.samples import show_sample, wanted
-    from rt_scratch.step import cut, new_state, train_step
+    from rt_scratch.step import cut, train_step
 except KeyboardInterrupt:  # it takes a second
     raise SystemExit("interrupted") from None
 
@@ -48,10 +49,7 @@ def work(args, world):
     if args.dry_run:
         return
     costs.check_memory(model, train, xp=xp, step=not args.evaluate, processes=world.size)
-    if plan.saved:
-        state, progress = checkpoint.restore(plan.saved, xp, for_training=args.resume)
-    else:
-        state, progress = new_state(model, train, xp), checkpoint.Progress()
+    state, progress = initial_state(plan, xp, for_training=args.resume)
     world.check_same(lambda: software(xp) | plan.config["model"] | plan.config["train"]
                      | {"data": plan.dataset.protocol, "state": checksum(state.arrays)})
     world = world.on(xp)
@@ -178,12 +176,14 @@ def parse(argv=None):
     add("--out", type=Path, help="run folder (default: runs/DATASET)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU, if any")
     add("--resume", action="store_true", help="continue a run exactly")
+    add("--init-from", type=Path, metavar="RUN", help="start with model, parameters and centroids "
+        "of this run; --n-clusters may differ: centroids are then drawn by k-means")
     add("--stop-after", type=int, default=0, metavar="STEP",
         help="stop and save after this step of the schedule")
     add("--evaluate", choices=("train", "valid", "test"), metavar="SPLIT",
         help="score a finished run on train, valid or test, and stop; the whole split unless "
              "--eval-windows is given")
-    add("--checkpoint", choices=("last", "best"), help="which one to score (default: best)")
+    add("--checkpoint", choices=("last", "best"), help="to score or start from (default: best)")
     add("--evaluate-causally", action="store_true",
         help=f"with --evaluate: also score by incremental decoding, on --eval-windows (default "
              f"{CAUSAL_WINDOWS}) windows")

@@ -20,7 +20,8 @@ all this with eight tokens. Reading order, an evening:
     attention   softmax attention in blocks, relative positions by a skew, local attention
     kmeans      online k-means, commitment loss
     routing     who meets whom, attention inside clusters: the paper
-    heads       the kinds of head, one row each: local, full, causal, topk, random
+    multiprobe  ours: each key in one cluster, each query in several
+    heads       the kinds of head, one row each: local, full, causal, topk, random, multiprobe
     model       one block, the whole model, forward and backward
     step        one optimizer step; centroids move here, in the open
 

@@ -26,6 +26,12 @@ from rt_scratch.attention import distance_rows, local_attention, local_attention
 from rt_scratch.dispatch import array_module
 from rt_scratch.kmeans import unit_length
 from rt_scratch.layers import normalize
+from rt_scratch.multiprobe import (
+    MULTIPROBE,
+    multiprobe_fill,
+    multiprobe_step,
+    multiprobe_store,
+)
 from rt_scratch.routing import (
     CAUSAL,
     MEAN_FLOOR,
@@ -211,7 +217,7 @@ def _fill_rows(store, p, family):
             rows[...], _ = distance_rows(table, 1 - len(rows), 0)
 
 
-# -------------------------------------------------------------------------- causal, topk, random
+# -------------------------------------------------------------- causal, topk, random, multiprobe
 
 def causal_forward(q, k, v, p, context):
     """Ours: the nearest centroid's W most recent members; logits scaled by D^-1/2."""
@@ -231,6 +237,13 @@ def random_forward(q, k, v, p, context):
     clusters = random_clusters(cfg, context.layer, array_module(q), q.shape[1], q.shape[2])
     return _routing_forward(q, k, v, p, context, Rule(
         RANDOM, cfg.window, cfg.head_width ** -0.5, clusters=clusters))
+
+
+def multiprobe_forward(q, k, v, p, context):
+    """Ours: each key in its nearest cluster, each query at the W latest keys of its R nearest."""
+    cfg = context.cfg
+    return _routing_forward(q, k, v, p, context, Rule(
+        MULTIPROBE, cfg.window, cfg.head_width ** -0.5, n_probes=cfg.n_probes))
 
 
 def _routing_forward(q, k, v, p, context, rule):
@@ -443,4 +456,8 @@ KINDS = {
     "random": Kind(
         "routing", RANDOM, random_forward, routing_backward, random_store, random_fill,
         random_step, lambda cfg: 3 * -(-cfg.window // 2)),
+    "multiprobe": Kind(
+        "routing", MULTIPROBE, multiprobe_forward, routing_backward, multiprobe_store,
+        multiprobe_fill, multiprobe_step,
+        lambda cfg: 3 * -(-cfg.window // 2) * (min(cfg.n_probes, cfg.n_clusters) + 1)),
 }

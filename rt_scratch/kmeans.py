@@ -110,3 +110,31 @@ def commitment_backward(dloss, cache):
 def add_commitment_gradient(dx, dloss, cache):
     """dx += commitment_backward(dloss, cache), to what attention sent back to x, in place."""
     dx += commitment_backward(dloss, cache).astype(dx.dtype, copy=False)
+
+
+LLOYD_ROUNDS = 20
+
+
+def seeded_centroids(x, n_clusters: int, rng) -> Centroids:
+    """Centroids drawn from vectors x (H, N, D): k-means++, then Lloyd's rounds.
+
+    k-means++ (Arthur and Vassilvitskii 2007): the first is one of the vectors, each further one a
+    vector drawn with a probability in proportion to its squared distance to the nearest so far.
+    Lloyd's rounds: assign by direction, as `causal` heads do, then move to the means. rng: a numpy
+    Generator. The averages start with the counts and sums of these vectors.
+    """
+    xp = array_module(x)
+    h, n, _ = x.shape
+    draws = xp.asarray(rng.random((n_clusters, h, 1)).astype(x.dtype))
+    weight, chosen = xp.ones((h, n), x.dtype), []
+    for draw in range(n_clusters):
+        total = xp.cumsum(xp.where(weight.any(-1, keepdims=True), weight, 1), axis=-1)
+        index = xp.minimum((total <= draws[draw] * total[:, -1:]).sum(-1), n - 1)  # (H,)
+        chosen.append(x[xp.arange(h), index])
+        distance = ((x - chosen[-1][:, None]) ** 2).sum(-1)          # (H, N)
+        weight = xp.minimum(weight, distance) if draw else distance
+    mu = xp.stack(chosen, axis=1)                                    # (H, K, D)
+    for _ in range(LLOYD_ROUNDS):
+        counts, sums = cluster_statistics(x[None], nearest(x[None], mu, True), n_clusters)
+        mu = xp.where((counts > 0)[..., None], sums / xp.maximum(counts, 1)[..., None], mu)
+    return Centroids(mu, counts, sums)

@@ -363,9 +363,8 @@ def ngram(ids, base: int, rows: int):
     N-grams that share a row share it by accident, if `rows` is a prime number: `base` and its
     powers should have no divisor in common with it.
     """
-    xp = array_module(ids)
-    digits = xp.asarray([pow(base, j, rows) for j in range(ids.shape[-1])])
-    return (ids * digits).sum(-1) % rows
+    digits = ids.astype("int64")
+    return sum(digits[..., j] * pow(base, j, rows) for j in range(ids.shape[-1])) % rows
 
 
 EmbeddingCache = namedtuple("EmbeddingCache", "ids table")

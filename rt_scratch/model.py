@@ -5,7 +5,7 @@ Data flow, text:   ids -> shift right -> embeddings -> dense -> blocks -> [Layer
 
 Two conventions meet here. Plain functions (layers, attention, routing) return gradients. The parts
 of the model below take the parameter tree and add the gradients of their parameters to an identical
-tree of gradients; they alone write `+=` into it, and return the gradient of their input.
+tree of gradients; they alone change it (`add_gradients`, `+=`), and return their input's gradient.
 """
 
 from __future__ import annotations

@@ -61,6 +61,7 @@ class Rule(NamedTuple):
     scale: float           # of the logits; 1 in the released code, whose q and k have length sqrt D
     causal: bool = True    # False, with TOPK only: members see each other whatever their time
     clusters: Any = None   # (H, T) with RANDOM: the cluster of each position
+    n_probes: int = 1      # R, with MULTIPROBE (multiprobe.py)
 
 
 class Route(NamedTuple):
@@ -71,6 +72,7 @@ class Route(NamedTuple):
     order: Any = None      # CAUSAL, RANDOM: (B, H, T) positions sorted by cluster, then time
     members: Any = None    # TOPK: (B, H, K, W) positions of each cluster's queries, by time
     key_members: Any = None  # TOPK: of its keys; is `members` when keys are queries
+    probes: Any = None     # MULTIPROBE: (B, H, T, R) clusters that each query looks into
 
 
 class Coverage(NamedTuple):

@@ -1,13 +1,17 @@
 """Figures that the benchmarks derive from what they measure, worked out again by hand."""
 
+import dataclasses
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import race  # noqa: E402
+import recall  # noqa: E402
 
 
 def test_share_of_sgemm(monkeypatch):
@@ -36,3 +40,41 @@ def test_rate_of_sgemm(monkeypatch):
     monkeypatch.setattr(race, "start_ours", lambda: None)
     monkeypatch.setattr(race, "timed", lambda function, n: {"seconds": [3.0, 2.0, 4.0]})
     assert race.sgemm()["gflops"] == pytest.approx(2 * 10 * 2 * 1.073741824 / 2)
+
+
+# --------------------------------------------------------------------------- associative recall
+
+@pytest.mark.parametrize("t, pairs", [(64, 8), (64, 16), (256, 3)])
+def test_recall_sequences(t, pairs):
+    """Pairs, then filler without their keys; each key once more, its value next, nothing before."""
+    ids, answers, distance = recall.sequences(np.random.default_rng(0), 20, t, pairs)
+    for row, at, far in zip(ids, answers, distance, strict=True):
+        keys, values = row[0 : 2 * pairs : 2], row[1 : 2 * pairs : 2]
+        assert len(set(keys)) == pairs and keys.max() < 16 <= values.min()
+        assert (row[at - 1] == keys).all() and (row[at] == values).all()
+        assert sorted(np.flatnonzero(np.isin(row, keys))) == sorted(
+            [*range(0, 2 * pairs, 2), *(at - 1)])
+        # inputs are shifted by one: token 2 i + 1, the value, is the input of position 2 i + 2
+        assert list(at - far) == [2 * i + 2 for i in range(pairs)] and far.min() >= 0
+
+
+def test_recall_pieces(tmp_path, monkeypatch, capsys):
+    """Both phases of a small piece; a second call finds it done, another seed does not."""
+    own = recall.OWN | dict(seq_len=32, n_clusters=4, window=8)
+    monkeypatch.setattr(recall, "PIECES", {
+        "multiprobe, small": (own, 4, 2, 2), "full": (dict(attention="full"), 4, 1, 2)})
+    monkeypatch.setattr(recall, "FIRST", dataclasses.replace(recall.FIRST, steps=3, batch=2))
+    monkeypatch.setattr(recall, "limit", lambda n: None)
+    monkeypatch.setattr(recall, "select_device", lambda name: None)
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", ["recall.py", "--out", str(tmp_path), "--only", "multi"])
+        recall.main()
+        (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
+    told = json.loads(line)
+    assert told["K"] == 4 and 0 <= told["accuracy"] <= 1 and set(told["other T"]) == {
+        "64", "256", "1024"}
+    assert (tmp_path / "first-0.npy").exists()
+    monkeypatch.setattr(sys, "argv", ["recall.py", "--out", str(tmp_path), "--only", "full",
+                                      "--seed", "1"])
+    recall.main()
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2

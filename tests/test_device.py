@@ -30,6 +30,7 @@ MODELS = {
     "causal": dataclasses.replace(SMALL, routing="causal", **DROPOUTS, target_dropout=0.2),
     "topk": dataclasses.replace(SMALL, routing="topk", share_qk=False, ffn="relu", pad_id=0),
     "random": dataclasses.replace(SMALL, routing="random", norm="post", timing_signal=True),
+    "multiprobe": dataclasses.replace(SMALL, routing="multiprobe", share_qk=False, **DROPOUTS),
     "hybrid": dataclasses.replace(SMALL, full_layers=(0,), ffn="swiglu"),
     "full": dataclasses.replace(SMALL, attention="full", tie_embedding=True, embed_width=6),
     "image": dataclasses.replace(SMALL, kind="image", image_size=3, seq_len=27, vocab_size=256,

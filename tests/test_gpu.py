@@ -44,7 +44,7 @@ def on_gpu(cupy, value):
 
 
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bf16", "fp16"])
-@pytest.mark.parametrize("routing", ["causal", "topk", "random"])
+@pytest.mark.parametrize("routing", ["causal", "topk", "random", "multiprobe"])
 def test_gradients(cupy, routing, precision):
     """One step: the same loss and gradient as on the CPU, within the precision; twice the same."""
     cfg = dataclasses.replace(SMALL, width=24, routing=routing, timing_signal=True)

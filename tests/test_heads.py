@@ -43,7 +43,8 @@ def test_parts_of_a_mixed_layer():
 
 # What a kind sees: a query (last position) with one key per token. Values are the unit vectors, so
 # that the output shows the weights; every key of a routing head is its query.
-SCALE = {"local": 1.0, "full": 1.0, "causal": 5 ** -0.5, "topk": 1.0, "random": 5 ** -0.5}
+SCALE = {"local": 1.0, "full": 1.0, "causal": 5 ** -0.5, "topk": 1.0, "random": 5 ** -0.5,
+         "multiprobe": 5 ** -0.5}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -99,8 +100,9 @@ def test_full_layers_everywhere_are_the_full_model():
             np.testing.assert_array_equal(a, b)
 
 
-@given(seeds, st.sampled_from([(0,), (-1,), (0, 1)]), st.sampled_from(["causal", "random"]),
-       st.sampled_from([True, False]), st.sampled_from([0, 5]))
+@given(seeds, st.sampled_from([(0,), (-1,), (0, 1)]),
+       st.sampled_from(["causal", "random", "multiprobe"]), st.sampled_from([True, False]),
+       st.sampled_from([0, 5]))
 def test_hybrid(seed, full_layers, routing, share_qk, prompt):
     """Gradient of the whole model; decoding keeps everything in full layers alone."""
     cfg = dataclasses.replace(SMALL, full_layers=full_layers, routing=routing, share_qk=share_qk,

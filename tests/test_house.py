@@ -19,6 +19,7 @@ FLOORS = [floor.split() for floor in (  # a module imports from lower floors, or
     "layers optim",
     "attention kmeans",
     "routing",
+    "multiprobe",
     "heads",
     "config",
     "parameters",

@@ -1,6 +1,7 @@
 """kmeans.py: winners, counts and sums, one step of the averages, the commitment loss."""
 
 import numpy as np
+import pytest
 from helpers.gradcheck import check_gradients
 from helpers.loops import clusters, routing_inputs
 from helpers.strategies import lengths, normal, seeds, widths
@@ -15,6 +16,7 @@ from rt_scratch.kmeans import (
     commitment_backward,
     compare,
     nearest,
+    seeded_centroids,
     update_centroids,
 )
 from rt_scratch.layers import normalize
@@ -99,3 +101,28 @@ def test_commitment(seed, t, k, d):
     want = dx + commitment_backward(0.3, cache)
     add_commitment_gradient(dx, 0.3, cache)
     np.testing.assert_array_equal(dx, want)
+
+
+@given(seeds, st.sampled_from([1, 2, 5]))
+def test_seeded_centroids_find_clusters(seed, k):
+    """Vectors around K directions, far from each other: one centroid each, in every head."""
+    rng = np.random.default_rng(seed)
+    where = np.linalg.qr(rng.normal(size=(2, 6, 6)))[0][:, :k]       # (H, K, D), orthonormal
+    label = rng.permuted(np.tile(np.arange(60) % k, (2, 1)), axis=1)
+    x = np.take_along_axis(where, label[..., None], 1) * 3 + 0.002 * rng.normal(size=(2, 60, 6))
+    mu, count, total = seeded_centroids(x, k, rng)
+    assert (count.sum(-1) == 60).all()
+    np.testing.assert_allclose(mu, total / count[..., None])
+    for h in range(2):
+        assert (count[h] == 60 // k).all()
+        assert sorted((mu[h] @ where[h].T).argmax(-1)) == list(range(k))
+        np.testing.assert_allclose(total[h].sum(0), x[h].sum(0))
+
+
+@pytest.mark.parametrize("n", [1, 3, 7])
+def test_seeded_centroids_of_too_few_vectors(n):
+    """Copies, and fewer vectors than clusters: finite centroids, every vector counted once."""
+    x = np.repeat(np.random.default_rng(0).normal(size=(2, 1, 4)), n, axis=1)
+    mu, count, _ = seeded_centroids(x, 5, np.random.default_rng(1))
+    assert np.isfinite(mu).all() and (count.sum(-1) == n).all()
+    np.testing.assert_allclose(mu, np.broadcast_to(x[:, :1], mu.shape))

@@ -30,6 +30,7 @@ from rt_scratch.step import new_state
 ROOT = Path(__file__).parent.parent
 KINDS = {
     "causal": [], "topk": ["--routing", "topk"], "random": ["--routing", "random"],
+    "multiprobe": ["--routing", "multiprobe", "--no-share-qk"],
     "local": ["--attention", "local"], "full": ["--attention", "full"],
 }
 TINY = ("--device cpu --seq-len 60 --n-layers 2 --width 16 --ffn-width 8 --window 6 --block 4 "
@@ -446,7 +447,7 @@ def test_browser(runs, kind, tmp_path):
     page(runs / kind)
     model = load_model(runs / kind, np).model
     want = {at: found[1] for at, found in maps_of(runs / kind, first_window(model)).items()}
-    routes = kind in ("causal", "topk", "random")
+    routes = kind not in ("local", "full")
     first, second = (2, 0) if routes else (0, 1)
     with Browser(tmp_path, 400, 800) as browser:
         browser.open(runs / kind / "page.html")

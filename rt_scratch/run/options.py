@@ -17,6 +17,7 @@ from rt_scratch.optim import learning_rate
 from rt_scratch.presets import preset
 from rt_scratch.run.checkpoint import Saved, best_checkpoint, check_matches, read_state
 from rt_scratch.run.folder import default_folder, describe, newest_run
+from rt_scratch.run.initial import check_shapes
 
 
 class Plan(NamedTuple):
@@ -28,6 +29,7 @@ class Plan(NamedTuple):
     train: TrainConfig
     config: dict                 # of config.json
     saved: Saved | None          # the checkpoint of a saved run
+    source: Saved | None = None  # of another one, whose model and parameters a new run starts with
     precision: Precision | None = None  # of the network, once the device is known
 
 
@@ -50,7 +52,10 @@ def check_flags(args) -> None:
             ("stride", not args.evaluate, "needs --evaluate"),
             ("stride", args.evaluate_causally, "not used with --evaluate-causally"),
             ("evaluate_causally", not args.evaluate, "needs --evaluate"),
-            ("checkpoint", not args.evaluate, "needs --evaluate"),
+            ("checkpoint", not (args.evaluate or args.init_from),
+             "needs --evaluate or --init-from"),
+            ("init_from", saved, "not used with --resume or --evaluate"),
+            ("preset", args.init_from, "not used with --init-from, which takes the run's model"),
             ("stop_after", args.evaluate, "not used with --evaluate"),
             ("download", saved, "not used with --resume or --evaluate"),
             ("preset", saved, "not used with --resume or --evaluate")):
@@ -96,10 +101,16 @@ def _new(args, given):
                         "choose another folder")
     if args.download:
         data.fetch(shown, location)
-    values = preset(shown, args.preset or "small") | given
+    source, codec, seq_len = None, None, 0
+    values = preset(shown, args.preset or "small")
+    if args.init_from:
+        source = read_state(_checkpoint(args.init_from, args.checkpoint))
+        codec, seq_len = data.given_codec(source.config, args.init_from), source.model.seq_len
+        values |= {f.name: getattr(source.model, f.name) for f in dataclasses.fields(ModelConfig)}
+    values |= given
     vocab_size = values.pop("vocab_size", 0)
     known = not args.dry_run or data.present(name, location)
-    dataset = (data.load(name, location, vocab_size) if known
+    dataset = (data.load(name, location, vocab_size, codec, seq_len) if known
                else data.outline(name, vocab_size))
     for fixed in ("kind", "pad_id"):
         if given.get(fixed, getattr(dataset, fixed)) != getattr(dataset, fixed):
@@ -111,14 +122,25 @@ def _new(args, given):
         values.setdefault("seq_len", 3 * values["image_size"] ** 2)
     model, train = (cls(**_only(cls, values)) for cls in (ModelConfig, TrainConfig))
     config = _config(name, location, dataset, model, train)
-    return Plan(folder, dataset, model, train, config, None)
+    if source:
+        check_shapes(source, model.validate())
+        if known and source.config.get("codec_sha256", config["codec_sha256"]) != \
+                config["codec_sha256"]:
+            raise UserError(f"--init-from {args.init_from}: its codec is not that of {shown}: its "
+                            "tokens stand for other text")
+        config["init_from"] = f"{source.path.resolve()}, step {source.step}"
+    return Plan(folder, dataset, model, train, config, None, source)
+
+
+def _checkpoint(folder, name):
+    return folder / f"{name}.npz" if name else best_checkpoint(folder)
 
 
 def _saved(args, given):
     folder = args.out or (default_folder(args.dataset) if args.dataset
                           else newest_run(Path("runs")))
-    path = folder / f"{args.checkpoint or 'last'}.npz"
-    if not args.checkpoint and (args.evaluate or not path.is_file()):
+    path = _checkpoint(folder, args.checkpoint or (None if args.evaluate else "last"))
+    if not args.checkpoint and not path.is_file():
         path = best_checkpoint(folder)
     saved = read_state(path)
     before = saved.config
@@ -141,7 +163,7 @@ def _saved(args, given):
     dataset = data.load(name, location, model.vocab_size, data.given_codec(before, folder),
                         model.seq_len)
     config = _config(name, location, dataset, model, train)
-    config |= {key: before[key] for key in ("released",) if key in before}
+    config |= {key: before[key] for key in ("released", "init_from") if key in before}
     if before.get("codec_sha256") not in (None, config["codec_sha256"]):
         raise UserError(f"{dataset.codec.file} is not the codec that {path} was made with "
                         "(checksum): its tokens stand for other text")

@@ -1,0 +1,89 @@
+"""What a run starts from: fresh parameters, those of another run, or its own checkpoint."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rt_scratch.config import ModelConfig
+from rt_scratch.console import say
+from rt_scratch.data.batches import training_batch
+from rt_scratch.dispatch import array_module
+from rt_scratch.errors import UserError
+from rt_scratch.heads import parts
+from rt_scratch.kmeans import Centroids, seeded_centroids
+from rt_scratch.layers import layer_norm, normalize, shift_right
+from rt_scratch.model import block, embed, mu_of, project
+from rt_scratch.parameters import parameter_table
+from rt_scratch.run.checkpoint import Progress, Saved, restore
+from rt_scratch.step import State, new_state
+
+
+def initial_state(plan, xp, for_training: bool) -> tuple[State, Progress]:
+    """State and progress that a plan (options.Plan) begins with."""
+    if plan.saved:
+        return restore(plan.saved, xp, for_training)
+    state = new_state(plan.model, plan.train, xp)
+    return (state if plan.source is None else taken_over(state, plan, xp)), Progress()
+
+
+def check_shapes(saved: Saved, model: ModelConfig) -> None:
+    """UserError unless a model has the parameters of a checkpoint, by name and shape."""
+    there, here = ({leaf.name: leaf.shape for leaf in parameter_table(m)}
+                   for m in (saved.model, model))
+    for name in [*there, *here]:
+        if there.get(name) != here.get(name):
+            a, b = (shapes.get(name, "missing") for shapes in (there, here))
+            raise UserError(f"--init-from: {name} is {a} in {saved.path}, {b} in the model asked "
+                            "for; leave out the flag that makes the difference")
+
+
+def taken_over(state: State, plan, xp) -> State:
+    """A fresh state with parameters and centroids of the run plan.source.
+
+    Centroids whose shape is another one, as after --n-clusters, are drawn from the vectors of the
+    first batch.
+    """
+    model, train = plan.model, plan.train
+    before, _ = restore(plan.source, xp)
+    state.flat[...] = before.flat.astype(state.flat.dtype)
+    same = {i for i, c in state.centroids.items()
+            if i in before.centroids and before.centroids[i].mu.shape == c.mu.shape}
+    centroids = {i: Centroids(*(a.astype(state.flat.dtype) for a in before.centroids[i]))
+                 for i in same}
+    drawn = sorted(state.centroids.keys() - same)
+    if drawn:
+        ids, labels = training_batch(plan.dataset, model.seq_len, train.batch * train.accumulate,
+                                     train.seed, 0, 0)
+        centroids |= {i: c for i, c in drawn_centroids(
+            before, plan.source.model, model, xp.asarray(ids), train.seed,
+            None if labels is None else xp.asarray(labels)).items() if i in drawn}
+    say(f"parameters: {plan.source.path}, step {before.step}" + (
+        f"; centroids of layers {', '.join(map(str, drawn))}: drawn by k-means" if drawn else ""))
+    return state._replace(centroids=centroids)
+
+
+def drawn_centroids(state: State, before: ModelConfig, after: ModelConfig, ids, seed: int,
+                    labels=None) -> dict[int, Centroids]:
+    """Centroids for the model `after` from the vectors of a trained one with its parameters.
+
+    ids (B, T) go through the model `before`, with its own clusters; what the heads that `after`
+    routes compare with centroids, queries and, where they are apart, keys, is clustered by
+    k-means. That finds clusters in which queries meet the keys they need only once the model has
+    learnt whom they need: train with one cluster first (docs/derivations.md, at its end).
+    """
+    rng, found = np.random.default_rng(seed), {}
+    params = state.params
+    x, _ = embed(params, before, shift_right(ids), 0, labels)
+    for i in range(before.n_layers):
+        p = params["layers"][i]
+        n = layer_norm(x, **p["norm_attention"])[0] if before.norm == "pre" else x
+        (q, k, _), _ = project(n, p["attention"], after)
+        for part in parts(after, i):
+            if part.kind.routes:
+                own = [q[:, part.heads]] + ([k[:, part.keys]] if part.keys else [])
+                rows = [normalize(z)[0].swapaxes(0, 1).reshape(z.shape[1], -1, z.shape[3])
+                        for z in own]                                # (H, B T, D)
+                found[i] = seeded_centroids(array_module(x).concatenate(rows, axis=1),
+                                            after.n_clusters, rng)
+        x, _, _ = block(x, p, before, i, mu_of(state.centroids, i))
+    return found
