@@ -103,4 +103,4 @@ def preset(dataset: str, name: str) -> dict:
     table = PRESETS.get(dataset, {"small": TEXT})
     if name not in table:
         raise UserError(f"--preset {name}: {dataset} has {', '.join(table)}")
-    return table[name]
+    return dict(table[name])

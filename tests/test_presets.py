@@ -68,6 +68,13 @@ def test_where_the_paper_differs():
                                                                        "ngram_rows": 6763}
 
 
+def test_a_plan_leaves_the_presets_alone(tmp_path):
+    before = {dataset: {n: dict(v) for n, v in names.items()} for dataset, names in PRESETS.items()}
+    plan_run(train.parse(["enwik8", "--attention", "full", "--dry-run", "--data-dir",
+                          str(tmp_path)]))
+    assert before == PRESETS
+
+
 def test_rows_of_the_papers_table_of_images(tmp_path):
     """Table 1: H routing heads of 8 in the last L of 12 layers, elsewhere local; its controls."""
     for h in (2, 4, 8):
