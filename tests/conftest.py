@@ -36,9 +36,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture(autouse=True)
 def no_twins_left():
-    """Tests start with the plain functions: a script run inside a test registers faster twins."""
-    before = {name: dict(table) for name, table in dispatch.twins.items()}
-    yield
-    for name, table in dispatch.twins.items():
+    """Tests start with the plain functions: a script run in a test, or in a fixture of a module,
+    registers faster twins."""
+    for table in dispatch.twins.values():
         table.clear()
-        table.update(before.get(name, {}))
