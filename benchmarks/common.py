@@ -46,7 +46,7 @@ def training(cfg, batch, train=RECIPE, xp=np, dtype=None):
     state = new_state(cfg, train, xp)
     grads = xp.empty_like(state.flat)
     parts = cut(random_tokens(cfg, batch, cfg.seq_len), None, cfg, train, xp)
-    step_once = recorded(train_step, train, xp) if train.cuda_graph else train_step
+    step_once = recorded(train_step, cfg, train, xp) if train.cuda_graph else train_step
 
     def one(_):
         nonlocal state

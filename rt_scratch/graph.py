@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 
-from rt_scratch.config import TrainConfig
+from rt_scratch.config import ModelConfig, TrainConfig
 from rt_scratch.errors import UserError
 from rt_scratch.optim import learning_rate
 from rt_scratch.parallel import SINGLE, World
 
 
-def recorded(train_step, train: TrainConfig, xp, world: World = SINGLE) -> Recorded:
+def recorded(train_step, model: ModelConfig, train: TrainConfig, xp,
+             world: World = SINGLE) -> Recorded:
     """train_step, to be called as before, with its kernels in a graph from the second call on.
 
     UserError where a step cannot be recorded.
@@ -28,6 +29,8 @@ def recorded(train_step, train: TrainConfig, xp, world: World = SINGLE) -> Recor
              "scale", train.precision == "fp16"),
             ("not with --precision float64, which has no kernels of ours",
              train.precision == "float64"),
+            ("not with multiprobe heads, which use products and sorts of CuPy's own",
+             "multiprobe" in model.kinds()),
             ("for one process: sums between GPUs have not been tried in a graph", world.size > 1)):
         if wrong:
             raise UserError(f"--cuda-graph: {why}")
