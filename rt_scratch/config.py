@@ -47,9 +47,10 @@ class ModelConfig:
     width: int = _field(128, "C, width of the residual stream", least=1)
     embed_width: int = _field(0, "E, width of the token table; 0: same as width (text)", least=0)
     input_tokens: int = _field(1, "tokens whose embeddings the input layer sees at each position "
-                                  "(text; small presets: 3)", least=1, most=64)
+                                  "(text; stdlib and own text: 3)", least=1, most=64)
     ngram_rows: int = _field(0, "rows, best a prime number, of a table that the n-gram of the "
-                                "input tokens is looked up in; 0: none (text)", least=0)
+                                "input tokens is looked up in; 0: none (text; stdlib and "
+                                "own text: 6763)", least=0)
     ffn: str = _field("geglu", "feed-forward layer", FEED_FORWARDS)
     ffn_width: int = _field(384, "M, hidden width of the feed-forward layer", least=1)
     norm: str = _field("pre", "where LayerNorm stands: x + f(LN(x)) or LN(x + f(x))",
