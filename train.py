@@ -30,6 +30,7 @@ try:
     from rt_scratch.run.pictures import plot_loss
     from rt_scratch.run.samples import show_sample, wanted
     from rt_scratch.step import cut, train_step
+    from rt_scratch.workers import hired
 except KeyboardInterrupt:  # it takes a second
     raise SystemExit("interrupted") from None
 
@@ -54,12 +55,11 @@ def work(args, world):
                      | {"data": plan.dataset.protocol, "state": checksum(state.arrays)})
     world = world.on(xp)
     if args.evaluate:
-        score_split(args, state, plan, world)
-        return
+        return score_split(args, state, plan, world)
     last = min(args.stop_after or train.steps, train.steps)
     try:
-        with RunFolder(plan.folder, plan.config, plan.dataset.codec.file,
-                       writes=world.rank == 0) as run:
+        with hired(step_once, state, model, train, xp, world) as (state, step_once), RunFolder(
+                plan.folder, plan.config, plan.dataset.codec.file, world.rank == 0) as run:
             fit(plan, run, state, progress, last, xp, world, step_once)
     except MemoryError as error:
         raise UserError(

@@ -1,6 +1,7 @@
 """What the benchmarks share: sizes, our training and decoding on random tokens, a process of its
 own per measurement, tables."""
 
+import dataclasses
 import json
 import math
 import os
@@ -15,7 +16,9 @@ import numpy as np
 
 from rt_scratch import ModelConfig, TrainConfig, cut, decode, new_state, train_step
 from rt_scratch.graph import recorded
+from rt_scratch.parallel import SINGLE
 from rt_scratch.run.options import plan_run
+from rt_scratch.workers import hired
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {  # name: (configuration, batch). GEGLU of hidden width 4 C, half of the heads local, bytes
@@ -43,12 +46,14 @@ def size_model(name: str, **changes) -> tuple[ModelConfig, int]:
 
 def training(cfg, batch, train=RECIPE, xp=np, dtype=None):
     """A function that takes the next training step on the same random windows and returns Step."""
-    state = new_state(cfg, train, xp)
+    train = dataclasses.replace(train, batch=batch, accumulate=1)
+    step_once = recorded(train_step, cfg, train, xp) if train.cuda_graph else train_step
+    workers = hired(step_once, new_state(cfg, train, xp), cfg, train, xp, SINGLE)
+    state, step_once = workers.__enter__()
     grads = xp.empty_like(state.flat)
     parts = cut(random_tokens(cfg, batch, cfg.seq_len), None, cfg, train, xp)
-    step_once = recorded(train_step, cfg, train, xp) if train.cuda_graph else train_step
 
-    def one(_):
+    def one(_, workers=workers):  # they live as long as this function
         nonlocal state
         state, told = step_once(state, grads, parts, cfg, train, dtype)
         return told
@@ -83,8 +88,16 @@ def in_own_process(file, argument, **environment):
 
 
 def peak_bytes():
-    """The largest resident set of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The largest resident sets so far of this process and its workers, added up.
+
+    What they share is counted in each.
+    """
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for children in Path("/proc/self/task").glob("*/children"):
+        for pid in children.read_text().split():
+            status = Path(f"/proc/{pid}/status").read_text()
+            kilobytes += int(status.partition("VmHWM:")[2].split()[0])
+    return kilobytes * 1024
 
 
 def machine():

@@ -30,7 +30,9 @@ from race import machine_and_rivals, start_ours, start_torch
 from rt_scratch import UserError, cut, data, decode, logits, new_state, train_step
 from rt_scratch.console import script
 from rt_scratch.data.batches import eval_windows, random_windows
+from rt_scratch.parallel import SINGLE
 from rt_scratch.run.evaluate import token_nats
+from rt_scratch.workers import hired
 
 NAMES = {"ours": "ours, causal", "topk": "ours, topk", "port": "port"}
 WINDOWS = 32          # of validation text per score
@@ -44,12 +46,15 @@ class Ours:
     def __init__(self, size, routing):
         start_ours()
         self.cfg, self.batch = size_model(size, routing=routing)
-        self.state = new_state(self.cfg, RECIPE, np)
+        self.recipe = dataclasses.replace(RECIPE, batch=self.batch)
+        self.workers = hired(train_step, new_state(self.cfg, self.recipe, np), self.cfg,
+                             self.recipe, np, SINGLE)
+        self.state, self.step_once = self.workers.__enter__()
         self.grads = np.empty_like(self.state.flat)
 
     def train(self, ids, lr):
-        train = dataclasses.replace(RECIPE, lr=lr, clip=CLIP)
-        self.state, _ = train_step(
+        train = dataclasses.replace(self.recipe, lr=lr, clip=CLIP)
+        self.state, _ = self.step_once(
             self.state, self.grads, cut(ids, None, self.cfg, train, np), self.cfg, train)
 
     def logits(self, ids):

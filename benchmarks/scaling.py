@@ -23,10 +23,12 @@ import numpy as np
 from rt_scratch import ModelConfig, cut, new_state, select_device, threads, train_step
 from rt_scratch.parallel import start
 from rt_scratch.run.costs import n_parameters
+from rt_scratch.workers import hired
 
-SETTINGS = (  # name, processes, threads of each, share of the batch
-    ("1 x 1, half the batch", 1, 1, 0.5), ("1 x 1", 1, 1, 1), ("1 x 2", 1, 2, 1),
-    ("2 x 1", 2, 1, 1))
+SETTINGS = (  # name, processes of mpiexec, cores of each, share of the batch, with workers?
+    ("half the batch", 1, 1, 0.5, False), ("one core", 1, 1, 1, False),
+    ("two threads", 1, 2, 1, False), ("a worker", 1, 2, 1, True),
+    ("mpiexec -n 2", 2, 1, 1, False))
 SIZES = {"default recipe": (None, 2, 8), "1.1M": ("1.1M", 8, 6), "4.2M": ("4.2M", 4, 4),
          "24.7M": ("24.7M", 2, 1)}  # size in common.py, batch, steps
 RELEASED = {  # parameters and seconds per window of results/memory.md
@@ -34,14 +36,17 @@ RELEASED = {  # parameters and seconds per window of results/memory.md
 FORMULA = "exchange = 2 (n - 1) / n x 4 bytes x parameters / bandwidth"
 
 
-def measure(size, batch, steps, n_threads):
+def measure(size, batch, steps, n_threads, forked):
     """In each process; what process 0 found: seconds of a step and of its parts, peak memory."""
     world = start()
     threads.limit(n_threads)
     select_device("cpu", world)
     cfg = ModelConfig().validate() if size is None else common.size_model(size)[0]
     train = replace(common.RECIPE, batch=batch, parts=2)
-    state = new_state(cfg, train, np)
+    state, step_once = new_state(cfg, train, np), train_step
+    if forked:
+        workers = hired(train_step, state, cfg, train, np, world)
+        state, step_once = workers.__enter__()
     grads, inside = np.empty_like(state.flat), []
     parts = cut(common.random_tokens(cfg, batch, cfg.seq_len), None, cfg, train, np, world)
     exchange = world.sum
@@ -56,7 +61,7 @@ def measure(size, batch, steps, n_threads):
     for _ in range(steps + 1):
         world.barrier()
         begun = time.perf_counter()
-        state, _ = train_step(state, grads, parts, cfg, train, None, world)
+        state, _ = step_once(state, grads, parts, cfg, train, None, world)
         seconds.append(time.perf_counter() - begun)
     alone = []
     for _ in range(5):
@@ -88,8 +93,8 @@ def measured(sizes, rounds):
     for _ in range(rounds):
         for name in sizes:
             size, batch, steps = SIZES[name]
-            for setting, n, n_threads, share in SETTINGS:
-                told = run(n, size, int(batch * share), steps, n_threads)
+            for setting, n, n_threads, share, forked in SETTINGS:
+                told = run(n, size, int(batch * share), steps, n_threads, forked)
                 found[name, setting].append(told)
                 print(name, setting, told, file=sys.stderr, flush=True)
     return {key: min(runs, key=lambda told: told["step"]) for key, runs in found.items()}
@@ -99,17 +104,17 @@ def report(sizes, found, note):
     """The text of results/scaling.md."""
     rows, scaling = [], []
     for name in sizes:
-        half, one, threaded, two = (found[name, setting[0]] for setting in SETTINGS)
-        for setting, told in (("1 x 2", threaded), ("2 x 1", two)):
-            several = setting == "2 x 1"
+        half, one, *both = (found[name, setting[0]] for setting in SETTINGS)
+        for (setting, n, *_), told in zip(SETTINGS[2:], both, strict=True):
+            several = n > 1
             rows.append([name, f"{told['parameters']:,}", setting, f"{told['step'] * 1e3:.0f}",
                          f"{told['alone'] * 1e3:.1f}" if several else "-",
                          f"{told['inside'] * 1e3:.1f}" if several else "-",
                          f"{told['peak'] / 2**20:.0f}"])
         scaling.append([
             name, SIZES[name][1], f"{one['step'] * 1e3:.0f}",
-            f"{one['step'] / threaded['step']:.2f}", f"{one['step'] / two['step']:.2f}",
-            f"{half['step'] * 1e3:.0f}", f"{half['step'] / two['step']:.0%}"])
+            *(f"{one['step'] / told['step']:.2f}" for told in both),
+            f"{half['step'] * 1e3:.0f}", f"{half['step'] / both[-1]['step']:.0%}"])
     computed = []
     for name, (parameters, seconds) in RELEASED.items():
         for gigabits in (10, 100):
@@ -121,17 +126,21 @@ def report(sizes, found, note):
     return "\n".join([
         "# Threads, processes, machines\n",
         f"{common.machine()}. {note} `python benchmarks/scaling.py`; float32, AdamW, random "
-        "tokens. p x t: p processes of t threads each.\n",
-        "## Threads or processes on one machine\n",
-        "The same batch. Exchange alone: the sum of the gradient when both are ready; in the step: "
-        "with the wait for the slower process. Memory: of one process.\n",
-        common.table(["model", "parameters", "p x t", "step, ms", "exchange alone, ms",
-                      "in the step, ms", "peak of one process, MiB"], rows),
+        "tokens.\n",
+        "## Threads or processes on two cores\n",
+        "The same batch. A worker: what train.py does, a forked process that shares memory "
+        "(rt_scratch/workers.py). Exchange alone: the sum of the gradient when both are ready; in "
+        "the step: with the wait for the slower process. Memory: of one process of mpiexec, of "
+        "this process and its worker together.\n",
+        common.table(["model", "parameters", "two cores by", "step, ms", "exchange alone, ms",
+                      "in the step, ms", "peak, MiB"], rows),
         "## Strong and weak scaling\n",
-        "Strong: the same batch, how many times as fast as 1 x 1. Weak: half the batch on 1 x 1 "
-        "against the whole on 2 x 1, share of its speed per process that is kept.\n",
-        common.table(["model", "windows per step", "1 x 1, ms", "1 x 2, strong", "2 x 1, strong",
-                      "1 x 1 with half the batch, ms", "2 x 1, weak"], scaling),
+        "Strong: the same batch, how many times as fast as one core. Weak: half the batch on one "
+        "core against the whole under mpiexec -n 2, share of its speed per process that is "
+        "kept.\n",
+        common.table(["model", "windows per step", "one core, ms",
+                      *(f"{setting[0]}, strong" for setting in SETTINGS[2:]),
+                      "one core with half the batch, ms", "mpiexec -n 2, weak"], scaling),
         "## Many machines: computed, not measured\n",
         f"Each of n machines computes one window per step, in the seconds that results/memory.md "
         f"measured on two cores (enwik8 {RELEASED['enwik8, 165M'][1]}, pg19 "

@@ -1,10 +1,10 @@
 """One optimizer step: the gradient of a batch, clipping, the update, the centroids.
 
-On a CPU the parts of a batch run side by side on threads (NumPy releases the interpreter's lock
-while it computes), each with one BLAS thread and a gradient buffer of its own. The buffers are
-added in the order of the parts, so the result depends on how the batch is cut, never on the number
-of threads. Several processes (parallel.py) each take a share of the windows and sum what they found
-once, so that all take the same step.
+On a CPU the parts of a batch run side by side, on threads or in forked processes (workers.py), each
+with one BLAS thread and a gradient buffer of its own. The buffers are added in the order of the
+parts, so the result depends on how the batch is cut, never on the number of cores. Several machines
+or GPUs (parallel.py) each take a share of the windows and sum what they found once, so that all
+take the same step.
 """
 
 from __future__ import annotations
@@ -95,17 +95,47 @@ def new_state(model: ModelConfig, train: TrainConfig, xp) -> State:
     return State(flat, table, centroids, optimizer, 0, scale)
 
 
+def part_gradient(params, state: State, part: Part, buffer, model: ModelConfig,
+                  train: TrainConfig):
+    """Fill a buffer with a part's share of the gradient -> (nats, commitment, Report) of the part.
+    """
+    buffer[...] = 0
+    (nats, commitment), cache, report = loss(
+        params, state.centroids, model, part.ids, part.weights, part.labels,
+        Noise(train.seed, state.step, part.first), recompute=train.recompute)
+    scale = state.scale.value
+    loss_backward(scale, scale * model.commitment * part.share, cache, views(buffer, state.table))
+    return nats, commitment, report
+
+
+class Threads:
+    """Computes parts of a batch side by side, on threads of this process."""
+
+    def spare(self, grads, n: int) -> list:
+        """n buffers like grads."""
+        return [array_module(grads).empty_like(grads) for _ in range(n)]
+
+    def run(self, params, state: State, parts: list[Part], buffers: list, model: ModelConfig,
+            train: TrainConfig) -> list:
+        """[what part_gradient says of each], the gradients in a buffer each."""
+        return parallel(lambda i: part_gradient(params, state, parts[i], buffers[i], model, train),
+                        range(len(parts)))
+
+
+THREADS = Threads()
+
+
 def train_step(state: State, grads, parts: list[Part], model: ModelConfig, train: TrainConfig,
-               dtype=None, world: World = SINGLE, lr=None):
+               dtype=None, world: World = SINGLE, lr=None, crew: Threads = THREADS):
     """One optimizer step -> (the state after it, Step).
 
     parts: what `cut` makes of the batch, for this process of `world`. Writes into the buffers of
     the state and into `grads`, a buffer like state.flat; makes no check, so that nothing waits for
     a GPU (but with fp16, where a step whose gradient overflows is left out and the loss scale
     halved). lr: the learning rate, unless the schedule is to say; it and state.step may be arrays
-    of a GPU (graph.py).
+    of a GPU (graph.py). crew: what computes the parts of a CPU (workers.py).
     """
-    result = gradients(state, grads, parts, model, train, dtype, world)
+    result = gradients(state, grads, parts, model, train, dtype, world, crew)
     norm = clip_by_global_norm(grads, train.clip) if train.clip else global_norm(grads)
     if lr is None:
         lr = learning_rate(state.step, train.schedule, train.lr, train.warmup, train.steps)
@@ -137,7 +167,7 @@ def cut(ids, labels, model: ModelConfig, train: TrainConfig, xp,
 
 
 def gradients(state: State, grads, parts: list[Part], model: ModelConfig, train: TrainConfig,
-              dtype=None, world: World = SINGLE) -> Gradients:
+              dtype=None, world: World = SINGLE, crew: Threads = THREADS) -> Gradients:
     """Fill `grads` with the gradient of nats + beta commitment over all windows of the step.
 
     Every target weighs the same whatever part it is in, and a window draws the same dropout, so
@@ -146,32 +176,18 @@ def gradients(state: State, grads, parts: list[Part], model: ModelConfig, train:
     rounded; `grads` keeps theirs. The backward pass runs on state.scale times the loss. On a CPU
     train.parts parts run side by side: as many times the activations, and as many gradient buffers.
     """
-    flat, table, scale = state.flat, state.table, state.scale.value
+    flat, scale, n = state.flat, state.scale.value, len(parts)
     xp = array_module(flat)
     together = -(-train.parts // world.size) if xp is np else 1
-    params = compute_copy(flat, table, dtype)
-    n = len(parts)
-    spare = {slot: xp.empty_like(grads) for slot in {i % together for i in range(1, n)}}
-    grads[...] = 0
-
-    def run(i):
-        part, buffer = parts[i], grads
-        if i:
-            buffer = spare[i % together]
-            buffer[...] = 0
-        (nats, commitment), cache, report = loss(
-            params, state.centroids, model, part.ids, part.weights, part.labels,
-            Noise(train.seed, state.step, part.first), recompute=train.recompute)
-        loss_backward(scale, scale * model.commitment * part.share, cache, views(buffer, table))
-        return nats, commitment, report
-
+    params = compute_copy(flat, state.table, dtype)
+    spare = crew.spare(grads, min(n - 1, together))
     results = []
     for first in range(0, n, together):
-        group = range(first, min(first + together, n))
-        results += parallel(run, group)
-        for i in group:
-            if i:
-                grads += spare[i % together]
+        buffers = spare if first else [grads, *spare]
+        group = parts[first : first + together]
+        results += crew.run(params, state, group, buffers, model, train)
+        for buffer in buffers[not first : len(group)]:
+            grads += buffer
     if scale != 1:
         grads *= 1 / scale
     world.sum(grads)

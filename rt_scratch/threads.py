@@ -6,6 +6,7 @@ on the number of threads. BLAS runs with one thread inside each piece.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -42,6 +43,16 @@ def parallel(function, items) -> list:
     except BaseException:
         given_up.set()
         raise
+
+
+@contextlib.contextmanager
+def alone():
+    """Inside `with`, this thread does its work itself: other cores have theirs."""
+    _here.given_up = threading.Event()
+    try:
+        yield
+    finally:
+        _here.given_up = None
 
 
 def busy() -> bool:

@@ -204,7 +204,7 @@ BUGS = [
     ("optim", "math.sqrt(max(step, warmup, 1))", "math.sqrt(max(step, 1))"),
     ("optim", "if self.steady + 1 >= 2000", "if self.steady >= 2000"),
     ("step", "weights = weights / weights.sum()", "weights = weights / weights.size"),
-    ("step", "grads += spare[i % together]\n", "pass\n"),
+    ("step", "            grads += buffer\n", "            pass\n"),
     ("step", "                                           state.step, weight_decay",
      "                                           state.step + 1, weight_decay"),
     ("step", "lr = learning_rate(state.step,", "lr = learning_rate(state.step + 1,"),

@@ -25,7 +25,7 @@ FLOORS = [floor.split() for floor in (  # a module imports from lower floors, or
     "parameters",
     "model",
     "step decode kernels tf_checkpoint",
-    "device graph",
+    "device graph workers",
     "run",
     "released report",
     "__init__",

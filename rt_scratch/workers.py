@@ -1,0 +1,133 @@
+"""Processes that compute the parts of a batch, each on a core of its own, in memory they share.
+
+Threads of one process hand the interpreter's lock to each other some thousand times a step, and
+wait for it. Forked processes have a lock each. They see parameters and centroids where this process
+changes them, are sent their windows, and leave their gradient in a buffer that it adds up: the same
+numbers, to the last bit, as on threads. Optimizer, scores and files stay with this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import mmap
+import multiprocessing
+import os
+import signal
+import sys
+import warnings
+
+import numpy as np
+
+from rt_scratch.config import ModelConfig, TrainConfig
+from rt_scratch.console import SIGNALS
+from rt_scratch.kmeans import Centroids
+from rt_scratch.parallel import World
+from rt_scratch.step import State, Threads, part_gradient
+from rt_scratch.threads import alone, limit, n_threads
+
+SET_SIGNAL_AT_PARENTS_END = 1  # PR_SET_PDEATHSIG of prctl
+
+
+@contextlib.contextmanager
+def hired(step_once, state: State, model: ModelConfig, train: TrainConfig, xp, world: World):
+    """(state, step_once), to be used inside `with`: with workers where they are of use.
+
+    That is on Linux, where a fork is safe and copies nothing, in one process that trains on a CPU
+    with several cores and parts. The state moves into shared memory.
+    """
+    n = min(train.parts, train.batch * train.accumulate, n_threads())
+    if xp is not np or world.size > 1 or n < 2 or sys.platform != "linux":
+        yield state, step_once
+        return
+    with contextlib.closing(Workers(state, model, train, n)) as crew:
+        yield crew.state, functools.partial(step_once, crew=crew)
+
+
+class Workers(Threads):
+    """n processes, of which this one is the first."""
+
+    def __init__(self, state: State, model: ModelConfig, train: TrainConfig, n: int):
+        self.state = state._replace(
+            flat=_shared(state.flat),
+            centroids={i: Centroids(*map(_shared, c)) for i, c in state.centroids.items()})
+        self._buffers = [_shared(state.flat) for _ in range(train.parts)]
+        self._pipes, self._pids = [], []
+        for _ in range(1, n):
+            ours, theirs = multiprocessing.Pipe()
+            self._pipes.append(ours)
+            self._pids.append(self._fork(theirs, model, train))
+            theirs.close()
+
+    def _fork(self, pipe, model, train):
+        parent = os.getpid()
+        with warnings.catch_warnings():  # Python 3.12 on: about threads, which hold no lock here
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+        if pid == 0:
+            try:
+                for number in SIGNALS:  # a terminal's Ctrl-C is for the first process to answer
+                    signal.signal(number, signal.SIG_IGN)
+                ctypes.CDLL(None).prctl(SET_SIGNAL_AT_PARENTS_END, signal.SIGKILL)
+                for ours in self._pipes:
+                    ours.close()
+                if os.getppid() == parent:
+                    _serve(pipe, self.state, self._buffers, model, train)
+            finally:
+                os._exit(0)
+        return pid
+
+    def spare(self, grads, n):
+        return self._buffers[:n]
+
+    def run(self, params, state, parts, buffers, model, train):
+        size = len(self._pipes) + 1
+        slots = {id(buffer): slot for slot, buffer in enumerate(self._buffers)}
+        found = {}
+        try:
+            for i, part in enumerate(parts):
+                if i % size:
+                    job = slots[id(buffers[i])], state.step, state.scale, part
+                    self._pipes[i % size - 1].send(job)
+            with alone():
+                for i in range(0, len(parts), size):
+                    found[i] = part_gradient(params, state, parts[i], buffers[i], model, train)
+            for i in range(len(parts)):
+                if i % size:
+                    found[i] = self._pipes[i % size - 1].recv()
+        except (EOFError, OSError) as error:
+            raise MemoryError("a process with a part of the batch was killed") from error
+        for told in found.values():
+            if isinstance(told, Exception):
+                raise told
+        return [found[i] for i in range(len(parts))]
+
+    def close(self):
+        """End the other processes, whatever they are at."""
+        for pipe, pid in zip(self._pipes, self._pids, strict=True):
+            pipe.close()
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def _shared(array):
+    """A copy in memory that forked processes share."""
+    memory = mmap.mmap(-1, max(1, array.nbytes))
+    copy = np.frombuffer(memory, array.dtype, array.size).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def _serve(pipe, state, buffers, model, train):
+    """A worker's life: parts come, and what `part_gradient` says of each goes back."""
+    limit(1)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            slot, step, scale, part = pipe.recv()
+            state = state._replace(step=step, scale=scale)
+            try:
+                told = part_gradient(state.params, state, part, buffers[slot], model, train)
+            except Exception as error:
+                told = error
+            pipe.send(told)
