@@ -92,6 +92,9 @@ class ModelConfig:
     init_out_scale: float = _field(
         0.0, "factor of the last matrix of each sublayer at the start (released: 1); 0: every "
              "block begins as the identity", least=0)
+    init_frequency: float = _field(
+        0.0, "images: values begin as cosines of their intensity, with frequencies N(0, this^2), "
+             "so that similar ones are alike; 0: at random", least=0)
     # dropout
     embed_dropout: float = _dropout("dropout on token embeddings")
     attention_dropout: float = _dropout("dropout on attention weights")
@@ -166,8 +169,8 @@ class ModelConfig:
                     or self.input_tokens > 1 or self.ngram_rows):
                 _fail("--tie-embedding, --timing-signal, --embed-width, --input-tokens and "
                       "--ngram-rows are for text, not images")
-        elif self.image_size or self.n_classes:
-            _fail("--image-size and --n-classes are for images, not text")
+        elif self.image_size or self.n_classes or self.init_frequency:
+            _fail("--image-size, --n-classes and --init-frequency are for images, not text")
         return self
 
 

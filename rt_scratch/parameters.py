@@ -51,7 +51,7 @@ def parameter_table(cfg: ModelConfig) -> list[Leaf]:
         if cfg.ngram_rows:
             add("embed.ngrams", cfg.ngram_rows, cfg.ngram_width)
     else:
-        add("embed.table", 3 * cfg.vocab_size, c)
+        add("embed.table", 3 * cfg.vocab_size, c, init="values")
         add("embed.rows", cfg.image_size, 1, 3 * c, init="positions")
         add("embed.columns", 1, cfg.image_size, 3 * c, init="positions")
         if cfg.n_classes:
@@ -77,7 +77,7 @@ def parameter_table(cfg: ModelConfig) -> list[Leaf]:
         add("output.w_embed", c, e)
         add("output.b_embed", e, init="zeros")
     if not cfg.tie_embedding:
-        add("output.w", e, cfg.vocab_size)
+        add("output.w", e, cfg.vocab_size, init="values out" if cfg.kind == "image" else "uniform")
     add("output.b", cfg.vocab_size, init="zeros")
     return table
 
@@ -156,16 +156,29 @@ def round_matrices(flat, places: tuple[Place, ...], size: int, dtype):
     return rounded
 
 
-def _uniform(rng, shape, gain):
-    bound = math.sqrt(3 * gain / (sum(shape) / 2))
+def _uniform(rng, shape, cfg):
+    bound = math.sqrt(3 * cfg.init_gain / (sum(shape) / 2))
     return rng.uniform(-bound, bound, shape)
 
 
-INITIALISERS = {  # (rng, shape, gain) -> values
+def _values(rng, shape, cfg):
+    """(colours x V, C): cosines of the value, one set for each colour, or `_uniform`."""
+    if not cfg.init_frequency:
+        return _uniform(rng, shape, cfg)
+    value = np.arange(cfg.vocab_size)[:, None] / cfg.vocab_size
+    sets = (shape[0] // cfg.vocab_size, 1, shape[1])
+    frequency, phase = rng.normal(0, cfg.init_frequency, sets), rng.uniform(0, 1, sets)
+    scale = math.sqrt(2 * cfg.init_gain / (sum(shape) / 2))
+    return scale * np.cos(2 * np.pi * (frequency * value + phase)).reshape(shape)
+
+
+INITIALISERS = {  # (rng, shape, cfg) -> values
     "uniform": _uniform,
-    "positions": lambda rng, shape, gain: rng.normal(0, shape[-1] ** -0.5, shape),
-    "ones": lambda rng, shape, gain: np.ones(shape),
-    "zeros": lambda rng, shape, gain: np.zeros(shape),
+    "values": _values,
+    "values out": lambda rng, shape, cfg: _values(rng, shape[::-1], cfg).T,
+    "positions": lambda rng, shape, cfg: rng.normal(0, shape[-1] ** -0.5, shape),
+    "ones": lambda rng, shape, cfg: np.ones(shape),
+    "zeros": lambda rng, shape, cfg: np.zeros(shape),
 }
 
 
@@ -176,12 +189,16 @@ def init_parameters(cfg: ModelConfig, xp, dtype, seed: int):
     fan-out, image positions N(0, 1 / sqrt(3 C)), biases 0, LayerNorm 1 and 0. The released gain is
     0.2. Each leaf draws from a stream of its own, keyed by its name. The last matrix of attention
     and of the feed-forward layer is then multiplied by `init_out_scale`.
+
+    Ours, with `init_frequency`: value v of an image begins as sqrt(2 variance) cos(2 pi (f v / V +
+    phase)), with f ~ N(0, init_frequency^2) and a uniform phase for every channel and colour. So
+    values that are near begin alike, in the input's table and in the columns of the output matrix.
     """
     table = parameter_table(cfg)
     flat = xp.empty(table[-1].stop, dtype)
     for leaf in table:
         rng = Generator(Philox(key=[seed, zlib.crc32(leaf.name.encode())]))
-        values = INITIALISERS[leaf.init](rng, leaf.shape, cfg.init_gain)
+        values = INITIALISERS[leaf.init](rng, leaf.shape, cfg)
         if leaf.name.endswith((".attention.w_o", ".ffn.w_out")):
             values *= cfg.init_out_scale
         flat[leaf.start : leaf.stop] = xp.asarray(values.astype(dtype).reshape(-1))

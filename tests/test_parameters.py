@@ -49,6 +49,17 @@ def test_initial_values():
     flat, table = init_parameters(image, np, "float32", 7)
     rows = next(flat[x.start : x.stop] for x in table if x.name == "embed.rows")
     assert abs(rows.std() / (3 * 12) ** -0.5 - 1) < 0.1
+    flat, table = init_parameters(dataclasses.replace(image, width=96, init_frequency=2.0), np,
+                                  "float32", 7)
+    tables = {x.name: flat[x.start : x.stop].reshape(x.shape) for x in table}
+    colours = tables["embed.table"].reshape(3, 256, 96)
+    out = tables["output.w"].T
+    for values, fan in ((colours[0], 768 + 96), (colours[2], 768 + 96), (out, 256 + 96)):
+        np.testing.assert_allclose(values.std(), (fan / 2) ** -0.5, rtol=0.1)
+        unit = values / np.linalg.norm(values, axis=1, keepdims=True)
+        near, far = ((unit[apart:] * unit[: 256 - apart]).sum(1) for apart in (1, 100))
+        assert near.min() > 0.99 and abs(far.mean()) < 0.3
+    assert abs(np.corrcoef(colours[0].ravel(), colours[1].ravel())[0, 1]) < 0.2
     state = init_centroids(cfg, np, "float32", 7)
     mu = state[0].mu
     np.testing.assert_allclose(mu.mean(-1), 0, atol=1e-6)
