@@ -264,8 +264,8 @@ def at_step(monkeypatch, number, what):
     """what() happens after the step `number`."""
     real = train.train_step
 
-    def step(state, *rest):
-        result = real(state, *rest)
+    def step(state, *rest, **options):
+        result = real(state, *rest, **options)
         if result[0].step == number:
             what()
         return result
