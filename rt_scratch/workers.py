@@ -28,20 +28,27 @@ from rt_scratch.step import State, Threads, part_gradient
 from rt_scratch.threads import alone, limit, n_threads
 
 SET_SIGNAL_AT_PARENTS_END = 1  # PR_SET_PDEATHSIG of prctl
+MOST = 1 << 24  # parameters; beyond, nearly all time is products, and a fork keeps an old state alive
 
 
 @contextlib.contextmanager
 def hired(step_once, state: State, model: ModelConfig, train: TrainConfig, xp, world: World):
     """(state, step_once), to be used inside `with`: with workers where they are of use.
 
-    That is on Linux, where a fork is safe and copies nothing, in one process that trains on a CPU
-    with several cores and parts. The state moves into shared memory.
+    That is on Linux, where a fork is safe, in one process that trains a small model on a CPU with
+    several cores and parts. The state moves into shared memory. Where the system has no process or
+    memory left for it, threads do the work.
     """
     n = min(train.parts, train.batch * train.accumulate, n_threads())
-    if xp is not np or world.size > 1 or n < 2 or sys.platform != "linux":
+    crew = None
+    if (xp is np and world.size == 1 and n > 1 and state.flat.size <= MOST
+            and sys.platform == "linux"):
+        with contextlib.suppress(OSError):
+            crew = Workers(state, model, train, n)
+    if crew is None:
         yield state, step_once
         return
-    with contextlib.closing(Workers(state, model, train, n)) as crew:
+    with contextlib.closing(crew):
         yield crew.state, functools.partial(step_once, crew=crew)
 
 
@@ -54,11 +61,15 @@ class Workers(Threads):
             centroids={i: Centroids(*map(_shared, c)) for i, c in state.centroids.items()})
         self._buffers = [_shared(state.flat) for _ in range(train.parts)]
         self._pipes, self._pids = [], []
-        for _ in range(1, n):
-            ours, theirs = multiprocessing.Pipe()
-            self._pipes.append(ours)
-            self._pids.append(self._fork(theirs, model, train))
-            theirs.close()
+        try:
+            for _ in range(1, n):
+                ours, theirs = multiprocessing.Pipe()
+                self._pipes.append(ours)
+                self._pids.append(self._fork(theirs, model, train))
+                theirs.close()
+        except OSError:
+            self.close()
+            raise
 
     def _fork(self, pipe, model, train):
         parent = os.getpid()
@@ -105,8 +116,9 @@ class Workers(Threads):
 
     def close(self):
         """End the other processes, whatever they are at."""
-        for pipe, pid in zip(self._pipes, self._pids, strict=True):
+        for pipe in self._pipes:
             pipe.close()
+        for pid in self._pids:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
 

@@ -72,9 +72,36 @@ def test_threads_where_processes_are_of_no_use(monkeypatch, why, changes, world,
     several = World()
     several.size = 2
     train = dataclasses.replace(TrainConfig(), **changes)
-    state = object()
+    state = step.new_state(SMALL, train, np)
     with workers.hired(train_step, state, SMALL, train, np, world or several) as found:
-        assert found == (state, train_step)
+        assert found[0] is state and found[1] is train_step
+
+
+def test_threads_for_a_large_model(three_cores, monkeypatch):
+    train = TrainConfig()
+    state = step.new_state(SMALL, train, np)
+    monkeypatch.setattr(workers, "MOST", state.flat.size - 1)
+    with workers.hired(train_step, state, SMALL, train, np, SINGLE) as found:
+        assert found[0] is state and found[1] is train_step
+
+
+def test_threads_where_the_system_has_no_process_left(three_cores, monkeypatch):
+    """The second fork fails: the first worker is not left behind."""
+    forks, fork, before = [], os.fork, children(os.getpid())
+
+    def limited():
+        if forks:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        forks.append(fork())
+        return forks[0]
+
+    monkeypatch.setattr(os, "fork", limited)
+    train = TrainConfig(batch=3, parts=3)
+    state = step.new_state(SMALL, train, np)
+    with workers.hired(train_step, state, SMALL, train, np, SINGLE) as found:
+        assert found[0] is state and found[1] is train_step
+        assert children(os.getpid()) == before
+    assert forks[0] > 0
 
 
 def test_an_error_there_is_raised_here_and_all_processes_end(three_cores, monkeypatch):
