@@ -28,7 +28,7 @@ from rt_scratch.step import State, Threads, part_gradient
 from rt_scratch.threads import alone, limit, n_threads
 
 SET_SIGNAL_AT_PARENTS_END = 1  # PR_SET_PDEATHSIG of prctl
-MOST = 1 << 24  # parameters; beyond, nearly all time is products, and a fork keeps an old state alive
+MOST = 1 << 24  # parameters: beyond, nearly all time is products, and a fork keeps the old state
 
 
 @contextlib.contextmanager
