@@ -27,7 +27,8 @@ TESTS = {  # where a bug of a file must be noticed
     "data/released_subwords": "test_released_subwords.py test_released.py",
     "run/costs": "test_costs.py",
     "run/log": "test_log.py", "graph": "test_graph.py", "workers": "test_workers.py",
-    "kernels/cpu": "test_cpu_kernels.py",
+    **{f"kernels/cpu/{name}": "test_cpu_kernels.py"
+       for name in ("layers", "attention", "routing", "optim")},
 }
 BUGS = [
     # backward passes
@@ -275,24 +276,25 @@ BUGS = [
     ("optim", "0.2 * math.sqrt(max(leaf.shape))", "0.2 * math.sqrt(min(leaf.shape))"),
     ("optim", '            and "_rel_" not in leaf.name)', "            )"),
     ("optim", "        done += last - first\n", ""),
-    ("kernels/cpu", "b *= fifth", "b *= first"),
-    ("kernels/cpu", "            w *= 1 - lr * weight_decay\n", ""),
-    ("kernels/cpu", "one[...] = _wide(change)", "one[...] = change.reshape(one.shape)"),
+    ("kernels/cpu/optim", "b *= fifth", "b *= first"),
+    ("kernels/cpu/optim", "            w *= 1 - lr * weight_decay\n", ""),
+    ("kernels/cpu/optim", "one[...] = _wide(change)", "one[...] = change.reshape(one.shape)"),
     # faster twins
-    ("kernels/cpu", "    rstd += epsilon\n", "    rstd += 2 * epsilon\n"),
-    ("kernels/cpu", "        h *= half\n", ""),
-    ("kernels/cpu", "x.size < 4 * x.shape[-1] else x.dot(w)", "x.size < 4 * x.shape[-1] else x"),
-    ("kernels/cpu", "np.ones(len(rows), dy.dtype) @ rows if", "rows.mean(0) if"),
-    ("kernels/cpu", "    n *= along\n", "    n *= 1.01 * along\n"),
-    ("kernels/cpu", "da += 2 * GELU_SCALE ", "da += GELU_SCALE "),
-    ("kernels/cpu", "z[own, here[own]] -= 1\n", "z[own, here[own]] -= 0.99\n"),
-    ("kernels/cpu", "drel[0] += _outer(by_distance, q)[:-1]",
+    ("kernels/cpu/layers", "    rstd += epsilon\n", "    rstd += 2 * epsilon\n"),
+    ("kernels/cpu/layers", "        h *= half\n", ""),
+    ("kernels/cpu/layers", "x.size < 4 * x.shape[-1] else x.dot(w)",
+     "x.size < 4 * x.shape[-1] else x"),
+    ("kernels/cpu/layers", "np.ones(len(rows), dy.dtype) @ rows if", "rows.mean(0) if"),
+    ("kernels/cpu/layers", "    n *= along\n", "    n *= 1.01 * along\n"),
+    ("kernels/cpu/layers", "da += 2 * GELU_SCALE ", "da += GELU_SCALE "),
+    ("kernels/cpu/layers", "z[own, here[own]] -= 1\n", "z[own, here[own]] -= 0.99\n"),
+    ("kernels/cpu/attention", "drel[0] += _outer(by_distance, q)[:-1]",
      "drel[0] += _outer(by_distance, q)[1:]"),
-    ("kernels/cpu", "rows += grads[:, i * s", "rows -= grads[:, i * s"),
-    ("kernels/cpu", "z[i - r.start, :, : before * cut.block] = HIDDEN", "pass"),
-    ("kernels/cpu", "np.copyto(z, HIDDEN, where=apart)", "pass"),
-    ("kernels/cpu", "wide[:, cut.near] += wide", "wide[:, cut.near] -= wide"),
-    ("kernels/cpu", "left[count[left] > done]", "left[count[left] > done + 1]"),
+    ("kernels/cpu/attention", "rows += grads[:, i * s", "rows -= grads[:, i * s"),
+    ("kernels/cpu/attention", "z[i - r.start, :, : before * cut.block] = HIDDEN", "pass"),
+    ("kernels/cpu/attention", "np.copyto(z, HIDDEN, where=apart)", "pass"),
+    ("kernels/cpu/attention", "wide[:, cut.near] += wide", "wide[:, cut.near] -= wide"),
+    ("kernels/cpu/routing", "left[count[left] > done]", "left[count[left] > done + 1]"),
 ]
 
 

@@ -22,7 +22,7 @@ def small_pieces(monkeypatch):
     """Pieces so small that the arrays here are cut into many."""
     for name, value in (("PIECE", 64), ("ATTENTION", 64), ("ROWS", 3), ("COLUMNS", 2),
                         ("LOGITS", 40)):
-        monkeypatch.setattr(cpu, name, value)
+        monkeypatch.setattr(cpu.sizes, name, value)
 
 
 def switch_on(monkeypatch):
@@ -91,13 +91,13 @@ def test_feed_forward(n, width, hidden, dropping, dtype, seed):
     check(layers.geglu_ffn, layers.geglu_ffn_backward, args, seed, dtype, {"dropped": dropped})
     a, b = normal(rng, (2, n, hidden)), normal(rng, (2, n, hidden))
     check(layers.geglu, layers.geglu_backward, (a, b), seed, dtype)
-    same(cpu.dropout(a, dropped), dropout.reference(a, dropped))
+    same(cpu.layers.dropout(a, dropped), dropout.reference(a, dropped))
 
 
 @pytest.fixture
 def large_pieces(monkeypatch):
     """All arrays here are few rows."""
-    monkeypatch.setattr(cpu, "PIECE", 1 << 18)
+    monkeypatch.setattr(cpu.sizes, "PIECE", 1 << 18)
 
 
 @given(st.sampled_from([1, 2, 3, 4, 9]), widths, sizes, dtypes, seeds)
@@ -118,7 +118,7 @@ def test_few_rows(large_pieces, n, width, hidden, dtype, seed):
 @given(configs(routings=("causal", "random"), dropout=False), seeds, st.sampled_from([0, 5]))
 def test_decoding(cfg, seed, prompt):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "PIECE", 1 << 18)
+        patch.setattr(cpu.sizes, "PIECE", 1 << 18)
         switch_on(patch)
         check_decoding(setup(cfg, seed), prompt)
 
@@ -126,11 +126,11 @@ def test_decoding(cfg, seed, prompt):
 def test_gelu_of_large_numbers(monkeypatch):
     """No overflow, no NaN: gelu(a) is a or 0, its derivative 1 or 0."""
     a = np.array([-1e6, -1e4, -50, -13, 0, 13, 50, 1e4, 1e6], "float32")
-    y, cache = cpu.geglu(a, np.ones_like(a))
-    da, _ = cpu.geglu_backward(np.ones_like(a), cache)
+    y, cache = cpu.layers.geglu(a, np.ones_like(a))
+    da, _ = cpu.layers.geglu_backward(np.ones_like(a), cache)
     np.testing.assert_allclose(y, np.maximum(a, 0), atol=1e-6)
-    monkeypatch.setattr(cpu, "PIECE", 1 << 18)
-    few, _ = cpu.geglu_ffn(a[None], *[np.eye(9, dtype="float32")] * 3)
+    monkeypatch.setattr(cpu.sizes, "PIECE", 1 << 18)
+    few, _ = cpu.layers.geglu_ffn(a[None], *[np.eye(9, dtype="float32")] * 3)
     np.testing.assert_allclose(few[0], np.maximum(a, 0) * a, rtol=1e-6)
     np.testing.assert_allclose(da, (a > 0) + 0.5 * (a == 0), atol=1e-6)
 
@@ -179,14 +179,14 @@ def test_choosing(t, n_clusters, ties, seed):
     scores = normal(rng, (2, 3, n_clusters, t))
     scores = scores.round() if ties else scores
     for window in {1, (t + 1) // 2, t}:
-        same(cpu.top_members(scores, window), routing.top_members.reference(scores, window))
+        same(cpu.routing.top_members(scores, window), routing.top_members.reference(scores, window))
     winner = rng.integers(0, n_clusters, (2, 3, t))
     order = routing.by_cluster.reference(winner)
-    same(cpu.by_cluster(winner), order)
-    same(cpu.inverse(order), routing.inverse.reference(order))
+    same(cpu.routing.by_cluster(winner), order)
+    same(cpu.routing.inverse(order), routing.inverse.reference(order))
     rows = normal(rng, (2, t, 3, 4)).swapaxes(1, 2)
     for index in (order, routing.top_members.reference(scores, t)):
-        same(cpu.gather(rows, index), routing.gather.reference(rows, index))
+        same(cpu.routing.gather(rows, index), routing.gather.reference(rows, index))
 
 
 @given(lengths, sizes, sizes, widths, dtypes, seeds)
@@ -195,7 +195,7 @@ def test_scatter_sum(t, n_clusters, window, d, dtype, seed):
     rng = np.random.default_rng(seed)
     index = rng.integers(0, t, (2, 3, n_clusters, window))
     rows = normal(rng, (2, 3, n_clusters, window, d)).astype(dtype)
-    same(cpu.scatter_sum(rows, index, t), routing.scatter_sum.reference(rows, index, t),
+    same(cpu.routing.scatter_sum(rows, index, t), routing.scatter_sum.reference(rows, index, t),
          1e-10 if dtype == "float64" else 1e-5)
 
 

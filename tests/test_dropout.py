@@ -40,7 +40,7 @@ def test_the_step_may_be_an_array():
     step = np.full((), 3, "uint32")
     for later in (3, 4, 2**32 - 2):
         step[...] = later
-        for function in (dropout.reference, cpu.dropout):
+        for function in (dropout.reference, cpu.layers.dropout):
             got, want = (function(np.ones((5, 9)), Dropped(0.5, (1, 2, number)))[0]
                          for number in (step, later))
             np.testing.assert_array_equal(got, want)
@@ -56,7 +56,7 @@ def test_dropout_mask_by_parts(start, n):
 
 
 @pytest.mark.parametrize("shape", [(6,), (6, 5), (6, 3, 7), (6, 2, 4, 2)])
-@pytest.mark.parametrize("function", [dropout.reference, cpu.dropout])
+@pytest.mark.parametrize("function", [dropout.reference, cpu.layers.dropout])
 def test_a_window_draws_its_mask_in_any_part(function, shape):
     """The rows of an array are windows: wherever the batch is cut, the same entries are kept."""
     x = np.ones(shape)
@@ -85,7 +85,7 @@ def test_philox_known_answers():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("function", [dropout.reference, cpu.dropout])
+@pytest.mark.parametrize("function", [dropout.reference, cpu.layers.dropout])
 def test_dtype_follows_the_input(function, dtype):
     """A mask in float64 would make a wide float64 array of every activation behind it."""
     x = np.ones((5, 7), dtype)

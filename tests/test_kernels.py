@@ -178,16 +178,16 @@ def test_every_accelerated_function_has_a_twin():
 
 def test_a_twin_of_nothing_is_refused():
     with pytest.raises(KeyError, match="layers.nothing"):
-        dispatch.register_twins("numpy", {"layers.nothing": cpu.linear})
+        dispatch.register_twins("numpy", {"layers.nothing": cpu.layers.linear})
 
 
 def test_one_call_makes_the_fast_path_available(monkeypatch):
     """The public name then runs the twin, for arrays worth it; `.reference` stays the plain one."""
     calls = []
     monkeypatch.setitem(cpu.TWINS, "layers.linear", lambda *a: calls.append(a) or "twin")
-    large, small = np.ones((1, cpu.PIECE), "float32"), np.ones((1, 2), "float32")
-    assert layers.linear(large, np.ones((cpu.PIECE, 1), "float32"))[0].shape == (1, 1)
+    large, small = np.ones((1, cpu.sizes.PIECE), "float32"), np.ones((1, 2), "float32")
+    assert layers.linear(large, np.ones((cpu.sizes.PIECE, 1), "float32"))[0].shape == (1, 1)
     assert select_device("cpu")[0] is np
     assert layers.linear(large, None) == "twin" and len(calls) == 1
     assert layers.linear(small, np.ones((2, 1), "float32"))[0] == 2 and len(calls) == 1
-    assert layers.linear.reference(large, large.T)[0] == cpu.PIECE and len(calls) == 1
+    assert layers.linear.reference(large, large.T)[0] == cpu.sizes.PIECE and len(calls) == 1

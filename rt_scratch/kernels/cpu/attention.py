@@ -1,0 +1,399 @@
+"""Attention, local and in clusters: faster twins for NumPy arrays."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from rt_scratch.attention import AttendCache, LocalCache, causal_mask, clipped_reach
+from rt_scratch.kernels.cpu import sizes
+from rt_scratch.kernels.cpu.layers import Drop
+from rt_scratch.threads import busy, parallel, tiles
+
+
+def attend(q, k, v, rel_k, rel_v, mask, scale, dropped=None):
+    *lead, s, d = q.shape
+    n = k.shape[-2]
+    blocks = math.prod(lead)
+    flat = [z.reshape(blocks, *z.shape[-2:]) for z in (q, k, v)]
+    tables = _padded_tables(rel_k, rel_v)
+    o, lse = np.empty((blocks, s, v.shape[-1]), q.dtype), np.empty((blocks, s, 1), q.dtype)
+    hidden = _hidden(mask, (*lead, s, n), q.dtype)
+    drop = Drop(dropped, (*lead, s, n))
+
+    def piece(r):
+        own_q, own_k, own_v = (z[r] for z in flat)
+        _attend(own_q * scale, own_k, own_v, tables, hidden(r), drop, r.start * s * n, o[r], lse[r])
+
+    parallel(piece, tiles(blocks, sizes.PIECE // (s * n)))
+    return o.reshape(*lead, s, -1), AttendCache(q, k, v, rel_k, rel_v, mask, scale, dropped,
+                                                lse.reshape(*lead, s, 1))
+
+
+def attend_backward(do, cache):
+    q, k, v, rel_k, rel_v, mask, scale, dropped, lse = cache
+    *lead, s, d = q.shape
+    n = k.shape[-2]
+    blocks = math.prod(lead)
+    flat = [z.reshape(blocks, *z.shape[-2:]) for z in (q, k, v, do, lse)]
+    tables = _padded_tables(rel_k, rel_v)
+    dq, dk, dv = (np.empty(z.shape, q.dtype) for z in flat[:3])
+    hidden = _hidden(mask, (*lead, s, n), q.dtype)
+    drop = Drop(dropped, (*lead, s, n))
+    groups = tiles(blocks, -(-blocks // 8))  # each adds up its own gradient of the tables
+    drel = None if rel_k is None else np.zeros((2, len(groups), *rel_k.shape), q.dtype)
+
+    def group(i):
+        for r in tiles(groups[i].stop - groups[i].start, sizes.PIECE // (s * n)):
+            r = slice(groups[i].start + r.start, groups[i].start + r.stop)
+            own_q, own_k, own_v, own_do, own_lse = (z[r] for z in flat)
+            own_q = own_q * scale
+            _attend_backward(own_do, own_q, own_k, own_v, tables, hidden(r), drop,
+                             r.start * s * n, own_lse, dq[r], dk[r], dv[r],
+                             None if drel is None else drel[:, i])
+            dq[r] *= scale
+
+    parallel(group, range(len(groups)))
+    return (dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape),
+            *((None, None) if drel is None else drel.sum(1)))
+
+
+def _hidden(mask, shape, dtype):
+    """Function of a slice of blocks that gives 0 where a query may look, else -inf."""
+    mask = np.broadcast_to(causal_mask(np, *shape[-2:]) if mask is None else mask, shape)
+    if all(stride == 0 for stride in mask.strides[:-2]):  # one mask for all blocks
+        bias = np.where(mask.reshape(-1, *mask.shape[-2:])[:1], 0, -np.inf).astype(dtype)
+        return lambda r: bias
+    flat = mask.reshape(-1, *mask.shape[-2:])
+    return lambda r: np.where(flat[r], dtype.type(0), dtype.type(-np.inf))
+
+
+def _padded_tables(rel_k, rel_v):
+    """Rows by distance with a row of zeros behind: the spare column that the skew needs."""
+    if rel_k is None:
+        return None
+    return tuple(np.concatenate([rel, np.zeros_like(rel[:1])]) for rel in (rel_k, rel_v))
+
+
+def _skewed(wide, n_keys):
+    """View of wide (G, S, P + 1) by distance as (G, S, N) by key; see `attention.skew`."""
+    g, s, p1 = wide.shape
+    size = wide.itemsize
+    start = wide.reshape(g, -1)[:, s - 1 :]
+    return as_strided(start, (g, s, n_keys), (wide.strides[0], (p1 - 1) * size, size))
+
+
+def _by_distance(y, tables):
+    """y (G, S, N) by key -> (G, S, P + 1) by distance, else 0; see `attention.unskew`."""
+    g, s, n = y.shape
+    wide = np.zeros((g, s, len(tables[0])), y.dtype)
+    _skewed(wide, n)[...] = y
+    return wide
+
+
+def _logits(q, k, tables, hidden):
+    """Logits of scaled queries q (G, S, D) and keys k (G, N, D)."""
+    z = q @ k.swapaxes(-1, -2)
+    if tables is not None:
+        z += _skewed(_rows_times(q, tables[0].T), k.shape[1])
+    z += hidden
+    return z
+
+
+def _rows_times(x, w):
+    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
+
+
+def _attend(q, k, v, tables, hidden, drop, start, o, lse):
+    """Into o (G, S, D) and lse (G, S, 1)."""
+    tiny, lowest = np.finfo(q.dtype).tiny, np.finfo(q.dtype).min
+    p = _logits(q, k, tables, hidden)
+    top = np.maximum(p.max(-1, keepdims=True), lowest)
+    p -= top
+    np.exp(p, out=p)
+    total = p.sum(-1, keepdims=True)
+    drop(p, start)
+    np.matmul(p, v, out=o)
+    if tables is not None:
+        o += _rows_times(_by_distance(p, tables), tables[1])
+    o /= np.maximum(total, tiny)
+    lse[...] = np.where(total > 0, top + np.log(np.maximum(total, tiny)), 0)
+
+
+def _attend_backward(do, q, k, v, tables, hidden, drop, start, lse, dq, dk, dv, drel):
+    """Into dq (of the scaled queries), dk, dv; adds to drel (2, P, D)."""
+    p = _logits(q, k, tables, hidden)
+    p -= lse
+    np.exp(p, out=p)
+    dp = do @ v.swapaxes(-1, -2)
+    if tables is not None:
+        dp += _skewed(_rows_times(do, tables[1].T), k.shape[1])
+    used = p
+    if drop.dropped:
+        keep = drop.mask(p, start)
+        used = p * keep
+        dp *= keep
+    np.matmul(used.swapaxes(-1, -2), do, out=dv)
+    if tables is not None:
+        drel[1] += _outer(_by_distance(used, tables), do)[:-1]
+    dp -= np.einsum("gij,gij->gi", p, dp)[..., None]
+    dp *= p
+    np.matmul(dp, k, out=dq)
+    np.matmul(dp.swapaxes(-1, -2), q, out=dk)
+    if tables is not None:
+        by_distance = _by_distance(dp, tables)
+        dq += _rows_times(by_distance, tables[0])
+        drel[0] += _outer(by_distance, q)[:-1]
+
+
+def _outer(x, y):
+    return x.reshape(-1, x.shape[-1]).T @ y.reshape(-1, y.shape[-1])
+
+
+# ---------------------------------------------------------------------------- local attention
+#
+# The blocks of all heads that a thread works on stand one behind the other as one long sequence, so
+# that few array operations serve many small heads. Keys and values lie transposed where a product
+# wants them so. Relative products are computed only for distances that are seen and not clipped;
+# they come in a buffer whose other columns always hold HIDDEN, so adding them is also the mask.
+
+HIDDEN = -1e30  # a logit whose weight is 0; finite, so that products with it are no NaN
+
+
+def local_attention(q, k, v, rel_k, rel_v, block, lookback, scale, segments=None, window=None,
+                    dropped=None):
+    b, h, t, d = q.shape
+    reach = clipped_reach(t, block, lookback, segments, window)
+    cut = _Cut(t, reach, rel_k, rel_v, q.dtype)
+    drop = Drop(dropped, (b, h, cut.n, cut.size))
+    o = np.empty((b, h, t, v.shape[-1]), q.dtype)
+    lse = np.empty((b, h, cut.n, reach.block, 1), q.dtype)
+    ones = np.ones((cut.n_keys, 1), q.dtype)
+
+    def heads(share):
+        own = _Heads(cut, share, q, k, scale)
+        own_v, own_lse = own.keys(v[share]), np.empty((*own.q.shape[:2], 1), q.dtype)
+        out = np.empty((*own.q.shape[:2], v.shape[-1]), q.dtype)
+        bounded = own.bounded()
+        for r in own.pieces:
+            p = own.logits(r)                                        # (G, S, N)
+            top = 0 if bounded else p.max(-1, keepdims=True)
+            if not bounded:
+                p -= top
+            np.exp(p, out=p)
+            total = (p.reshape(-1, cut.n_keys) @ ones).reshape(*p.shape[:2], 1)
+            drop(p, (own.first * cut.n + r.start) * cut.size)
+            np.matmul(p, own.windows(own_v, r), out=out[r])
+            if rel_k is not None:
+                out[r] += (own.by_distance(p) @ cut.rel_v).reshape(out[r].shape)
+            out[r] /= total
+            np.log(total, out=own_lse[r])
+            own_lse[r] += top
+        o[share] = own.tokens(out)
+        lse[share] = own_lse.reshape(lse[share].shape)
+
+    parallel(heads, _shares(b, h))
+    return o, LocalCache(q, k, v, rel_k, rel_v, reach, scale, dropped, lse)
+
+
+def local_attention_backward(do, cache):
+    q, k, v, rel_k, rel_v, reach, scale, dropped, lse = cache
+    cut = _Cut(q.shape[2], reach, rel_k, rel_v, q.dtype)
+    drop = Drop(dropped, (*q.shape[:2], cut.n, cut.size))
+    dq, dk, dv = (np.empty(z.shape, q.dtype) for z in (q, k, v))
+    shares = _shares(*q.shape[:2])
+    drel = None if rel_k is None else np.zeros((2, len(shares), *cut.rel_k.shape), q.dtype)
+
+    def heads(i):
+        share = shares[i]
+        own = _Heads(cut, share, q, k, scale)
+        own_k, own_vt = own.keys(k[share]), own.transposed(v[share])
+        own_do, own_lse = own.blocks(do[share]), lse[share].reshape(*own.q.shape[:2], 1)
+        own_dq, own_dk = np.empty_like(own.q), np.zeros_like(own_k)
+        own_dv = np.zeros((len(own_k), v.shape[-1]), q.dtype)
+        for r in own.pieces:
+            p = own.logits(r)
+            p -= own_lse[r]
+            np.exp(p, out=p)
+            dp = own_do[r] @ own.windows_transposed(own_vt, r)
+            if rel_k is not None:
+                dp += own.by_key(own_do[r], cut.rel_vt)
+            used = p
+            if dropped:
+                used = drop.mask(p, (own.first * cut.n + r.start) * cut.size)
+                dp *= used
+                used *= p
+            own.add_windows(own_dv, used.swapaxes(-1, -2) @ own_do[r], r)
+            if rel_k is not None:
+                drel[1, i] += own.by_distance(used).T @ _rows(own_do[r])
+            dp -= np.einsum("gij,gij->gi", p, dp)[..., None]
+            dp *= p
+            np.matmul(dp, own.windows(own_k, r), out=own_dq[r])
+            own.add_windows(own_dk, dp.swapaxes(-1, -2) @ own.q[r], r)
+            if rel_k is not None:
+                by_distance = own.by_distance(dp)
+                own_dq[r] += (by_distance @ cut.rel_k).reshape(own_dq[r].shape)
+                drel[0, i] += by_distance.T @ _rows(own.q[r])
+        first = cut.lookback * cut.block
+        np.multiply(own.tokens(own_dq), scale, out=dq[share])
+        dk[share], dv[share] = own.tokens(own_dk[first:]), own.tokens(own_dv[first:])
+
+    parallel(heads, range(len(shares)))
+    if drel is None:
+        return dq, dk, dv, None, None
+    drel_k, drel_v = np.zeros_like(rel_k), np.zeros_like(rel_v)
+    drel_k[cut.rows], drel_v[cut.rows] = drel.sum(1)
+    return dq, dk, dv, drel_k, drel_v
+
+
+def _shares(b, h):
+    """The heads that a thread works on at a time: all where other threads are at work already."""
+    if busy():
+        return [(slice(0, b), slice(0, h))]
+    return [(slice(i, i + 1), slice(j, j + 1)) for i in range(b) for j in range(h)]
+
+
+def _rows(x):
+    return x.reshape(-1, x.shape[-1])
+
+
+class _Cut:
+    """How T tokens are cut into n blocks of S, and which of their N keys the queries see.
+
+    By distance, column p of N stands for distance p + 1 - N; columns from `seen` on are seen, those
+    from `near` on are not clipped and have the rows `rows` of the tables.
+    """
+
+    def __init__(self, t, reach, rel_k, rel_v, dtype):
+        self.block, self.lookback, self.segments, window = reach
+        self.t, self.n = t, -(-t // self.block)
+        self.n_keys = (self.lookback + 1) * self.block
+        self.size = self.block * self.n_keys
+        window = min(window or self.n_keys, self.n_keys)
+        self.seen, self.rel_k = self.n_keys - window, None
+        if rel_k is None:
+            distance = np.arange(self.n_keys) - self.lookback * self.block \
+                - np.arange(self.block)[:, None]
+            hidden = (distance > 0) | (distance <= -window)
+            self.bias = np.where(hidden, HIDDEN, 0).astype(dtype)    # (S, N)
+            return
+        m = len(rel_k) // 2
+        self.near = self.n_keys - min(window, m + 1)
+        self.rows = slice(m + 1 + self.near - self.n_keys, m + 1)
+        self.rel_k, self.rel_v = rel_k[self.rows], rel_v[self.rows]  # (N - near, D)
+        self.rel_kt, self.rel_vt = (np.ascontiguousarray(x.T) for x in (self.rel_k, self.rel_v))
+
+
+class _Heads:
+    """The blocks of a share of the heads, one head behind the other, worked on in pieces."""
+
+    def __init__(self, cut, share, q, k, scale):
+        self.cut, self.heads = cut, q[share].shape[:2]
+        self.first = share[0].start * q.shape[1] + share[1].start    # its first head
+        self.q = self.blocks(q[share])                               # (heads n, S, D)
+        self.q *= scale
+        self.kt = self.transposed(k[share])
+        self.pieces = tiles(len(self.q), sizes.ATTENTION // cut.size)
+        rows = self.pieces[0].stop * cut.block
+        if cut.rel_k is not None:
+            self._wide = np.full((rows, cut.n_keys + cut.block - 1), HIDDEN, q.dtype)
+            self._spread = np.zeros_like(self._wide)
+        if cut.segments is not None:
+            front = cut.lookback * cut.block
+            self._segments = np.zeros(front + len(self.q) * cut.block, np.uint16)
+            self._segments[front:].reshape(*self.heads, -1)[..., : cut.t] = cut.segments[share]
+
+    def blocks(self, x):
+        """(b, h, T, D) -> (b h n, S, D) in a new array, filled up with zeros."""
+        cut, out = self.cut, np.empty((*self.heads, self.cut.n * self.cut.block, x.shape[-1]),
+                                      x.dtype)
+        out[:, :, cut.t :] = 0
+        out[:, :, : cut.t] = x
+        return out.reshape(-1, cut.block, x.shape[-1])
+
+    def tokens(self, x):
+        """The inverse of `blocks`: (..., D) -> (b, h, T, D)."""
+        return x.reshape(*self.heads, -1, x.shape[-1])[:, :, : self.cut.t]
+
+    def keys(self, x):
+        """(b, h, T, D) -> ((lookback + b h n) S, D), zeros in front and behind each head."""
+        return np.concatenate([np.zeros((self.cut.lookback * self.cut.block, x.shape[-1]), x.dtype),
+                               _rows(self.blocks(x))])
+
+    def transposed(self, x):
+        """(b, h, T, D) -> `keys` transposed, (D, ...)."""
+        front, size = self.cut.lookback * self.cut.block, self.cut.n * self.cut.block
+        total = front + math.prod(self.heads) * size
+        out = np.empty((x.shape[-1], total + 16), x.dtype)  # 16: rows that do not share cache lines
+        out[:, :front] = 0
+        tokens = out[:, front:total].reshape(-1, *self.heads, size)
+        tokens[..., self.cut.t :] = 0
+        tokens[..., : self.cut.t] = x.transpose(3, 0, 1, 2)
+        return out
+
+    def windows(self, x, r):
+        """What blocks r may see of x (from `keys`): (G, N, ...), a view."""
+        step = self.cut.block * x.strides[0]
+        return np.ndarray((r.stop - r.start, self.cut.n_keys, *x.shape[1:]), x.dtype, x,
+                          r.start * step, (step, *x.strides))
+
+    def windows_transposed(self, x, r):
+        """The same of what `transposed` returned: (G, D, N), a view."""
+        step = self.cut.block * x.itemsize
+        return np.ndarray((r.stop - r.start, len(x), self.cut.n_keys), x.dtype, x,
+                          r.start * step, (step, *x.strides))
+
+    def add_windows(self, x, grads, r):
+        """Adds gradients (G, N, D) of windows to the positions of x that they are views of."""
+        s = self.cut.block
+        for i in range(self.cut.lookback + 1):
+            rows = x[(r.start + i) * s : (r.stop + i) * s]
+            rows += grads[:, i * s : (i + 1) * s].reshape(rows.shape)
+
+    def logits(self, r):
+        """Of blocks r: (G, S, N), HIDDEN where a query may not look."""
+        cut = self.cut
+        z = self.q[r] @ self.windows_transposed(self.kt, r)
+        z += cut.bias if cut.rel_k is None else self.by_key(self.q[r], cut.rel_kt)
+        for i in range(r.start, r.stop) if cut.lookback else ():
+            before = cut.lookback - i % cut.n  # blocks of its window that are another head's
+            if before > 0:
+                z[i - r.start, :, : before * cut.block] = HIDDEN
+        if cut.segments is not None:
+            own = self._segments[cut.lookback * cut.block :].reshape(-1, cut.block)[r]
+            apart = own[:, :, None] != self.windows(self._segments, r)[:, None, :]
+            np.copyto(z, HIDDEN, where=apart)
+        return z
+
+    def bounded(self):
+        """True if |logits| stay below 60 by the lengths of vectors: exp needs no maximum then."""
+        def longest(x, axis):
+            return math.sqrt(np.einsum(x, [0, 1], x, [0, 1], [axis]).max(initial=0))
+
+        keys = longest(self.kt[:, :-16], 1)
+        if self.cut.rel_k is not None:
+            keys += longest(self.cut.rel_k, 0)
+        return longest(_rows(self.q), 0) * keys < 60  # exp(60) N is far from any overflow
+
+    def by_key(self, x, table):
+        """x (G, S, D) times the table's row of every pair's distance: (G, S, N), see `skew`."""
+        cut, wide = self.cut, self._wide[: len(x) * self.cut.block]
+        np.matmul(_rows(x), table, out=wide[:, cut.near : cut.n_keys])
+        wide[:, cut.seen : cut.near] = wide[:, cut.near, None]
+        return self._skewed(wide)
+
+    def by_distance(self, y):
+        """The transpose of `by_key`'s last step: y (G, S, N) -> (G S, N - near), a view."""
+        cut, wide = self.cut, self._spread[: len(y) * self.cut.block]
+        self._skewed(wide)[...] = y
+        if cut.seen < cut.near:
+            wide[:, cut.near] += wide[:, cut.seen : cut.near] @ np.ones(cut.near - cut.seen,
+                                                                        y.dtype)
+        return wide[:, cut.near : cut.n_keys]
+
+    def _skewed(self, wide):
+        s, columns, size = self.cut.block, wide.shape[1], wide.itemsize
+        return np.ndarray((len(wide) // s, s, self.cut.n_keys), wide.dtype, wide, (s - 1) * size,
+                          (s * columns * size, (columns - 1) * size, size))
