@@ -9,30 +9,7 @@ in place, side by side on threads (`threads.parallel`), and build windows and ma
 from __future__ import annotations
 
 from rt_scratch.dispatch import first_array
-from rt_scratch.kernels.cpu import sizes
-from rt_scratch.kernels.cpu.attention import (
-    attend,
-    attend_backward,
-    local_attention,
-    local_attention_backward,
-)
-from rt_scratch.kernels.cpu.layers import (
-    dropout,
-    geglu,
-    geglu_backward,
-    geglu_ffn,
-    geglu_ffn_backward,
-    layer_norm,
-    layer_norm_backward,
-    linear,
-    linear_backward,
-    linear_cross_entropy,
-    linear_cross_entropy_backward,
-    normalize,
-    normalize_backward,
-)
-from rt_scratch.kernels.cpu.optim import adamw_update, muon_update
-from rt_scratch.kernels.cpu.routing import by_cluster, gather, inverse, scatter_sum, top_members
+from rt_scratch.kernels.cpu import attention, layers, optim, routing, sizes
 
 
 def worthwhile(*args) -> bool:
@@ -40,13 +17,13 @@ def worthwhile(*args) -> bool:
     return not sizes.few(first_array(args))
 
 
-TWINS = {f"{module}.{f.__name__}": f for module, functions in {
-    "layers": (linear, linear_backward, layer_norm, layer_norm_backward, normalize,
-               normalize_backward, geglu, geglu_backward, geglu_ffn, geglu_ffn_backward,
-               linear_cross_entropy, linear_cross_entropy_backward),
-    "dropout": (dropout,),
-    "attention": (attend, attend_backward, local_attention, local_attention_backward),
-    "routing": (top_members, by_cluster, inverse, gather, scatter_sum),
-    "optim": (adamw_update, muon_update),
-}.items() for f in functions}
+TWINS = {f"{plain}.{name}": getattr(module, name) for plain, module, names in (
+    ("layers", layers, "linear linear_backward layer_norm layer_norm_backward normalize "
+                       "normalize_backward geglu geglu_backward geglu_ffn geglu_ffn_backward "
+                       "linear_cross_entropy linear_cross_entropy_backward"),
+    ("dropout", layers, "dropout"),
+    ("attention", attention, "attend attend_backward local_attention local_attention_backward"),
+    ("routing", routing, "top_members by_cluster inverse gather scatter_sum"),
+    ("optim", optim, "adamw_update muon_update"),
+) for name in names.split()}
 ANY_SIZE = ("layers.layer_norm", "layers.normalize", "layers.geglu_ffn")  # have a way for few rows
