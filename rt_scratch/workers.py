@@ -132,14 +132,18 @@ def _shared(array):
 
 
 def _serve(pipe, state, buffers, model, train):
-    """A worker's life: parts come, and what `part_gradient` says of each goes back."""
+    """A worker's life: parts come, and what `part_gradient` says of each, but for its routes, goes
+    back.
+    """
     limit(1)
     with contextlib.suppress(EOFError, OSError):
         while True:
             slot, step, scale, part = pipe.recv()
             state = state._replace(step=step, scale=scale)
             try:
-                told = part_gradient(state.params, state, part, buffers[slot], model, train)
+                nats, commitment, report = part_gradient(
+                    state.params, state, part, buffers[slot], model, train)
+                told = nats, commitment, report._replace(routes={})  # large, and not for a step
             except Exception as error:
                 told = error
             pipe.send(told)
