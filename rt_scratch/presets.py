@@ -23,8 +23,6 @@ _RELEASED_IMAGE = dict(
 # Not defaults of config.py, because the released models look at one token and no n-gram.
 TEXT = dict(input_tokens=3, ngram_rows=6763)
 _SMALL = dict(seq_len=1024, n_clusters=16)  # and the defaults of config.py
-_ADAMW = dict(  # what the recorded results of enwik8 and wikitext103 were trained with
-    init_out_scale=1.0, optimizer="adamw", lr=3e-3, schedule="cosine", warmup=50, eval_every=600)
 _SMALL_IMAGE = dict(  # a block is one row: it sees the row above
     lr=0.016, init_frequency=2.0, eval_windows=16, eval_every=250)
 
@@ -38,7 +36,7 @@ PRESETS: dict[str, dict[str, dict]] = {
             _RELEASED_TEXT, seq_len=12288, n_layers=12, width=1024, ffn_width=3072,
             n_local_heads=4, n_routing_heads=4, n_clusters=48, window=256, block=128, lookback=1,
             local_max_distance=257, routing_max_distance=257),
-        "small": dict(_SMALL, **_ADAMW, steps=2600),
+        "small": dict(_SMALL, **TEXT, steps=1800, eval_every=600),
     },
     "wikitext103": {
         "released": dict(
@@ -47,7 +45,9 @@ PRESETS: dict[str, dict[str, dict]] = {
             block=256, lookback=1, local_max_distance=513, routing_max_distance=513,
             embed_dropout=0.4, attention_dropout=0.4, ffn_dropout=0.4, target_dropout=0.25,
             weight_decay=2e-5),
-        "small": dict(_SMALL, **_ADAMW, embed_width=64, steps=1200),
+        "small": dict(  # the recipe that its recorded result was trained with
+            _SMALL, embed_width=64, steps=1200, init_out_scale=1.0, optimizer="adamw", lr=3e-3,
+            schedule="cosine", warmup=50, eval_every=600),
     },
     "pg19": {
         "released": dict(
