@@ -21,7 +21,7 @@ import warnings
 import numpy as np
 
 from rt_scratch.config import ModelConfig, TrainConfig
-from rt_scratch.console import SIGNALS
+from rt_scratch.console import SIGNALS, warn
 from rt_scratch.kmeans import Centroids
 from rt_scratch.parallel import World
 from rt_scratch.step import State, Threads, part_gradient
@@ -60,12 +60,12 @@ class Workers(Threads):
             flat=_shared(state.flat),
             centroids={i: Centroids(*map(_shared, c)) for i, c in state.centroids.items()})
         self._buffers = [_shared(state.flat) for _ in range(train.parts)]
-        self._pipes, self._pids = [], []
+        self._pipes, self.pids = [], []
         try:
             for _ in range(1, n):
                 ours, theirs = multiprocessing.Pipe()
                 self._pipes.append(ours)
-                self._pids.append(self._fork(theirs, model, train))
+                self.pids.append(self._fork(theirs, model, train))
                 theirs.close()
         except OSError:
             self.close()
@@ -93,6 +93,8 @@ class Workers(Threads):
         return self._buffers[:n]
 
     def run(self, params, state, parts, buffers, model, train):
+        if not self._pipes:
+            return super().run(params, state, parts, buffers, model, train)
         size = len(self._pipes) + 1
         slots = {id(buffer): slot for slot, buffer in enumerate(self._buffers)}
         found = {}
@@ -107,8 +109,10 @@ class Workers(Threads):
             for i in range(len(parts)):
                 if i % size:
                     found[i] = self._pipes[i % size - 1].recv()
-        except (EOFError, OSError) as error:
-            raise MemoryError("a process with a part of the batch was killed") from error
+        except (EOFError, OSError):  # somebody killed one, perhaps the system for want of memory
+            warn("note: a process with a part of the batch was killed; threads go on in its place")
+            self.close()
+            return self.run(params, state, parts, buffers, model, train)
         for told in found.values():
             if isinstance(told, Exception):
                 raise told
@@ -118,9 +122,10 @@ class Workers(Threads):
         """End the other processes, whatever they are at."""
         for pipe in self._pipes:
             pipe.close()
-        for pid in self._pids:
+        for pid in self.pids:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+        self._pipes, self.pids = [], []
 
 
 def _shared(array):

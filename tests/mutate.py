@@ -195,7 +195,7 @@ BUGS = [
     ("config", "(k for k in KINDS if KINDS[k].routes)", "(k for k in KINDS)"),
     ("parameters", "bound = math.sqrt(3 * cfg.init_gain / (sum(shape) / 2))",
      "bound = math.sqrt(3 * cfg.init_gain / sum(shape))"),
-    ("parameters", "(frequency * value + phase)", "frequency * (value + phase)"),
+    ("parameters", "[:, None] / cfg.vocab_size", "[:, None]"),
     ("parameters", "zlib.crc32(leaf.name.encode())", "zlib.crc32(leaf.name.encode()), 0][:1] + [7"),
     ("optim", "g = g + weight_decay * w", "g = g - weight_decay * w"),
     ("optim", "v / (1 - beta2 ** (step + 1))", "v / (1 - beta2 ** step) if step else v"),
