@@ -180,7 +180,7 @@ class TrainConfig:
 
     batch: int = _field(2, "windows per forward pass", least=1)
     accumulate: int = _field(1, "forward passes per optimizer step", least=1)
-    parts: int = _field(2, "parts a batch is cut into on a CPU, one thread each", least=1)
+    parts: int = _field(2, "parts a batch is cut into on a CPU, one core each", least=1)
     recompute: bool = _field(False, "store only block inputs and compute the rest again: less "
                                     "memory, the same numbers")
     steps: int = _field(3400, "optimizer steps", least=1)

@@ -51,7 +51,8 @@ def parameter_table(cfg: ModelConfig) -> list[Leaf]:
         if cfg.ngram_rows:
             add("embed.ngrams", cfg.ngram_rows, cfg.ngram_width)
     else:
-        add("embed.table", 3 * cfg.vocab_size, c, init="values")
+        add("embed.table", 3 * cfg.vocab_size, c,
+            init="cosines" if cfg.init_frequency else "uniform")
         add("embed.rows", cfg.image_size, 1, 3 * c, init="positions")
         add("embed.columns", 1, cfg.image_size, 3 * c, init="positions")
         if cfg.n_classes:
@@ -77,7 +78,8 @@ def parameter_table(cfg: ModelConfig) -> list[Leaf]:
         add("output.w_embed", c, e)
         add("output.b_embed", e, init="zeros")
     if not cfg.tie_embedding:
-        add("output.w", e, cfg.vocab_size, init="values out" if cfg.kind == "image" else "uniform")
+        add("output.w", e, cfg.vocab_size,
+            init="cosines, transposed" if cfg.init_frequency else "uniform")
     add("output.b", cfg.vocab_size, init="zeros")
     return table
 
@@ -161,10 +163,8 @@ def _uniform(rng, shape, cfg):
     return rng.uniform(-bound, bound, shape)
 
 
-def _values(rng, shape, cfg):
-    """(colours x V, C): cosines of the value, one set for each colour, or `_uniform`."""
-    if not cfg.init_frequency:
-        return _uniform(rng, shape, cfg)
+def _cosines(rng, shape, cfg):
+    """(colours x V, C): cosines of the value, one set for each colour."""
     value = np.arange(cfg.vocab_size)[:, None] / cfg.vocab_size
     sets = (shape[0] // cfg.vocab_size, 1, shape[1])
     frequency, phase = rng.normal(0, cfg.init_frequency, sets), rng.uniform(0, 1, sets)
@@ -174,8 +174,8 @@ def _values(rng, shape, cfg):
 
 INITIALISERS = {  # (rng, shape, cfg) -> values
     "uniform": _uniform,
-    "values": _values,
-    "values out": lambda rng, shape, cfg: _values(rng, shape[::-1], cfg).T,
+    "cosines": _cosines,
+    "cosines, transposed": lambda rng, shape, cfg: _cosines(rng, shape[::-1], cfg).T,
     "positions": lambda rng, shape, cfg: rng.normal(0, shape[-1] ** -0.5, shape),
     "ones": lambda rng, shape, cfg: np.ones(shape),
     "zeros": lambda rng, shape, cfg: np.zeros(shape),

@@ -1,12 +1,14 @@
 """parameters.py: the table fills the buffer, the tree is a view of it, initial values."""
 
 import dataclasses
+import zlib
 
 import numpy as np
 import pytest
 from helpers.models import SMALL
 from helpers.strategies import configs
 from hypothesis import given
+from numpy.random import Generator, Philox
 
 from rt_scratch.config import ModelConfig
 from rt_scratch.parameters import (
@@ -49,6 +51,10 @@ def test_initial_values():
     flat, table = init_parameters(image, np, "float32", 7)
     rows = next(flat[x.start : x.stop] for x in table if x.name == "embed.rows")
     assert abs(rows.std() / (3 * 12) ** -0.5 - 1) < 0.1
+    last = next(flat[x.start : x.stop] for x in table if x.name == "output.w")
+    rng = Generator(Philox(key=[7, zlib.crc32(b"output.w")]))  # row by row, as any other matrix
+    bound = np.sqrt(3 / ((12 + 256) / 2))
+    np.testing.assert_allclose(last, rng.uniform(-bound, bound, 12 * 256), rtol=1e-6)
     flat, table = init_parameters(dataclasses.replace(image, width=96, init_frequency=2.0), np,
                                   "float32", 7)
     tables = {x.name: flat[x.start : x.stop].reshape(x.shape) for x in table}

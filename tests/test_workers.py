@@ -46,7 +46,7 @@ def steps(m, train, n, step_once, state, grads):
 @pytest.mark.parametrize("batch, accumulate, parts", [
     (2, 1, 2), (6, 1, 3), (5, 1, 4), (2, 3, 2), (1, 5, 2), (7, 1, 2)])
 def test_the_same_bits_as_threads(three_cores, routing, batch, accumulate, parts):
-    """More parts than processes, groups of parts one after another, dropout, centroids, images."""
+    """More parts than processes, groups of parts one after another, dropout, centroids."""
     m = setup(dataclasses.replace(SMALL, routing=routing, commitment=0.3, ffn_dropout=0.2,
                                   centroid_decay=0.5), batch=batch * accumulate)
     train = TrainConfig(batch=batch, accumulate=accumulate, parts=parts, lr=0.01)
