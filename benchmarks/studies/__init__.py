@@ -53,12 +53,9 @@ class Study(NamedTuple):
         return f"{Path(self.text).name.partition('.')[0]}-{self.seq_len}"
 
     def apart(self, part, *job):
-        """What `measure(*job)` of a part returns in a process of its own.
-
-        Threads that spin while they wait would slow torch down on a machine that is shared.
-        """
+        """What `measure(*job)` of a part returns in a process of its own."""
         return in_own_process(ROOT / "benchmarks" / "study.py", [part, *job],
-                              OMP_NUM_THREADS=str(self.threads), OMP_WAIT_POLICY="PASSIVE")
+                              OMP_NUM_THREADS=str(self.threads))
 
     def log(self, name, columns):
         return Log(self.out / f"{name}.csv", columns)
