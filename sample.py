@@ -90,7 +90,7 @@ def draw_images(args, loaded, xp):
 
 
 def drawing(args, model: ModelConfig, prompt: int, tokens: int, xp) -> dict:
-    """Settings of `generate`, once it is sure to fit: sample i depends on --seed and i alone."""
+    """Settings of `generate`, once it is known to fit: sample i depends on --seed and i alone."""
     capacity = prompt + tokens + 1
     if "full" in model.kinds():
         capacity = min(capacity, model.seq_len)

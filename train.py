@@ -119,7 +119,7 @@ def fit(plan, run, state, progress, last, xp, world, step_once):
 
 
 def score(plan, run, state, progress, row, clock, bar, stop, world):
-    """Score the validation split after a step that is saved, and show a sample -> Progress."""
+    """Score the validation split after a saved step, and show a sample -> Progress."""
     folder, dataset, model, train = plan[:4]
     valid, drawing = None, wanted(state.step, progress.scored, model, train)
     with clock.aside(), stop.at_once() if world.size == 1 else contextlib.nullcontext():

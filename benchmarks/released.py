@@ -88,7 +88,7 @@ def main():
     text = (f"# The authors' PG-19 model at its real size, random weights\n\n"
             f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, Python "
             f"{platform.python_version()}, NumPy {np.__version__}, float32.\n\n"
-            "| what | seconds | of all cores | peak, GiB |\n|---|---|---|---|\n"
+            "| what | seconds | CPU seconds, all cores | peak, GiB |\n|---|---|---|---|\n"
             + "\n".join(table) + "\n")
     print(text)
     if out:
@@ -124,9 +124,9 @@ def rows(folder, data):
     add("sample 1 token after a prompt of 8,000", *first)
     more = measure(*sample, 101)
     add("sample 101 tokens after it", *more)
-    lines.append(f"\nA token there takes {(more[0] - first[0]) / 100:.2f} s, of which the two topk "
-                 f"heads of the last layer take {1000 * topk_step_seconds():.0f} ms to choose "
-                 "their members again and attend.")
+    lines.append(f"\nSampling one token at that length takes {(more[0] - first[0]) / 100:.2f} s, "
+                 "of which the two topk heads of the last layer take "
+                 f"{1000 * topk_step_seconds():.0f} ms to choose their members again and attend.")
     return lines
 
 

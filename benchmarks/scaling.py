@@ -128,23 +128,23 @@ def report(sizes, found, note):
         f"{common.machine()}. {note} `python benchmarks/scaling.py`; float32, AdamW, random "
         "tokens.\n",
         "## Threads or processes on two cores\n",
-        "The same batch. A worker: what train.py does, a forked process that shares memory "
-        "(rt_scratch/workers.py). Exchange alone: the sum of the gradient when both are ready; in "
-        "the step: with the wait for the slower process. Memory: of one process of mpiexec, of "
-        "this process and its worker together.\n",
+        "All rows of a model compute the same batch. A worker is what train.py uses: a forked "
+        "process that shares memory (rt_scratch/workers.py). Exchange alone: summing the gradient "
+        "when both processes are ready; in the step: including the wait for the slower one. "
+        "Memory: of one process under mpiexec; of the process and its worker together.\n",
         common.table(["model", "parameters", "two cores by", "step, ms", "exchange alone, ms",
                       "in the step, ms", "peak, MiB"], rows),
         "## Strong and weak scaling\n",
-        "Strong: the same batch, how many times as fast as one core. Weak: half the batch on one "
-        "core against the whole under mpiexec -n 2, share of its speed per process that is "
-        "kept.\n",
+        "Strong: on the same batch, how many times as fast as one core. Weak: one core with half "
+        "the batch against mpiexec -n 2 with the whole batch, the share of the speed per process "
+        "that is kept.\n",
         common.table(["model", "windows per step", "one core, ms",
                       *(f"{setting[0]}, strong" for setting in SETTINGS[2:]),
                       "one core with half the batch, ms", "mpiexec -n 2, weak"], scaling),
         "## Many machines: computed, not measured\n",
         f"Each of n machines computes one window per step, in the seconds that results/memory.md "
         f"measured on two cores (enwik8 {RELEASED['enwik8, 165M'][1]}, pg19 "
-        f"{RELEASED['pg19, 583M'][1]}); after it the gradient is exchanged, by a ring that uses "
+        f"{RELEASED['pg19, 583M'][1]}); then the gradient is exchanged, by a ring that uses "
         f"the whole bandwidth:\n\n    {FORMULA}\n    kept = step / (step + exchange)\n\n"
         "For a faster machine put its own seconds into the formula.\n",
         common.table(["model", "Gbit/s", "machines", "exchange, s", "kept", "times as fast"],

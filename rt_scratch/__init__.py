@@ -6,15 +6,15 @@ Letters, used in every shape comment:
     K clusters       W routing window   S local block       L layers        M feed-forward width
     V vocabulary     E embedding width
 
-Weights are (in, out), so code reads `x @ w`. A gradient is `d` and the name. Two conventions:
+Weights are (in, out), so code reads `x @ w`. The gradient of `x` is `dx`. Two conventions:
 
     y, cache = f(x, w)          dx, dw = f_backward(dy, cache)
 
-is every plain function: one gradient per differentiable argument, in their order, no state but what
-is passed. The parts of the model take a tree of parameters instead; their backward adds the
-gradients of those to an identical tree and returns the gradient of the input. Caches are
+holds for every plain function: one gradient per differentiable argument, in their order, no state
+but what is passed. The parts of the model take a tree of parameters instead; their backward adds
+the parameters' gradients to an identical tree and returns the gradient of the input. Caches are
 NamedTuples. Docstrings cite the equations of docs/derivations.md; docs/walkthrough.md runs through
-all this with eight tokens. Reading order, an evening:
+all this with eight tokens. Reading order, for an evening:
 
     layers      linear, LayerNorm, feed-forward, embeddings, output layer with its loss
     attention   softmax attention in blocks, relative positions by a skew, local attention
@@ -23,7 +23,7 @@ all this with eight tokens. Reading order, an evening:
     multiprobe  ours: each key in one cluster, each query in several
     heads       the kinds of head, one row each: local, full, causal, topk, random, multiprobe
     model       one block, the whole model, forward and backward
-    step        one optimizer step; centroids move here, in the open
+    step        one optimizer step, which also moves the centroids
 
 then train.py. Around them: config (what a model and a run are), parameters, optim, decode (one
 token at a time), dropout, dispatch (NumPy or CuPy, plain or twin), device, graph (a step as one

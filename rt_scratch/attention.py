@@ -1,6 +1,7 @@
 """Softmax attention inside blocks, with relative positions, and local attention built on it.
 
-`attend` knows nothing of the sequence: queries (..., S, D), keys and values (..., N, D), a mask.
+`attend` knows nothing of the sequence: it takes queries (..., S, D), keys and values (..., N, D)
+and a mask.
 Local attention cuts the sequence into blocks for it; routing attention (routing.py) hands it the
 members of each cluster.
 """
@@ -244,7 +245,7 @@ def clipped_reach(t: int, block: int, lookback: int, segments, window) -> Reach:
 
 
 def local_gradients(gradients, caches, t: int, reach: Reach):
-    """From those of blocks, windows and rows to those of q, k, v, rel_k, rel_v."""
+    """Gradients of blocks, windows and rows -> gradients of q, k, v, rel_k, rel_v."""
     dq, dk, dv, drel_k, drel_v = gradients
     if drel_k is not None:
         drel_k = distance_rows_backward(drel_k, caches[0])
@@ -257,7 +258,7 @@ def local_gradients(gradients, caches, t: int, reach: Reach):
 def local_inputs(q, k, v, rel_k, rel_v, reach: Reach):
     """What `attend` takes: blocks of queries, windows of keys and values, rows by distance.
 
-    And the caches of the rows, (None, None) without relative positions.
+    Returns the caches of the rows too, (None, None) without relative positions.
     """
     block, lookback = reach.block, reach.lookback
     rows_k = rows_v = cache_k = cache_v = None

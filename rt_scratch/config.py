@@ -108,7 +108,7 @@ class ModelConfig:
 
     @property
     def head_width(self) -> int:
-        """D."""
+        """D, the width of a head."""
         return self.width // self.n_heads
 
     @property
@@ -209,7 +209,7 @@ class TrainConfig:
 
     @property
     def dtype(self) -> str:
-        """Of parameters, gradients, optimizer state and centroids."""
+        """The dtype of parameters, gradients, optimizer state and centroids."""
         return "float64" if self.precision == "float64" else "float32"
 
     def validate(self) -> TrainConfig:
@@ -236,7 +236,7 @@ def _check_fields(config):
 
 
 def choices(f: dataclasses.Field) -> tuple[str, ...]:
-    """The values that a field may take, by the rows its table has now; () for any value."""
+    """The values that a field may take, from the rows that its table has now; () for any value."""
     names = f.metadata["choices"]
     return tuple(names() if callable(names) else names)
 

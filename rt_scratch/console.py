@@ -75,7 +75,7 @@ def script(main) -> None:
 def say(text: str, end: str = "\n") -> bool:
     """Print now; False where nobody reads the output any more.
 
-    Where printing fails it is left out from then on, and costs nothing else.
+    Where printing fails, nothing more is printed; there is no other consequence.
     """
     error = _put("stdout", _shown(text), end)
     if error and not isinstance(error, BrokenPipeError):
@@ -84,7 +84,7 @@ def say(text: str, end: str = "\n") -> bool:
 
 
 def show(text: str, raw: bool = False) -> None:
-    """Write to stdout what a model wrote; `raw`: characters of Latin-1, as the bytes they are."""
+    """Write to stdout what a model wrote; with `raw`, Latin-1 characters as the bytes they are."""
     if raw:
         sys.stdout.buffer.write(text.encode("latin-1"))
         sys.stdout.flush()
@@ -99,7 +99,7 @@ def warn(text: str) -> None:
 
 @contextlib.contextmanager
 def harmless(what):
-    """Whatever fails inside `with` costs `what` alone; the first time, a line says so."""
+    """A failure inside `with` costs `what` alone; the first time, a line says so."""
     try:
         yield
     except Exception as error:  # a library that draws may raise anything
@@ -112,9 +112,9 @@ def _left_out(text):
 
 
 def visible(text: str) -> str:
-    """The text with its control characters, but for newline and tab, written as \\x1b.
+    """The text with its control characters, except newline and tab, written like \\x1b.
 
-    As such they could move the cursor of a terminal, or worse.
+    Sent as they are, they could move the cursor of a terminal, or worse.
     """
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: f"\\x{ord(m[0]):02x}", text)
 
@@ -161,8 +161,8 @@ def _end(code, line):
 def answered(handler):
     """Inside `with`, handler(number, frame) answers Ctrl-C, SIGTERM and SIGHUP.
 
-    Not those that are ignored, as SIGHUP is under nohup, and none outside the main thread, where
-    Python takes no handlers.
+    Signals that are ignored, as SIGHUP is under nohup, stay ignored. Outside the main thread, where
+    Python takes no handlers, nothing changes.
     """
     before = {}
     if threading.current_thread() is threading.main_thread():
@@ -178,7 +178,7 @@ def answered(handler):
 
 
 class StopRequest:
-    """Inside `with`, a signal only sets `asked`, for a loop that ends where everything is whole.
+    """Inside `with`, a signal only sets `asked`, so that a loop can end after a whole step.
 
     A second Ctrl-C stops at once, as ever.
     """

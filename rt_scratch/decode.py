@@ -23,8 +23,8 @@ class Memory:
     """The text so far: per layer the store of each kind of head, the ids that the input layer still
     sees, and the next position.
 
-    `prefill` and `step` write into it; it belongs to one text per batch row. Beside it the matrices
-    of queries (scaled by D^-1/2), keys and values as one: one product of a token instead of three.
+    `prefill` and `step` write into it; it belongs to one text per batch row. It also holds the
+    matrices of queries (scaled by D^-1/2), keys and values as one, for one product per token.
     """
 
     def __init__(self, params, cfg: ModelConfig, batch: int, capacity: int, labels=None):
@@ -108,7 +108,7 @@ def _attention(x, p, context, memory):
 # ------------------------------------------------------------------------------------- sampling
 
 def choose(logits, rng, temperature=1.0, top_k=0, top_p=0.0):
-    """Draw a token per row of logits (B, V), NumPy.  Temperature 0 takes the best.
+    """Draw a token per row of logits (B, V), NumPy.  Temperature 0 takes the likeliest.
 
     top_k keeps the k likeliest tokens, top_p the fewest whose probabilities reach p (Holtzman et
     al. 2020); 0 switches either off. Both together: top_k first. rng: a numpy Generator, or one per
@@ -140,9 +140,9 @@ def generate(params, centroids, cfg: ModelConfig, n_tokens: int, *, rng, prompt=
              labels=None, temperature=1.0, top_k=0, top_p=0.0):
     """Yield n_tokens arrays (B,) of token ids, each as soon as it is drawn (NumPy).
 
-    prompt (B, n) ids; without one, `batch` texts from nothing. rng: see `choose`. Full attention
-    has seen no text longer than T, so with such heads each token is drawn from the latest T - 1,
-    which are read again once the text is longer. The other kinds go on without end.
+    prompt (B, n) ids; without one, `batch` texts start from nothing. rng: see `choose`. Full
+    attention has seen no text longer than T, so with such heads each token is drawn from the latest
+    T - 1, which are read again once the text is longer. The other kinds go on without end.
     """
     xp = array_module(params["embed"]["table"])
     ids = xp.zeros((batch, 0), "int64") if prompt is None else xp.asarray(prompt)

@@ -71,8 +71,8 @@ class Precision(NamedTuple):
 
 
 def select_precision(name: str, xp) -> Precision:
-    """What 'auto' means here: bf16 on GPUs that have it (compute capability 8 and more), float32
-    elsewhere; tf32, and a line that says why, where packages for bf16 are missing.
+    """The Precision of that name. 'auto' is bf16 on GPUs that have it (compute capability 8 and
+    more), float32 elsewhere; where packages for bf16 are missing, it is tf32, and a line says why.
 
     UserError where the device cannot do what was asked for.
     """

@@ -1,4 +1,4 @@
-"""The array decides: which module it belongs to, and which twin of a function computes it.
+"""The array decides which module computes with it, and which twin of a function is called.
 
 `xp = array_module(x)` is NumPy for NumPy arrays and CuPy for CuPy arrays; the maths is written once
 in terms of `xp`. `@accelerated` marks a plain function that may have a faster twin for the arrays
@@ -67,7 +67,7 @@ def first_array(values):
 
 
 def register_twins(module: str, functions: dict, takes=None) -> None:
-    """Compute accelerated functions by these twins for arrays of `module` ('numpy', 'cupy').
+    """Use these twins of accelerated functions for arrays of `module` ('numpy', 'cupy').
 
     functions: twin by qualified name, such as 'layers.linear'; KeyError for a name that no
     accelerated function has. takes(*args) says whether the twins can compute a call (say, its

@@ -1,4 +1,4 @@
-"""What goes wrong in a way the user can put right."""
+"""Errors that the user can fix."""
 
 GPU_PACKAGES = "pip install -e '.[cuda13]', for drivers before 580 '.[cuda12]'"
 

@@ -1,10 +1,10 @@
 """A training step as one CUDA graph: recorded once, then repeated as a whole.
 
-A step is thousands of kernels, and Python starts them one by one, which can take longer than they
-run. A graph holds them with all their arguments. So whatever differs from step to step must be read
-from memory that keeps its place: the windows, the step's number, the learning rate. The rest of a
-step is written for it: parameters, optimizer state and centroids change in place, nothing waits for
-the GPU, and products go through a cuBLAS handle of our own (kernels/gemm.py).
+A step is thousands of kernels, and Python starts them one by one, which can take longer than
+running them. A graph holds them with all their arguments. So whatever differs from step to step
+must be read from memory that keeps its place: the windows, the step's number, the learning rate.
+The rest of a step is written for it: parameters, optimizer state and centroids change in place,
+nothing waits for the GPU, and products go through a cuBLAS handle of our own (kernels/gemm.py).
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Recorded:
     """A training step that repeats itself.
 
     The first call runs the step as it will be recorded, which compiles kernels and fills caches.
-    The second records it, and it and all later ones start the graph. Where other arrays come, as
-    of another state or of windows of another shape, this begins anew. The arrays of the result are
+    The second records it, and it and all later ones start the graph. With other arrays, those of
+    another state or windows of another shape, this begins anew. The arrays of the result are
     the graph's: the next call writes into them.
     """
 

@@ -6,7 +6,7 @@ which. A new kind is its functions and a row of `KINDS`: every choice of a kind 
     forward(q, k, v, p, context) -> o, cache, Routed or None
     backward(do, dcommitment, cache) -> dq, dk, dv, {name: gradient} of its own parameters
     store(cfg, heads, batch, capacity, xp, dtype) -> what decoding keeps, empty
-    fill(q, k, v, p, context, store, routed)  puts a prompt into it, and what never changes
+    fill(q, k, v, p, context, store, routed)  puts a prompt into it, and what stays constant
     step(q, k, v, p, context, store, position) -> o for one token, which it adds to the store
 
 q, k, v are (B, H, T, D), or (B, H, D) for one token, of the heads of that kind; k is None where
@@ -49,7 +49,7 @@ from rt_scratch.routing import (
 
 
 class Context(NamedTuple):
-    """What a kind of head is told beside queries, keys, values and parameters."""
+    """What a kind of head is told besides queries, keys, values and parameters."""
 
     cfg: Any               # ModelConfig
     layer: int
@@ -111,7 +111,7 @@ def parts(cfg, layer: int) -> list[Part]:
 
 
 def key_heads(cfg, layer: int) -> int:
-    """Heads of a layer that have keys of their own."""
+    """How many heads of a layer have keys of their own."""
     return max((part.keys.stop for part in parts(cfg, layer) if part.keys), default=0)
 
 
@@ -139,7 +139,7 @@ def full_forward(q, k, v, p, context):
 
 
 def local_backward(do, dcommitment, cache):
-    """Of local and of full heads, which differ in the cached reach alone.
+    """The backward of local and full heads, which differ in the cached reach alone.
 
     docs/derivations.md (40).
     """
@@ -157,32 +157,32 @@ class Seen(NamedTuple):
 
 
 def local_store(cfg, heads, batch, capacity, xp, dtype):
-    """Of the (lookback + 1) S positions that a block may see."""
+    """An empty store for the (lookback + 1) S positions that a block may see."""
     return full_store(cfg, heads, batch, min((cfg.lookback + 1) * cfg.block, capacity), xp, dtype)
 
 
 def full_store(cfg, heads, batch, capacity, xp, dtype):
-    """Every key and value."""
+    """An empty store for every key and value."""
     kept = batch, heads, capacity, cfg.head_width
     return Seen(xp.zeros(kept, dtype), xp.zeros(kept, dtype),
                 *_empty_rows(cfg.local_max_distance, capacity, cfg, xp, dtype))
 
 
 def local_fill(q, k, v, p, context, store, routed):
-    """The part of the prompt that its last token may see."""
+    """Store the part of the prompt that its last token may see."""
     first = _first_seen(context.cfg, k.shape[2] - 1)
     full_fill(q, k[:, :, first:], v[:, :, first:], p, context, store, routed)
 
 
 def full_fill(q, k, v, p, context, store, routed):
-    """The whole prompt."""
+    """Store the whole prompt."""
     t = k.shape[2]
     store.k[:, :, :t], store.v[:, :, :t] = k, v
     _fill_rows(store, p, "local")
 
 
 def local_step(q, k, v, p, context, store, position):
-    """One token of `local_forward`.  Where its block begins, the oldest goes out of sight."""
+    """One token of `local_forward`.  Where its block begins, the oldest block is dropped."""
     first, s = _first_seen(context.cfg, position), context.cfg.block
     if first and position % s == 0:
         for kept in store.k, store.v:
@@ -253,7 +253,7 @@ def _routing_forward(q, k, v, p, context, rule):
 
 
 def routing_backward(do, dcommitment, cache):
-    """Of all routing heads; their cached rule knows the mode. docs/derivations.md (49)."""
+    """The backward of all routing heads; the cached rule has the mode. docs/derivations.md (49)."""
     dq, dk, dv, *drel = routing_attention_backward(do, dcommitment, cache)
     return dq, dk, dv, _table_gradients("routing", *drel)
 
@@ -288,13 +288,13 @@ class Members(NamedTuple):
 
 
 def causal_store(cfg, heads, batch, capacity, xp, dtype):
-    """Of causal heads."""
+    """An empty store of causal heads."""
     return _members(cfg, heads, batch, capacity, xp, dtype, xp.zeros(
         (heads, cfg.n_clusters, cfg.head_width), dtype))
 
 
 def random_store(cfg, heads, batch, capacity, xp, dtype):
-    """Of random heads."""
+    """An empty store of random heads."""
     return _members(cfg, heads, batch, capacity, xp, dtype, xp.zeros(
         (heads, cfg.seq_len), xp.int64))
 
@@ -308,13 +308,13 @@ def _members(cfg, heads, batch, capacity, xp, dtype, guide):
 
 
 def causal_fill(q, k, v, p, context, store, routed):
-    """Of causal heads: the centroids, and every cluster's latest members of the prompt."""
+    """Store the centroids, and every cluster's latest members of the prompt."""
     store.guide[...] = unit_length(context.mu)
     _fill_members(q, k, v, p, context, store, routed.route)
 
 
 def random_fill(q, k, v, p, context, store, routed):
-    """Of random heads."""
+    """Store the cluster of each position, and every cluster's latest members of the prompt."""
     cfg, xp = context.cfg, array_module(q)
     store.guide[...] = random_clusters(cfg, context.layer, xp, q.shape[1], cfg.seq_len)
     _fill_members(q, k, v, p, context, store, routed.route)
@@ -381,7 +381,7 @@ class Everything(NamedTuple):
 
 
 def topk_store(cfg, heads, batch, capacity, xp, dtype):
-    """All keys, all values, all scores."""
+    """An empty store for all keys, values and scores."""
     kept = batch, heads, capacity, cfg.head_width
     scores = batch, heads, cfg.n_clusters, capacity
     return Everything(*(xp.zeros(shape, dtype) for shape in (kept, kept, scores, scores)),
@@ -389,7 +389,7 @@ def topk_store(cfg, heads, batch, capacity, xp, dtype):
 
 
 def topk_fill(q, k, v, p, context, store, routed):
-    """The whole prompt."""
+    """Store the whole prompt."""
     t, mu = q.shape[2], context.mu
     qn, _ = normalize(q)
     kn = qn if k is None else normalize(k)[0]
@@ -400,10 +400,10 @@ def topk_fill(q, k, v, p, context, store, routed):
 
 
 def topk_step(q, k, v, p, context, store, position):
-    """Membership among the tokens so far; the newest is the last member where it is one.
+    """One token: members are chosen among the tokens so far; the newest, if a member, is the last.
 
-    So does the released code when it decodes, while training and scoring in one pass let later
-    tokens take part.
+    The released code does the same when it decodes, while training and scoring in one pass let
+    later tokens take part.
     """
     mu, n = context.mu, position + 1
     w = min(context.cfg.window, n)

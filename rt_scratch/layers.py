@@ -27,7 +27,7 @@ def add_gradients(backward, dy, cache, buffers, dx=None):
     The first is that of the input, a tuple where there are several inputs. buffers: an array per
     parameter, in the order of the gradients. With `dx` the input's gradient is added to it, in
     place, and dx returned: an input that is used twice has the sum of two gradients.
-    Matrix products on a GPU add to what is there, so that its twin writes no gradient twice.
+    On a GPU, matrix products add to what is there, so that the twin writes no gradient twice.
     """
     own, *gradients = backward(dy, cache)
     gradients = [gradient for gradient in gradients if gradient is not None]
@@ -62,7 +62,7 @@ def linear(x, w, b=None, scale=1.0):
 def linear_backward(dy, cache):
     """dx = dy w^T,  dw = x^T dy,  db = sum of dy over rows, None where there was no bias.
 
-    With a scale dx and dw are those of scale dy. docs/derivations.md (3).
+    With a scale, dx and dw are those for scale dy. docs/derivations.md (3).
     """
     x, w, biased, scale = cache
     rows = dy.reshape(-1, dy.shape[-1])  # (N, O)
@@ -360,8 +360,8 @@ def recent(ids, n: int, before=None):
 def ngram(ids, base: int, rows: int):
     """(..., n) -> (...): a row of a table of `rows` for every n-gram, sum_j ids_j base^j mod rows.
 
-    N-grams that share a row share it by accident, if `rows` is a prime number: `base` and its
-    powers should have no divisor in common with it.
+    If `rows` is a prime number, n-grams that share a row do so by accident: `base` and its powers
+    should have no divisor in common with it.
     """
     digits = ids.astype("int64")
     return sum(digits[..., j] * pow(base, j, rows) for j in range(ids.shape[-1])) % rows
@@ -403,7 +403,7 @@ def image_embedding(ids, start, table, rows, columns):
     """y_t = sqrt(C) table[256 c + ids_t] + sqrt(3 C) (rows[r] + columns[s])_c.
 
     Position t of the row-major list of R, G, B values belongs to row r, column s and channel c. The
-    channel is that of the position, not of the value, which was shifted in from the one before.
+    channel is that of position t, not of the value, which comes from the position before.
     ids (B, T) for positions start .. start + T - 1, table (3 x 256, C), rows (P, 1, 3 C), columns
     (1, P, 3 C), P the pixels per side. Released code: get_channel_embeddings,
     add_positional_embedding_nd. docs/derivations.md (6).

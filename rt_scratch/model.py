@@ -51,7 +51,7 @@ class Noise(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a forward pass says beside its result, per routing layer."""
+    """What a forward pass reports besides its result, per routing layer."""
 
     memberships: dict[int, Membership]
     routes: dict[int, Route]
@@ -94,7 +94,7 @@ def forward(params, centroids, cfg: ModelConfig, ids, labels=None, noise=None, f
 def forward_backward(dh, dcommitment, cache: ForwardCache, grads):
     """Adds the gradients of all parameters to the tree `grads`.
 
-    Uses the cache up: the list of block caches is emptied on the way, so that memory is freed.
+    Consumes the cache: the list of block caches is emptied on the way, so that memory is freed.
     docs/derivations.md (54).
     """
     cfg = cache.cfg
@@ -211,7 +211,7 @@ OutputCache = namedtuple("OutputCache", "norm dense")
 
 
 def before_output(params, cfg: ModelConfig, x):
-    """The last LayerNorm (pre-norm) and the way from C to E, where the model has them."""
+    """The last LayerNorm (pre-norm) and the projection from C to E, where the model has them."""
     cache_norm = cache_dense = None
     if cfg.norm == "pre":
         x, cache_norm = layer_norm(x, **params["norm"])
@@ -271,7 +271,7 @@ def block(x, p, cfg: ModelConfig, layer: int, mu, noise=None, fixed=None, stores
 
 
 def block_backward(dx, dcommitment, cache: BlockCache, g):
-    """Gradient of the block's input; parameters' gradients are added to g. Uses dx up.
+    """Gradient of the block's input; parameters' gradients are added to g. May overwrite dx.
 
     Either norm: the block's input went two ways, to the sublayer (or its LayerNorm) and to the
     sum, so dx is the sum of two gradients. docs/derivations.md (54).
@@ -356,8 +356,8 @@ def attention_backward(dy, dcommitment, cache: AttentionCache, g, dx=None):
 def project(x, p, cfg: ModelConfig):
     """Queries scaled by D^-1/2, keys of the heads that have their own, values: (B, H, T, D) each.
 
-    Released code: all queries are scaled here; routing heads then normalise them, which takes the
-    scale away again but for the epsilon of the LayerNorm.
+    Released code: all queries are scaled here; routing heads then normalise them, which cancels
+    the scale, up to the epsilon of the LayerNorm.
     """
     q, cache_q = linear(x, p["w_q"], scale=cfg.head_width ** -0.5)
     k, cache_k = linear(x, p["w_k"]) if "w_k" in p else (x[..., :0], None)

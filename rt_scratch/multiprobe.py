@@ -65,7 +65,7 @@ def tiles(probes, key_winner, window: int) -> Tiles:
     a run of at most W slots of that order, up to the latest key of its cluster that is not after
     the query. Cut the order into blocks of S = W / 2: the run ends in one block and reaches two
     back. Rows are sorted by the slot where their run ends, and each block's rows are cut into tiles
-    of S: at most R T / S + T / S of them, a number that no GPU has to be asked for.
+    of S: at most R T / S + T / S of them, a number known without asking a GPU.
     docs/derivations.md (67), (68).
     """
     xp = array_module(probes)
@@ -158,10 +158,10 @@ def multiprobe_attention(q, k, v, rel_k, rel_v, route: Route, rule: Rule, droppe
 
 
 def multiprobe_attention_backward(do, cache: MultiprobeCache, n_tokens: int):
-    """dz_ts = p_ts (dp_ts - do_t . o_t): the sum over all rows of a query, from what they made.
+    """dz_ts = p_ts (dp_ts - do_t . o_t), where do_t . o_t is a sum over all rows of query t.
 
-    Returns dq, dk, dv, drel_k, drel_v; where keys are queries dq is that of both roles, and dk
-    None. docs/derivations.md (70), (71).
+    Returns dq, dk, dv, drel_k, drel_v; where keys are queries, dq is the sum for both roles and
+    dk is None. docs/derivations.md (70), (71).
     """
     q, k, v, rows_k, rows_v, tables, tile, scale, dropped, lse, o = cache
     xp, dtype = array_module(q), q.dtype

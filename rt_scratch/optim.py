@@ -81,7 +81,7 @@ def learning_rate(step: int, schedule: str, lr: float, warmup: int, total: int) 
 class LossScale(NamedTuple):
     """Factor of the loss that keeps half-precision gradients above the smallest fp16 number.
 
-    Halved when a gradient overflows (that step is left out), doubled after 2,000 steps without
+    Halved when a gradient overflows (that step is left out), doubled after 2,000 steps without that
     (Micikevicius et al. 2018). A power of two: it changes no bit of what does not underflow.
     """
 
@@ -161,10 +161,10 @@ def muon_update(flat, grads, state, table, lr, step, *, weight_decay=0.0) -> Non
     w <- w - lr weight_decay w - lr 0.2 sqrt(max(rows, columns)) x
 
     The iterations keep the singular vectors and move every singular value near 1, roughly: from
-    0.7 to 1.3. Three of their own polynomials each (after Amsel et al. 2025) do what five of one
-    polynomial do (Jordan et al.). The factor of x gives the update the root mean square usual for
-    AdamW, 0.2, so that one learning rate serves both (Liu et al. 2025). All other leaves: AdamW,
-    see `orthogonalized`.
+    0.7 to 1.3. Three iterations, each with its own polynomial (after Amsel et al. 2025), do what
+    five with one polynomial do (Jordan et al.). The factor of x gives the update the root mean
+    square usual for AdamW, 0.2, so that one learning rate serves both (Liu et al. 2025). All other
+    leaves: AdamW, see `orthogonalized`.
     docs/derivations.md (63) to (65).
     """
     adamw_of_the_rest(flat, grads, state, table, lr, step, weight_decay)
@@ -251,7 +251,7 @@ def adafactor_update(flat, grads, state, table, lr, step, *, weight_decay=0.0) -
     w <- w - lr max(rms(w), 1e-3) x / max(1, rms(x))
 
     No first moment. Factored over the last two axes, leading axes batched; rms over a whole leaf.
-    `weight_decay` is the released L2 loss: it adds weight_decay w to g, but for biases.
+    `weight_decay` is the released L2 loss: it adds weight_decay w to g, except for biases.
     docs/derivations.md (60) to (62).
     """
     xp = array_module(flat)

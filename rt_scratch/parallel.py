@@ -38,8 +38,9 @@ SLOWEST = 4.0  # seconds that the last process waits before it speaks of an erro
 class World:
     """The processes that run together, seen by number `rank` of `size`.
 
-    As a context it makes an error of one process the end of all, in one line: process 0 speaks at
-    once and ends the others; another waits its turn, as what went wrong is mostly wrong everywhere.
+    Used as a context, it turns an error of one process into the end of all, reported in one line:
+    process 0 reports at once and ends the others; another process waits its turn, because most
+    errors occur in all of them.
     """
 
     rank = local_rank = 0
@@ -72,12 +73,13 @@ class World:
     def in_turn(self, function):
         """function(), by process 0 first, then one per machine, then the others.
 
-        For what the first to come leaves on disk for the rest, whether machines share it or not.
+        For work whose result one process leaves on disk for the others, whether or not the machines
+        share a disk.
         """
         return function()
 
     def check_same(self, facts: Callable[[], dict]) -> None:
-        """UserError that names a process, and which of facts() it sees otherwise than most."""
+        """UserError that names a process and the first of facts() in which it differs from most."""
 
 
 SINGLE = World()  # one process
@@ -87,7 +89,7 @@ def start() -> World:
     """The world that mpiexec or srun made; SINGLE without one.
 
     From here on only process 0 writes to standard output, and a process uses as many threads as
-    its machine has cores for each. UserError where mpiexec has no mpi4py to talk to.
+    its machine has cores per process. UserError where mpiexec has no mpi4py to talk to.
     """
     rank, size = launched()
     if size < 2:
@@ -204,12 +206,12 @@ def is_host(array) -> bool:
 
 
 def checksum(arrays) -> int:
-    """Sum of the arrays' bits as 32-bit integers, modulo 2^64: of bit-identical replicas equal."""
+    """Sum of the arrays' bits as 32-bit integers, modulo 2^64; equal for bit-identical replicas."""
     return sum(int(a.reshape(-1).view("uint32").sum(dtype="uint64")) for a in arrays) % 2**64
 
 
 def software(xp) -> dict:
-    """What every process must have alike so that the same step gives the same bits."""
+    """What must be the same in every process so that the same step gives the same bits."""
     sources = sorted(Path(__file__).parent.rglob("*.*"))
     code = zlib.crc32(b"".join(p.read_bytes() for p in sources if p.suffix in CODE))
     found = np.show_config(mode="dicts").get("SIMD Extensions", {}).get("found")

@@ -127,11 +127,11 @@ def compute_layout(table: tuple[Leaf, ...]) -> tuple[dict[str, Place], int]:
 
 
 def compute_copy(flat, table: list[Leaf], dtype) -> dict:
-    """The parameters as a network takes them that computes in `dtype`: a tree like `views`.
+    """The parameters for a network that computes in `dtype`: a tree like `views`.
 
-    Matrices are rounded to dtype, and every one, and every row of it, begins where a GPU's matrix
+    Matrices are rounded to dtype, and each matrix and each of its rows begins where a GPU's matrix
     products read fastest, whatever its size. Vectors, the gains and biases, are views of the
-    buffer, unrounded. Without a dtype all are.
+    buffer, unrounded. Without a dtype all leaves are.
     """
     if dtype is None:
         return views(flat, table)
@@ -192,7 +192,7 @@ def init_parameters(cfg: ModelConfig, xp, dtype, seed: int):
 
     Ours, with `init_frequency`: value v of an image begins as sqrt(2 variance) cos(2 pi (f v / V +
     phase)), with f ~ N(0, init_frequency^2) and a uniform phase for every channel and colour. So
-    values that are near begin alike, in the input's table and in the columns of the output matrix.
+    values that are close begin alike, in the input's table and in the columns of the output matrix.
     """
     table = parameter_table(cfg)
     flat = xp.empty(table[-1].stop, dtype)

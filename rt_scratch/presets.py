@@ -1,10 +1,10 @@
 """Presets: the fields in which each dataset's recipes differ from the defaults of config.py.
 
-`released` is what the authors' code sets, for other lengths `released-12k` and `released-1k`, for
-their baselines without routing `released-local`; `paper` where the paper says something else; for
-CIFAR-10 the rows of its table 1, where `paper-HxL` has H routing heads of 8 in the last L layers of
-12; `small` is ours and fits a laptop; the default dataset and own text have TEXT. A flag given
-on the command line wins over the preset.
+`released` is what the authors' code sets; `released-12k` and `released-1k` are its settings for
+other lengths, `released-local` those of its baselines without routing. `paper` exists where the
+paper says something else; for CIFAR-10 there are the rows of its table 1, where `paper-HxL` has H
+routing heads of 8 in the last L layers of 12. `small` is ours and fits a laptop; the default
+dataset and text of your own use TEXT. A flag given on the command line wins over the preset.
 """
 
 from __future__ import annotations

@@ -225,7 +225,7 @@ class Found(NamedTuple):
 
 
 def own_variables(variables: Mapping) -> Found:
-    """Tell the model's variables from what training left beside them, whatever their scope.
+    """Separate the model's variables from what training left beside them, whatever their scope.
 
     The scope is what stands before 'embeddings/embedding'. Left out are slots (a variable below
     the name of another, such as .../kernel/Adafactor, or one with Adafactor in its name) and single
@@ -265,11 +265,11 @@ _HPARAMS = {  # what the shapes do not tell: our field -> the released hyperpara
 
 
 def model_config(variables: Mapping, hparams: Mapping | None = None):
-    """(ModelConfig, notes): the configuration of released variables, and where each part is from.
+    """(ModelConfig, notes): the configuration of released variables, and the source of each part.
 
     variables: by released name, shapes are all that is looked at. hparams: the released
-    hyperparameters, where they are known; what they say too must agree with the shapes. What
-    neither tells is as in the released recipe for PG-19. notes: lines to show.
+    hyperparameters, where they are known; what both of them say must agree. What neither says is
+    taken from the released recipe for PG-19. notes: lines to show.
     """
     shaped = _from_shapes(variables)
     stated = _from_hparams(hparams, shaped) if hparams is not None else {}

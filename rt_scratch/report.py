@@ -5,7 +5,7 @@
     python -m rt_scratch.report runs/cifar10 --window 7 --layers 0,3 --out page.html
 
 It shows configuration and protocol, the curves of log.csv, cluster health, samples, and a window of
-the validation split in which every token tells whom it attends to. The data of the page are one
+the validation split in which every token shows what it attends to. The data of the page are one
 JSON text inside report.html, the template beside this file, whose script draws them.
 """
 
@@ -115,7 +115,7 @@ def describe(folder: Path, loaded) -> dict:
 # ----------------------------------------------------------------------------------------- curves
 
 def curves(folder: Path, loaded) -> dict:
-    """What log.csv and clusters.csv tell of training, thinned to POINTS points a curve."""
+    """What log.csv and clusters.csv say about training, thinned to POINTS points a curve."""
     rows = log.read_log(folder)
     train, valid = ([r for r in rows if r["split"] == s] for s in ("train", "valid"))
     kept = train[:: -(-len(train) // POINTS) or 1]
@@ -166,8 +166,8 @@ def samples(folder: Path, loaded) -> list[dict]:
 def chosen_window(args, loaded):
     """What the page explores: ids (1, T), label (1,) or None, where they are from, what is read.
 
-    The last is what each position reads: nothing, then the token before; one more than there are
-    positions, the last for the target of the last.
+    The last is what each position reads, nothing or the token before it: one entry more than there
+    are positions, for the target of the last position.
     """
     model, config = loaded.model, loaded.config
     own = args.image if model.kind == "image" else args.prompt or args.prompt_file
@@ -224,10 +224,10 @@ def validation_window(args, loaded):
 
 
 def pieces(codec, ids) -> list[str]:
-    """What every token stands for, readable; bytes that are no text as \\x and two digits.
+    """The text of every token, readable; bytes that are not text as \\x and two digits.
 
-    A codec that joins tokens may write more or less of one beside others: a few before it are
-    decoded with it.
+    With a codec that joins tokens, the text of a token depends on those beside it: a few before it
+    are decoded with it.
     """
     found = []
     for i in range(len(ids)):

@@ -49,7 +49,7 @@ class Mode(NamedTuple):
     attend: Callable            # (q, k, v, rel_k, rel_v, Route, rule, dropped) ->
     #                             o, cache, Coverage
     attend_backward: Callable   # (do, cache, n_tokens) -> dq, dk, dv, drel_k, drel_v; where keys
-    #                             are queries dq is that of both roles, and dk None
+    #                             are queries dq is the sum for both roles, dk None
     learns: bool                # whether centroids follow the tokens
 
 
@@ -76,7 +76,7 @@ class Route(NamedTuple):
 
 
 class Coverage(NamedTuple):
-    """In how many clusters tokens are."""
+    """Shares of tokens in no cluster and in several."""
 
     uncovered: Any   # share of (batch, head, token) in no cluster
     several: Any     # share in more than one
@@ -197,7 +197,7 @@ def topk_attention(q, k, v, rel_k, rel_v, route: Route, rule: Rule, dropped=None
 
 @accelerated
 def coverage(times) -> Coverage:
-    """From the number of clusters that each token is in, (B, H, T, 1)."""
+    """The Coverage, from the number of clusters that each token is in, (B, H, T, 1)."""
     return Coverage((times == 0).mean(), (times > 1).mean())
 
 
@@ -247,7 +247,7 @@ def sorted_attention(q, k, v, rel_k, rel_v, route: Route, rule: Rule, dropped=No
     """Local attention over the sequence sorted by (cluster, time).
 
     With blocks of W / 2 and two blocks of lookback, a query's block window holds the W members of
-    its cluster up to and including itself; the mask leaves same cluster and rank distance < W.
+    its cluster up to and including itself; the mask keeps the same cluster and rank distances < W.
     docs/derivations.md (44), (45).
     """
     order = route.order                                              # (B, H, T)

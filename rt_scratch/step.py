@@ -3,7 +3,7 @@
 On a CPU the parts of a batch run side by side, on threads or in forked processes (workers.py), each
 with one BLAS thread and a gradient buffer of its own. The buffers are added in the order of the
 parts, so the result depends on how the batch is cut, never on the number of cores. Several machines
-or GPUs (parallel.py) each take a share of the windows and sum what they found once, so that all
+or GPUs (parallel.py) each take a share of the windows and sum their results once, so that all
 take the same step.
 """
 
@@ -52,7 +52,7 @@ class State(NamedTuple):
 
     @property
     def arrays(self) -> list:
-        """Every array of it."""
+        """Every array of the state."""
         centroids = [array for c in self.centroids.values() for array in c]
         return [self.flat, *centroids, *self.optimizer.values()]
 
@@ -117,7 +117,7 @@ class Threads:
 
     def run(self, params, state: State, parts: list[Part], buffers: list, model: ModelConfig,
             train: TrainConfig) -> list:
-        """[what part_gradient says of each], the gradients in a buffer each."""
+        """[the result of part_gradient for each part]; each gradient is in a buffer of its own."""
         return parallel(lambda i: part_gradient(params, state, parts[i], buffers[i], model, train),
                         range(len(parts)))
 
@@ -131,9 +131,9 @@ def train_step(state: State, grads, parts: list[Part], model: ModelConfig, train
 
     parts: what `cut` makes of the batch, for this process of `world`. Writes into the buffers of
     the state and into `grads`, a buffer like state.flat; makes no check, so that nothing waits for
-    a GPU (but with fp16, where a step whose gradient overflows is left out and the loss scale
-    halved). lr: the learning rate, unless the schedule is to say; it and state.step may be arrays
-    of a GPU (graph.py). crew: what computes the parts of a CPU (workers.py).
+    a GPU (except with fp16, where a step whose gradient overflows is left out and the loss scale is
+    halved). lr: the learning rate, None for that of the schedule; it and state.step may be arrays
+    of a GPU (graph.py). crew: what computes the parts on a CPU (workers.py).
     """
     result = gradients(state, grads, parts, model, train, dtype, world, crew)
     norm = clip_by_global_norm(grads, train.clip) if train.clip else global_norm(grads)
@@ -154,8 +154,8 @@ def cut(ids, labels, model: ModelConfig, train: TrainConfig, xp,
         world: World = SINGLE) -> list[Part]:
     """What a process takes of a batch ids (N, T), labels (N,) or None, in parts, as arrays of xp.
 
-    All processes together cut it into as many as --accumulate says, on a CPU --parts times as many;
-    no more than windows, and no fewer than processes.
+    All processes together cut it into as many parts as --accumulate says, on a CPU --parts times as
+    many; no more parts than windows, and no fewer than processes.
     """
     n = -(-train.accumulate * (train.parts if xp is np else 1) // world.size)
     own = np.array_split(np.arange(len(ids)), world.size)[world.rank]
@@ -173,8 +173,9 @@ def gradients(state: State, grads, parts: list[Part], model: ModelConfig, train:
     Every target weighs the same whatever part it is in, and a window draws the same dropout, so
     cutting a batch differently, between processes too, changes nothing but rounding. The network
     computes in `dtype` (default: that of the parameters), on a copy of them whose matrices are
-    rounded; `grads` keeps theirs. The backward pass runs on state.scale times the loss. On a CPU
-    train.parts parts run side by side: as many times the activations, and as many gradient buffers.
+    rounded; `grads` has the dtype of the parameters. The backward pass runs on state.scale
+    times the loss. On a CPU train.parts parts run side by side, each with its own activations and
+    gradient buffer.
     """
     flat, scale, n = state.flat, state.scale.value, len(parts)
     xp = array_module(flat)

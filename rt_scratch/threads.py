@@ -21,10 +21,10 @@ _most = 1 << 16  # see `limit`
 
 
 def parallel(function, items) -> list:
-    """[function(item) for item in items], side by side; one after another inside such a call.
+    """[function(item) for item in items], side by side, or one after another inside such a call.
 
-    After Ctrl-C those that run end at their next call of `parallel`: a process that exits waits for
-    its threads.
+    After Ctrl-C, items that are running end at their next call of `parallel`: a process that exits
+    waits for its threads.
     """
     items = list(items)
     if len(items) < 2 or busy():
@@ -47,7 +47,7 @@ def parallel(function, items) -> list:
 
 @contextlib.contextmanager
 def alone():
-    """Inside `with`, this thread does its work itself: other cores have theirs."""
+    """Inside `with`, this thread does its work itself: other cores have work of their own."""
     _here.given_up = threading.Event()
     try:
         yield

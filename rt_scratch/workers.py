@@ -2,8 +2,9 @@
 
 Threads of one process hand the interpreter's lock to each other some thousand times a step, and
 wait for it. Forked processes have a lock each. They see parameters and centroids where this process
-changes them, are sent their windows, and leave their gradient in a buffer that it adds up: the same
-numbers, to the last bit, as on threads. Optimizer, scores and files stay with this process.
+changes them, are sent their windows, and leave their gradients in buffers that this process adds
+up: the same numbers, to the last bit, as on threads. Optimizer, scores and files stay with this
+process.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ MOST = 1 << 24  # parameters: beyond, nearly all time is products, and a fork ke
 
 @contextlib.contextmanager
 def hired(step_once, state: State, model: ModelConfig, train: TrainConfig, xp, world: World):
-    """(state, step_once), to be used inside `with`: with workers where they are of use.
+    """(state, step_once), to be used inside `with`: with workers where they help.
 
-    That is on Linux, where a fork is safe, in one process that trains a small model on a CPU with
+    They do on Linux, where a fork is safe, in one process that trains a small model on a CPU with
     several cores and parts. The state moves into shared memory. Where the system has no process or
     memory left for it, threads do the work.
     """
@@ -119,7 +120,7 @@ class Workers(Threads):
         return [found[i] for i in range(len(parts))]
 
     def close(self):
-        """End the other processes, whatever they are at."""
+        """End the other processes, whatever they are doing."""
         for pipe in self._pipes:
             pipe.close()
         for pid in self.pids:

@@ -1,1 +1,1 @@
-"""What a training run is made of beside the model: its folder, log, scores, costs, options."""
+"""What a training run is made of besides the model: its folder, log, scores, costs, options."""

@@ -1,4 +1,4 @@
-"""Who attends to whom: the attention weights of every head, out of the model's own forward pass."""
+"""Who attends to whom: the attention weights of every head, from the model's own forward pass."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Map(NamedTuple):
 
         A head's output is sum_j weight_ij (value_j + table row of the distance): with the columns
         of the identity in place of the values, and 0 in that of the table, it is the weights. Rows
-        of local, full, causal and random heads add up to 1. A topk row adds up to n / (n + 1e-2)
-        for a token in n clusters, whose mean it is.
+        of local, full, causal and random heads add up to 1. A topk row, a mean over the n clusters
+        of the token, adds up to n / (n + 1e-2).
         """
         q, k, p, context = self.arguments
         t = q.shape[2]

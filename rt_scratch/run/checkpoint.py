@@ -181,7 +181,7 @@ def save_into(run: RunFolder, name: str, state: State, progress: Progress, secon
 def check_finite(result: Step, state: State, folder: Path) -> None:
     """UserError unless the loss and the gradient of the last step are numbers.
 
-    A gradient that left the range of fp16 is none as long as the loss scale has room to fall.
+    A gradient outside the range of fp16 is no error as long as the loss scale has room to fall.
     """
     overflow = not result.applied and state.scale.value >= 1e-3
     for what, value in (("loss", result.nats), ("gradient", 0 if overflow else result.norm)):
@@ -256,9 +256,9 @@ def _shapes(saved):
 
 
 def restore(saved: Saved, xp, for_training: bool = False) -> tuple[State, Progress]:
-    """(State, Progress) of a checkpoint; the optimizer's state only where it goes on training.
+    """(State, Progress) of a checkpoint, with the optimizer's state only if `for_training`.
 
-    UserError where it has none then, or where parameters are not finite.
+    UserError if it has none then, or if parameters are not finite.
     """
     arrays, (needed, optional) = saved.arrays, _shapes(saved)
     if not all(np.isfinite(arrays[name]).all() for name in needed):

@@ -20,7 +20,7 @@ LOOKED_UP = ("embed.table", "embed.ngrams", "embed.classes")  # rows are taken f
 
 
 def describe(device: str, plan) -> str:
-    """What is about to happen, before it does: plan, an options.Plan."""
+    """What a run is about to do, as text. plan: an options.Plan."""
     model, train = plan.model, plan.train
     tokens = train.batch * train.accumulate * model.seq_len
     heads = f"{model.n_local_heads} local + {model.n_routing_heads} {model.routing} routing heads"
@@ -72,7 +72,7 @@ def step_bytes(model: ModelConfig, train: TrainConfig) -> int:
 
 def check_memory(model: ModelConfig, train: TrainConfig, who: str = "", xp=np,
                  step: bool = False, processes: int = 1) -> None:
-    """UserError where the parameters, and with `step` a training step, need more than there is.
+    """UserError where the parameters, or with `step` a training step, exceed the memory there is.
 
     Several processes share the windows and parts of a step.
     """

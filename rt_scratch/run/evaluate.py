@@ -68,8 +68,8 @@ def evaluate_causally(state: State, dataset: Dataset, model: ModelConfig, split:
 
     Processes share the work as in `evaluate`. Without topk heads this is the ordinary score; with
     them, whose members later tokens help to choose when a window is read in one pass, the
-    difference is what looking ahead is worth. All decoding computes in the parameters' own type;
-    the line says so where `precision`, that of the run, has another.
+    difference is what looking ahead is worth. Decoding always computes in the dtype of the
+    parameters; the line says so where the run's `precision` has another.
     """
     xp, params = array_module(state.flat), state.params
     total = _count(dataset, model, split)

@@ -31,7 +31,7 @@ LOCKED_BYTE = 1 << 20  # Windows locks bytes, and a locked one cannot be read
 
 
 def default_folder(dataset: str | tuple[str, ...]) -> Path:
-    """Where a run on this dataset, text file or files goes unless told."""
+    """Where a run on this dataset, text file or files goes by default."""
     path = Path(dataset).resolve() if isinstance(dataset, str) else common_folder(dataset)
     return Path("runs") / (path.stem or "text")
 
@@ -82,7 +82,7 @@ def run_codec(config: dict, folder: Path, vocab_size: int) -> Codec:
 class RunFolder:
     """A run folder that this process alone writes to, until it is closed or the process ends.
 
-    config.json and the codec are written when it is opened, what killed runs left behind is
+    When it is opened, config.json and the codec are written, and what killed runs left behind is
     removed. UserError where another process trains into it.
     """
 
@@ -93,7 +93,7 @@ class RunFolder:
         self.open()
 
     def open(self) -> None:
-        """Make the folder, also once more where it was deleted."""
+        """Make the folder, or make it again where it was deleted."""
         if not self.writes:
             return
         self.close()

@@ -40,7 +40,7 @@ def check_shapes(saved: Saved, model: ModelConfig) -> None:
 def taken_over(state: State, plan, xp) -> State:
     """A fresh state with parameters and centroids of the run plan.source.
 
-    Centroids whose shape is another one, as after --n-clusters, are drawn from the vectors of the
+    Centroids whose shape has changed, as with --n-clusters, are drawn from the vectors of the
     first batch.
     """
     model, train = plan.model, plan.train
@@ -66,10 +66,10 @@ def drawn_centroids(state: State, before: ModelConfig, after: ModelConfig, ids, 
                     labels=None) -> dict[int, Centroids]:
     """Centroids for the model `after` from the vectors of a trained one with its parameters.
 
-    ids (B, T) go through the model `before`, with its own clusters; what the heads that `after`
-    routes compare with centroids, queries and, where they are apart, keys, is clustered by
-    k-means. That finds clusters in which queries meet the keys they need only once the model has
-    learnt whom they need: train with one cluster first (docs/derivations.md, at its end).
+    ids (B, T) go through the model `before`, with its own clusters; k-means then clusters what
+    the routing heads of `after` compare with centroids: queries and, where they are separate, keys.
+    Queries meet the keys they need in these clusters only once the model has learnt which keys
+    those are: train with one cluster first (docs/derivations.md, at its end).
     """
     rng, found = np.random.default_rng(seed), {}
     params = state.params

@@ -23,7 +23,7 @@ HEAD_COLUMNS = ("step", "layer", "head", "largest", "dead")
 
 
 class Clock:
-    """Seconds of a run that may go on from an earlier one, and its speed without the scoring."""
+    """Seconds of a run that may continue an earlier one, and its speed without the scoring."""
 
     def __init__(self, seconds: float = 0.0):
         self._before, self._started, self._aside = seconds, time.monotonic(), 0.0
@@ -66,7 +66,7 @@ class Progress:
         self._bar.update()
 
     def show(self, row: dict, seconds: float) -> bool:
-        """The log row of a step, `seconds` after the first; False where nobody reads it."""
+        """Show the log row of a step, `seconds` after the first; False where nobody reads it."""
         text = (f"{row['score']:.4f} {row['unit']}  lr {row['lr']:.2e}  "
                 f"|g| {row['grad_norm']:.2f}  {row['tokens_per_s']} tok/s")
         if self._bar.disable:
@@ -91,14 +91,14 @@ def step_row(result: Step, step: int, dataset: Dataset, clock: Clock, tokens: in
 
 
 def record(run: RunFolder, row: dict, memberships=None) -> None:
-    """A row into log.csv, and for a step its clusters into clusters.csv, where `run` is written."""
+    """Add a row to log.csv, and for a step its clusters to clusters.csv, if `run` is written."""
     if run.writes:
         append_log(run.path, row)
         append_clusters(run.path, row["step"], memberships or {})
 
 
 def append_log(folder: Path, row: dict) -> None:
-    """One line of log.csv; the header on the first. A log that cannot be written stops nothing."""
+    """Add a line to log.csv, after a header if new. A log that cannot be written stops nothing."""
     path = folder / "log.csv"
     with harmless(path):
         text = _csv([row], header=not path.exists())
@@ -107,7 +107,7 @@ def append_log(folder: Path, row: dict) -> None:
 
 
 def append_clusters(folder: Path, step: int, memberships) -> None:
-    """Lines of clusters.csv: every routing head's largest share of tokens, and dead centroids.
+    """Add lines to clusters.csv: each routing head's largest share of tokens, and dead centroids.
 
     A run that goes on from an older checkpoint writes later steps again; `read_clusters` takes the
     last line of each.

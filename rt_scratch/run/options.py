@@ -76,12 +76,12 @@ def _settings(f):
 
 
 def layer_list(text: str) -> tuple[int, ...]:
-    """Numbers with commas between them."""
+    """Whole numbers separated by commas."""
     return tuple(int(x) for x in text.split(",") if x)
 
 
 def plan_run(args) -> Plan:
-    """What train.py's flags ask for: a new run, or with --resume and --evaluate a saved one."""
+    """What train.py's flags ask for: a new run, or with --resume or --evaluate a saved one."""
     given = {f.name: getattr(args, f.name) for cls in (ModelConfig, TrainConfig)
              for f in dataclasses.fields(cls) if getattr(args, f.name) is not None}
     plan = _saved(args, given) if args.resume or args.evaluate else _new(args, given)

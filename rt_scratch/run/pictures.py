@@ -70,7 +70,7 @@ def read_picture(path: Path, size: int):
 
 @contextlib.contextmanager
 def picture(path: Path):
-    """write(images (n, P, P, 3)): into one picture at `path`, as square as can be.
+    """Yield write(images (n, P, P, 3)), which puts them into one picture at `path`, about square.
 
     UserError where there can be no such picture, found before anything is drawn for it.
     """

@@ -21,11 +21,12 @@ _HEADING = re.compile(r"^--- step (\d{1,15}), (\d{1,15}) characters\n", re.M)
 
 
 class Text:
-    """One sample as it grows: a prompt, and what follows up to and including the stop text.
+    """One sample as it grows: a prompt, and what follows it.
 
-    Or up to the id that ends a text. Prompt and sample are decoded as one, so a character may begin
-    in one and end in the other. Bytes that are not UTF-8, also those cut at the end, show as a
-    replacement sign. With `raw` a byte is a character of Latin-1, which gives the bytes back.
+    It ends with the stop text, or at the id that ends a text. Prompt and sample are decoded as one,
+    so a character may begin in one and end in the other. Bytes that are not UTF-8, also those cut
+    at the end, show as the replacement character. With `raw` a byte is a character of Latin-1,
+    which gives the bytes back.
     """
 
     def __init__(self, codec: Codec, stop: str = "", prompt=(), raw: bool = False):
@@ -76,8 +77,8 @@ class Text:
 def draw(state: State, model: ModelConfig, given, label: int | None = None, **settings):
     """Images (n, P, P, 3), uint8, that begin with the values `given` (n, k), k >= 0.
 
-    Of class `label`, or with a model that knows classes of each in turn; UserError for a class that
-    it lacks. settings: as `generate` takes them.
+    They are of class `label`; without one, a model with classes draws each in turn. UserError for a
+    class that it lacks. settings: as `generate` takes them.
     """
     n, labels = len(given), None
     if label is not None and not 0 <= label < model.n_classes:
@@ -97,7 +98,7 @@ def show_sample(state: State, dataset: Dataset, model: ModelConfig, seed: int, f
                 n_tokens: int = 160, n_images: int = 4) -> str:
     """What the model draws now: a few lines of text, also added to samples.txt, or a PNG.
 
-    Both stand in the run folder.
+    Both are in the run folder.
     """
     rng = np.random.default_rng([seed, state.step])
     if model.kind == "image":
@@ -119,8 +120,8 @@ def show_sample(state: State, dataset: Dataset, model: ModelConfig, seed: int, f
 def wanted(step: int, scored: int, model: ModelConfig, train: TrainConfig) -> bool:
     """Whether to draw after the evaluation at `step`, the one before having been at `scored`.
 
-    Always at the end. Before it where --sample-every has a multiple since then; by default text,
-    which takes a moment, every time, and pictures, which take minutes, never.
+    Always at the end; before it, where a multiple of --sample-every was passed since then. By
+    default text, which takes a moment, is drawn every time; pictures, which take minutes, never.
     """
     every = train.sample_every or (1 if model.kind == "text" else train.steps)
     return step == train.steps or step // every > scored // every
@@ -133,7 +134,7 @@ def keep_sample(folder: Path, step: int, text: str) -> None:
 
 
 def read_samples(folder: Path) -> dict[int, str]:
-    """{step: text} of samples.txt, of a step that was done twice the last; {} without one."""
+    """{step: text} of samples.txt, the last of a step that was done twice; {} without a file."""
     path, found, at = folder / "samples.txt", {}, 0
     if not path.exists():
         return found
