@@ -194,11 +194,13 @@ class TrainConfig:
     weight_decay: float = _field(0.0, "decoupled decay (adamw, muon), L2 loss (adafactor)", least=0)
     clip: float = _field(1.0, "largest global norm of the gradient; 0: no clipping", least=0)
     precision: str = _field(
-        "auto", "arithmetic of the network. auto: bf16 on a GPU that has it, else float32. tf32, "
-                "bf16 and fp16 (with loss scaling) are for GPUs; parameters, their gradients, "
-                "statistics and centroids stay float32", PRECISIONS)
+        "auto", "arithmetic of the network. auto: on a GPU that has it bf16, or tf32 where the "
+                "packages for bf16 are missing, else float32. tf32, bf16 and fp16 (with loss "
+                "scaling) are for GPUs; parameters, their gradients, statistics and centroids stay "
+                "float32",
+        PRECISIONS)
     cuda_graph: bool = _field(False, "record a step as one CUDA graph and repeat it: Python then "
-                                     "starts one thing per step, not thousands")
+                                     "starts one thing per step, not a thousand or more")
     seed: int = _field(0, "seed of weights, data order and dropout", least=0)
     eval_every: int = _field(850, "steps between evaluations; 0: only at the end", least=0)
     eval_windows: int = _field(64, "windows per evaluation, evenly spread over the "

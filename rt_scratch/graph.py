@@ -1,6 +1,6 @@
 """A training step as one CUDA graph: recorded once, then repeated as a whole.
 
-A step is thousands of kernels, and Python starts them one by one, which can take longer than
+A step is a thousand kernels or more, and Python starts them one by one, which can take longer than
 running them. A graph holds them with all their arguments. So whatever differs from step to step
 must be read from memory that keeps its place: the windows, the step's number, the learning rate.
 The rest of a step is written for it: parameters, optimizer state and centroids change in place,

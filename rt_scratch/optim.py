@@ -61,10 +61,7 @@ def cosine(step: int, lr: float, warmup: int, total: int) -> float:
 
 
 def linear(step: int, lr: float, warmup: int, total: int) -> float:
-    """Linear warm-up over w steps, then lr (1 - x): to zero at the last step.
-
-    docs/derivations.md (2).
-    """
+    """Linear warm-up over w steps, then lr (1 - x): to zero at the last step."""
     return constant(step, lr, warmup, total) * (1 - _progress(step, warmup, total))
 
 
@@ -132,7 +129,7 @@ def adamw_update(flat, grads, state, table, lr, step, *, beta1=0.9, beta2=0.99, 
 # --------------------------------------------------------------------------------------- Muon
 
 MOMENTUM = 0.95
-NEWTON_SCHULZ = (  # (a, b, c) per iteration: from 0.01 to 1.02, then within 0.29 of 1
+NEWTON_SCHULZ = (  # (a, b, c) per iteration: from 0.01 to 1.02, then 0.72 to 1.28
     (7.9424, -22.2873, 15.8239), (3.6465, -2.7291, 0.5374), (2.6758, -1.9890, 0.4539))
 
 
@@ -160,8 +157,8 @@ def muon_update(flat, grads, state, table, lr, step, *, weight_decay=0.0) -> Non
     for each (a, b, c) of NEWTON_SCHULZ:  x <- a x + (b x x^T + c (x x^T)^2) x
     w <- w - lr weight_decay w - lr 0.2 sqrt(max(rows, columns)) x
 
-    The iterations keep the singular vectors and move every singular value near 1, roughly: from
-    0.7 to 1.3. Three iterations, each with its own polynomial (after Amsel et al. 2025), do what
+    The iterations keep the singular vectors and move every singular value near 1, into
+    0.72 to 1.28. Three iterations, each with its own polynomial (after Amsel et al. 2025), do what
     five with one polynomial do (Jordan et al.). The factor of x gives the update the root mean
     square usual for AdamW, 0.2, so that one learning rate serves both (Liu et al. 2025). All other
     leaves: AdamW, see `orthogonalized`.
