@@ -9,11 +9,12 @@ key stands once more, followed by its value. Those values alone are scored; gues
 values of the sequence gives 1 / n. Two layers of one local and one routing head, or of two heads
 without routing; C 64, V 32.
 
-`multiprobe` is trained in two phases. First with one cluster, on short sequences, until it recalls
-(mean loss of 50 steps below LEARNT). Then the clusters are split by k-means on queries and keys of
-one batch, and training goes on with a fresh optimizer at the length that is wanted. Each piece adds
-a line to OUT/results.jsonl; the first phase is kept in OUT, for every length. Stop it whenever you
-like: the next call goes on with the piece it was at.
+`multiprobe` is trained in three phases. With one cluster on sequences of 64 tokens, until it
+recalls (mean loss of 50 steps below LEARNT), then on sequences of 256, so that attention finds the
+key among more of them. Then k-means on queries and keys of one batch splits the cluster, and
+training goes on with a fresh optimizer and a low rate at the length that is wanted. Each piece adds
+a line to OUT/results.jsonl; the phases with one cluster are kept in OUT, for all pieces. Stop it
+whenever you like: the next call begins the piece that it was at again.
 """
 
 import argparse
@@ -29,24 +30,26 @@ from rt_scratch.run.initial import drawn_centroids
 from rt_scratch.step import Part
 from rt_scratch.threads import limit
 
-VOCAB, LEARNT = 32, 0.1
+VOCAB, LEARNT = 32, 0.03
 SHORT = dict(seq_len=64, n_clusters=4, window=16)
 MODEL = ModelConfig(
     vocab_size=VOCAB, n_layers=2, width=64, ffn_width=64, n_local_heads=1, n_routing_heads=1,
     block=8, lookback=1, routing_max_distance=0, init_out_scale=1.0, **SHORT)
 FIRST = TrainConfig(optimizer="adamw", lr=3e-3, schedule="constant", warmup=50, steps=1500,
                     batch=32, parts=1)
-SECOND = replace(FIRST, lr=1e-3, schedule="cosine", steps=120)
+STRETCH = replace(FIRST, lr=1e-3, schedule="cosine", steps=120, batch=8)
+LAST = replace(STRETCH, lr=1e-4)
+STRETCHED = 256  # tokens
 OWN = dict(routing="multiprobe", share_qk=False)
-PIECES = {  # name: (fields of the model, pairs, steps of SECOND, batch)
-    **{name: (changes, 8, 300, 32) for name, changes in {  # without a first phase
+PIECES = {  # name: (fields of the model, pairs, steps of the last phase, batch)
+    **{name: (changes, 8, 1500, 32) for name, changes in {  # from scratch
         "full": dict(attention="full"), "local": dict(attention="local"),
         "causal": dict(routing="causal"), "causal, own keys": dict(share_qk=False),
         "topk": dict(routing="topk"), "random": dict(routing="random"),
         "scratch multiprobe": OWN}.items()},
     "multiprobe, T 64": (OWN | dict(seq_len=64, n_clusters=8, window=8), 8, 120, 32),
     "multiprobe, T 256": (OWN | dict(seq_len=256, n_clusters=16, window=16), 14, 120, 8),
-    "multiprobe, T 1024": (OWN | dict(seq_len=1024, n_clusters=16, window=64), 14, 120, 2),
+    "multiprobe, T 1024": (OWN | dict(seq_len=1024, n_clusters=16, window=64), 14, 60, 8),
     "one probe, T 256": (OWN | dict(seq_len=256, n_clusters=16, window=16, n_probes=1), 14, 120, 8),
 }
 
@@ -98,17 +101,24 @@ def fit(state, model, train, pairs, rng, learnt=0.0):
     return state, float(np.mean(losses[-50:]))
 
 
-def first_phase(folder: Path, seed: int):
-    """The model with one cluster and its state, trained now or earlier."""
-    model = replace(MODEL, n_clusters=1, window=64, **OWN).validate()
-    train, file = replace(FIRST, seed=seed), folder / f"first-{seed}.npy"
-    state = new_state(model, train, np)
+def one_cluster(folder: Path, seed: int):
+    """The model with one cluster after both of its phases and its state, trained now or earlier."""
+    short = replace(MODEL, n_clusters=1, window=64, **OWN).validate()
+    model = replace(short, seq_len=STRETCHED, window=STRETCHED).validate()
+    rng, file = np.random.default_rng(seed), folder / f"one-cluster-{seed}.npy"
+    train = replace(FIRST, seed=seed)
+    state = new_state(short, train, np)
     if file.exists():
         state.flat[...] = np.load(file, allow_pickle=False)
         return model, state
-    state, loss = fit(state, model, train, 8, np.random.default_rng(seed), LEARNT)
-    print(f"first phase: {state.step} steps, loss {loss:.3f}, accuracy and that of quarters: "
-          f"{accuracy(state, model, 8)}", flush=True)
+    state, loss = fit(state, short, train, 8, rng, LEARNT)
+    print(f"T {short.seq_len}: {state.step} steps, loss {loss:.3f}, accuracy and that of quarters: "
+          f"{accuracy(state, short, 8)}", flush=True)
+    train = replace(STRETCH, seed=seed)
+    state = new_state(model, train, np)._replace(flat=state.flat)
+    state, loss = fit(state, model, train, 14, rng)
+    print(f"T {STRETCHED}: loss {loss:.3f}, accuracy and that of quarters: "
+          f"{accuracy(state, model, 14)}", flush=True)
     np.save(file, state.flat)
     return model, state
 
@@ -118,14 +128,16 @@ def piece(name: str, folder: Path, seed: int) -> dict:
     changes, pairs, steps, batch = PIECES[name]
     model = replace(MODEL, **changes).validate()
     rng, started = np.random.default_rng([seed, 1]), time.time()
-    train = replace(SECOND, steps=steps, batch=batch, seed=seed)
+    train = replace(LAST, steps=steps, batch=batch, seed=seed)
     told = {"name": name, "seed": seed, "T": model.seq_len, "K": model.n_clusters,
             "W": model.window, "pairs": pairs}
     if name.startswith(("multiprobe", "one probe")):
-        before, first = first_phase(folder, seed)
+        before, first = one_cluster(folder, seed)
+        told["one cluster"], _ = accuracy(first, replace(
+            before, seq_len=model.seq_len, window=model.seq_len), pairs)
         state = new_state(model, train, np)
         state.flat[...] = first.flat
-        ids, *_ = sequences(rng, batch, model.seq_len, pairs)
+        ids, *_ = sequences(rng, STRETCH.batch, STRETCHED, pairs)
         state = state._replace(centroids=drawn_centroids(first, before, model, ids, seed))
         told["after the split"], _ = accuracy(state, model, pairs)
     else:

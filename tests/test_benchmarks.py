@@ -59,11 +59,14 @@ def test_recall_sequences(t, pairs):
 
 
 def test_recall_pieces(tmp_path, monkeypatch, capsys):
-    """Both phases of a small piece; a second call finds it done, another seed does not."""
+    """All phases of a small piece; a second call finds it done, another seed does not."""
     own = recall.OWN | dict(seq_len=32, n_clusters=4, window=8)
     monkeypatch.setattr(recall, "PIECES", {
         "multiprobe, small": (own, 4, 2, 2), "full": (dict(attention="full"), 4, 1, 2)})
-    monkeypatch.setattr(recall, "FIRST", dataclasses.replace(recall.FIRST, steps=3, batch=2))
+    monkeypatch.setattr(recall, "STRETCHED", 96)
+    for phase in ("FIRST", "STRETCH"):
+        few = dataclasses.replace(getattr(recall, phase), steps=3, batch=2)
+        monkeypatch.setattr(recall, phase, few)
     monkeypatch.setattr(recall, "limit", lambda n: None)
     monkeypatch.setattr(recall, "select_device", lambda name: None)
     for _ in range(2):
@@ -73,7 +76,7 @@ def test_recall_pieces(tmp_path, monkeypatch, capsys):
     told = json.loads(line)
     assert told["K"] == 4 and 0 <= told["accuracy"] <= 1 and set(told["other T"]) == {
         "64", "256", "1024"}
-    assert (tmp_path / "first-0.npy").exists()
+    assert (tmp_path / "one-cluster-0.npy").exists()
     monkeypatch.setattr(sys, "argv", ["recall.py", "--out", str(tmp_path), "--only", "full",
                                       "--seed", "1"])
     recall.main()
