@@ -11,7 +11,12 @@ from rt_scratch.dispatch import register_twins
 from rt_scratch.errors import GPU_PACKAGES, UserError
 from rt_scratch.kernels import cpu
 from rt_scratch.parallel import SINGLE, World
-from rt_scratch.threads import keep_freed_memory, n_threads, set_blas_threads
+from rt_scratch.threads import (
+    keep_freed_memory,
+    n_threads,
+    set_blas_threads,
+    use_huge_pages,
+)
 
 
 def select_device(name: str = "auto", world: World = SINGLE):
@@ -36,6 +41,7 @@ def select_device(name: str = "auto", world: World = SINGLE):
     register_twins("numpy", cpu.TWINS, cpu.worthwhile)
     register_twins("numpy", {name: cpu.TWINS[name] for name in cpu.ANY_SIZE})
     keep_freed_memory()
+    use_huge_pages()
     blas = f"{n_threads()} threads, 1 BLAS thread each" if set_blas_threads(1) \
         else "BLAS threads as NumPy chooses"
     return np, f"cpu: NumPy, {blas}{why}"

@@ -1,7 +1,10 @@
 """Twins for NumPy arrays: equal to the plain functions, whatever the sizes and the threads."""
 
 import dataclasses
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,3 +247,29 @@ def test_number_of_threads_changes_no_bit(monkeypatch):
     for loss, gradient in results[1:]:
         assert loss == results[0][0]
         np.testing.assert_array_equal(gradient, results[0][1])
+
+
+# ------------------------------------------------------------------------------------ the heap
+
+def test_heap_of_huge_pages():
+    """Arrays of a fresh process lie in huge pages where Linux gives any, and hold their values."""
+    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not enabled.exists() or "[never]" in enabled.read_text():
+        pytest.skip("the system gives no huge pages")
+    code = """
+from pathlib import Path
+import numpy as np
+from rt_scratch import threads
+assert threads.keep_freed_memory() and threads.use_huge_pages()
+arrays = [np.full(1 << 19, i, "f4") for i in range(20)]
+assert all((array == i).all() for i, array in enumerate(arrays))
+print(Path("/proc/self/smaps_rollup").read_text().partition("AnonHugePages:")[2].split()[0])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) >= 20_000  # KiB, of 40,960 in arrays
+
+
+def test_no_huge_pages_without_glibc(monkeypatch):
+    """Another C library, or none, is no error."""
+    monkeypatch.setattr(threads.ctypes, "CDLL", lambda name: object())
+    assert not threads.use_huge_pages()
