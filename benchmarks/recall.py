@@ -42,7 +42,7 @@ LAST = replace(STRETCH, lr=1e-4)
 STRETCHED = 256  # tokens
 OWN = dict(routing="multiprobe", share_qk=False)
 PIECES = {  # name: (fields of the model, pairs, steps of the last phase, batch)
-    **{name: (changes, 8, 1500, 32) for name, changes in {  # from scratch
+    **{name: (changes, 8, 1000, 32) for name, changes in {  # from scratch
         "full": dict(attention="full"), "local": dict(attention="local"),
         "causal": dict(routing="causal"), "causal, own keys": dict(share_qk=False),
         "topk": dict(routing="topk"), "random": dict(routing="random"),
