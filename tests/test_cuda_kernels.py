@@ -67,7 +67,7 @@ def on_cpu(request, monkeypatch):
 
 @pytest.fixture(params=["forwards", "backwards", pytest.param("gpu", marks=pytest.mark.gpu)])
 def twins(request, monkeypatch):
-    """The functions of cuda.py for NumPy arrays: on the CPU in either order, and on a GPU."""
+    """The functions of kernels/cuda for NumPy arrays: on the CPU in either order, and on a GPU."""
     functions = {name.partition(".")[2]: f for name, f in cuda.TWINS.items()}
     functions["matmul"] = gemm.matmul
     if request.param == "gpu":
@@ -86,7 +86,7 @@ def through_gpu(function):
     import cupy
 
     def move(x, kind, to):
-        if isinstance(x, cuda.Band):
+        if isinstance(x, cuda.attention.Band):
             return x._replace(segment=move(x.segment, kind, to))
         if isinstance(x, tuple):
             return tuple(move(y, kind, to) for y in x)
@@ -329,13 +329,13 @@ def test_gradient_of_a_tied_matrix(twins):
 
 
 def test_gradients_without_a_kernel():
-    """A backward that this file does not know runs as it is."""
+    """A backward that has no row in ADDING runs as it is."""
     a, w, dy, dw = normal(3, 4), normal(4, 2, seed=1), normal(3, 2, seed=2), np.ones((4, 2), "f")
 
     def doubled_backward(dy, cache):
         return dy @ cache.w.T, 2 * cache.x.T @ dy
 
-    dx = cuda.add_gradients(doubled_backward, dy, layers.LinearCache(a, w, False), (dw,))
+    dx = cuda.gradients.add_gradients(doubled_backward, dy, layers.LinearCache(a, w, False), (dw,))
     np.testing.assert_array_equal(dx, dy @ w.T)
     np.testing.assert_array_equal(dw, 1 + 2 * a.T @ dy)
 
@@ -452,7 +452,7 @@ def test_no_dropout(twins):
 @each_dtype
 @pytest.mark.parametrize("rows, vocabulary", [(1, 1), (5, 256), (9, 37), (3, 1500)])
 def test_linear_cross_entropy(twins, monkeypatch, rows, vocabulary, dtype):
-    monkeypatch.setattr(cuda, "CHUNK_ENTRIES", 4 * vocabulary)  # two or three chunks
+    monkeypatch.setattr(cuda.sizes, "CHUNK_ENTRIES", 4 * vocabulary)  # two or three chunks
     width = 12
     x, w = normal(rows, width, dtype=dtype), normal(width, vocabulary, dtype=dtype, seed=1)
     b, weights = normal(vocabulary, seed=2), np.abs(normal(rows, seed=3))
@@ -500,7 +500,7 @@ def masks(shape, queries, keys):
                     (6, 12, 0, 0.5)]],
 ])
 def test_attend(twins, monkeypatch, queries, keys, distances, rate, which, dtype):
-    monkeypatch.setattr(cuda, "CHUNK_ENTRIES", 5 * queries * keys)  # chunks of five blocks
+    monkeypatch.setattr(cuda.sizes, "CHUNK_ENTRIES", 5 * queries * keys)  # chunks of five blocks
     shape, width = (2, 2, 3), 8
     q, do = (normal(*shape, queries, width, dtype=dtype, seed=i) for i in (0, 1))
     k, v = (normal(*shape, keys, width, dtype=dtype, seed=i) for i in (2, 3))
@@ -535,7 +535,7 @@ def test_local_attention(twins, monkeypatch, tokens, block, lookback, reach, win
                          width, dtype):
     """Windows that are views, in chunks, from heads that stand between tokens; distances that are
     clipped, and that no query sees; rows of odd widths."""
-    monkeypatch.setattr(cuda, "CHUNK_ENTRIES", 3 * block * block * (lookback + 1))
+    monkeypatch.setattr(cuda.sizes, "CHUNK_ENTRIES", 3 * block * block * (lookback + 1))
     b, h = 2, 3
     q, k, v, do = (normal(b, tokens, h, width, dtype=dtype, seed=i).swapaxes(1, 2)
                    for i in range(4))
@@ -567,8 +567,8 @@ def test_local_attention(twins, monkeypatch, tokens, block, lookback, reach, win
 def test_windows_are_views_that_products_read(on_cpu):
     """Keys are not copied: the planner takes overlapping windows of the padded sequence."""
     x = normal(2, 10, 3, 8).swapaxes(1, 2)
-    (rows,) = cuda._split_heads([x], 4, 12)
-    windows = cuda._windows(rows, 18, 4, 8)
+    (rows,) = cuda.attention._split_heads([x], 4, 12)
+    windows = cuda.attention._windows(rows, 18, 4, 8)
     assert np.shares_memory(windows, rows)
     heads = rows[4:].reshape(2, 3, 12, 8)
     assert np.array_equal(heads[:, :, :10], x)
@@ -588,7 +588,8 @@ def test_attend_by_rule(twins, tokens, block, lookback, window):
     queries = attention.split_blocks(q, block)
     keys, values = (attention._windows(x, block, lookback) for x in (k, v))
     mask = attention._local_mask(q, tokens, block, lookback, segments, window)
-    band = cuda.Band(queries.shape[2], tokens, lookback * block, window or tokens, segments)
+    band = cuda.attention.Band(queries.shape[2], tokens, lookback * block, window or tokens,
+                               segments)
     expected = twins.attend(queries, keys, values, None, None, mask, 1.0)[0]
     got = twins.attend(queries, keys, values, None, None, band, 1.0)[0]
     assert np.array_equal(*(attention.join_blocks(x, tokens) for x in (got, expected)))
@@ -684,7 +685,7 @@ def test_scatter(twins, clusters, window, tokens, width, dtype):
 def test_stable_order(on_cpu, n):
     index = np.random.default_rng(0).integers(0, n, 3000).astype(np.int32)
     index[::3] = index[0]
-    assert np.array_equal(cuda.stable_order(index, n), np.argsort(index, kind="stable"))
+    assert np.array_equal(cuda.sums.stable_order(index, n), np.argsort(index, kind="stable"))
 
 
 @each_dtype
@@ -887,6 +888,14 @@ def use_twins(monkeypatch):
         monkeypatch.setitem(dispatch.twins[name], "numpy", (twin, cuda.supports))
 
 
+def watch_kernels(monkeypatch):
+    """The names of the kernels that are started from now on, a set that grows."""
+    started, compiled = set(), launch._compiled
+    monkeypatch.setattr(launch, "_compiled", lambda instance: (
+        started.add(instance.partition("<")[0]), compiled(instance))[1])
+    return started
+
+
 @pytest.mark.parametrize("mode", ["causal", "topk"])
 def test_model_on_kernels(on_cpu, monkeypatch, mode):
     """Loss, gradients and routes of a small model: float32 on kernels against plain float64."""
@@ -894,12 +903,11 @@ def test_model_on_kernels(on_cpu, monkeypatch, mode):
         vocab_size=17, seq_len=48, n_layers=2, width=32, ffn_width=24, n_clusters=3, window=8,
         block=8, routing=mode, attention_dropout=0.1, ffn_dropout=0.1, residual_dropout=0.1)
     ids = np.random.default_rng(0).integers(0, 17, (2, 48))
-    results, launched, started = [], set(), cuda.launch
+    results, launched = [], set()
     for dtype in (np.float64, np.float32):
         if dtype == np.float32:
             use_twins(monkeypatch)
-            monkeypatch.setattr(cuda, "launch", lambda name, *arguments, **word: (
-                launched.add(name), started(name, *arguments, **word)))
+            launched = watch_kernels(monkeypatch)
         flat, table = init_parameters(cfg, np, np.float64, 0)
         flat = flat.astype(dtype)
         grads = np.zeros_like(flat)
@@ -929,7 +937,7 @@ def test_model_on_kernels(on_cpu, monkeypatch, mode):
 def test_launch_refuses_what_cupy_would_misread(on_cpu):
     x, y = np.ones(8, np.float32), np.empty(8, np.float32)
     arguments = [y, x, 8, 1.0]
-    cuda.launch("relu_backward", (1,), (32,), *arguments)
+    launch.launch("relu_backward", (1,), (32,), *arguments)
     for at, wrong, message in [(1, x.astype(np.float16), "d_n is float16"),
                                (0, np.ones(16, np.float32)[::2], "dd_n is not contiguous"),
                                (0, np.ones(8, np.float64), "dd_n is float64"),
@@ -937,14 +945,14 @@ def test_launch_refuses_what_cupy_would_misread(on_cpu):
         bad = [*arguments]
         bad[at] = wrong
         with pytest.raises(TypeError, match=message):
-            cuda.launch("relu_backward", (1,), (32,), *bad)
+            launch.launch("relu_backward", (1,), (32,), *bad)
     with pytest.raises(TypeError, match="takes 4 arguments"):
-        cuda.launch("relu_backward", (1,), (32,), y, x, 8)
+        launch.launch("relu_backward", (1,), (32,), y, x, 8)
 
 
 def test_every_kernel_is_launched():
     """No kernel without a launcher, hence none without a test."""
-    text = Path(cuda.__file__).read_text()
+    text = "".join(path.read_text() for path in Path(cuda.__file__).parent.glob("*.py"))
     assert len(launch.kernels()) > 15
     for name in launch.kernels():
         assert f'"{name}"' in text, name
@@ -1133,12 +1141,8 @@ def test_whole_model(on_cpu, monkeypatch, changes, dtype):
         n_routing_heads=2, n_clusters=3, window=6, block=4, lookback=2, local_max_distance=3,
         routing_max_distance=2, commitment=0.1) | changes).validate()
     nats, grads, routes = whole(cfg, None)
-    for name, function in cuda.TWINS.items():
-        monkeypatch.setitem(dispatch.twins[name], "numpy", (function, cuda.supports))
-    used, started = set(), cuda.launch
-    monkeypatch.setattr(cuda, "launch",
-                        lambda name, *args, **options: (used.add(name),
-                                                        started(name, *args, **options)))
+    use_twins(monkeypatch)
+    used = watch_kernels(monkeypatch)
     exact = np.dtype(dtype) == np.float32
     own_nats, own, _ = whole(cfg, None if exact else dtype, routes, 1.0 if exact else 8.0)
     tolerance = 2e-5 if exact else 40 * epsilon(dtype)

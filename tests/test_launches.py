@@ -66,7 +66,7 @@ def counts(monkeypatch):
 
     monkeypatch.setattr(launch, "_compiled", compiled)
     monkeypatch.setattr(gemm, "_call", product)
-    for module in (gemm, cuda):
+    for module in (gemm, cuda.arrays):
         monkeypatch.setattr(module, "address", address)
     for name, zeros in (("empty", np.zeros), ("empty_like", np.zeros_like)):
         def cleared(x, *args, zeros=zeros, **options):  # what no kernel writes is 0, a valid index
@@ -74,7 +74,7 @@ def counts(monkeypatch):
             return strictxp.ndarray(zeros(x, *args, **options))
 
         monkeypatch.setattr(strictxp, name, cleared, raising=False)
-    monkeypatch.setattr(cuda, "CHUNK_ENTRIES", cuda.CHUNK_ENTRIES // NARROWER**2)
+    monkeypatch.setattr(cuda.sizes, "CHUNK_ENTRIES", cuda.sizes.CHUNK_ENTRIES // NARROWER**2)
     for name, twin in cuda.TWINS.items():
         monkeypatch.setitem(dispatch.twins[name], strictxp.__name__, (twin, cuda.supports))
     return counted

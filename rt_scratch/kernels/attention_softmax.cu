@@ -8,9 +8,9 @@
 // rel_v are two products. A row that sees nothing gives p = 0 and lse = 0.
 // The arrays over n and d hold `rows` rows, a chunk of the batch that begins at first_row; lse,
 // mask and dropout know the whole batch.
-// Called by attend and attend_backward in cuda.py. One warp per row, eight warps per block; p may
-// be s and u may be r where the types agree: once writing has begun, every entry is read and
-// written by the same lane.
+// Called by attend and attend_backward in cuda/attention.py. One warp per row, eight warps per
+// block; p may be s and u may be r where the types agree: once writing has begun, every entry is
+// read and written by the same lane.
 #include "common.cuh"
 
 // Who sees whom. Query i of block b stands at position b % blocks S + i of its sequence b / blocks,

@@ -1,5 +1,6 @@
 // What stands between two products: a bias, the ReLU, its dropout.
-// Called by linear, relu_ffn and relu_ffn_backward in cuda.py. Eight entries per thread.
+// Called by linear in cuda/layers.py, by relu_ffn and relu_ffn_backward in cuda/feed_forward.py.
+// Eight entries per thread.
 #include "common.cuh"
 
 // y = y + b, in place, or y = max(y + b, 0) keep / (1 - rate) with `relu`.

@@ -4,7 +4,7 @@
 //   cluster_starts   their running sum: where the first member of (k, g) goes
 //   cluster_positions   order_rt: positions in order
 // and the inverse, which says where each token went.
-// Called by by_cluster and inverse in cuda.py.
+// Called by by_cluster and inverse in cuda/routing.py.
 #include "common.cuh"
 
 constexpr int CLUSTERS = 1024;  // at most

@@ -1,4 +1,4 @@
-// One step of online k-means. Called by replace_centroids in cuda.py.
+// One step of online k-means. Called by replace_centroids in cuda/kmeans.py.
 #include "common.cuh"
 
 constexpr int CLUSTERS = 1024;  // most of a head

@@ -1,5 +1,5 @@
 // Sums over the rows of a matrix in a fixed order, in two stages: strips of rows, then the strips.
-// Called in cuda.py by whatever sums over rows.
+// Called in cuda/sums.py.
 #include "common.cuh"
 
 // out_g = sum of the rows of strip g of x, which are `stride` entries apart. Blocks of 32 columns by

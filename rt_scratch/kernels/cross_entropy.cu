@@ -1,7 +1,7 @@
 // Cross-entropy of the rows of z + b, a chunk of logits (n rows, V columns, rows `stride` entries
 // apart) fresh from the product:
 //   lse = log sum_v exp(z_v + b_v),  loss = weight (lse - z_target - b_target).
-// Called by linear_cross_entropy and its backward in cuda.py. One block per row.
+// Called by linear_cross_entropy and its backward in cuda/loss.py. One block per row.
 #include "common.cuh"
 
 // Combines one (top, total) pair per thread, total = sum exp(z - top), in a fixed order.

@@ -1,6 +1,6 @@
 // GEGLU: y = gelu(a) b with gelu(a) = a (1 + tanh u) / 2, u = sqrt(2 / pi) (a + 0.044715 a^3), and
-// the dropout behind it. Called by geglu, geglu_ffn and their backwards in cuda.py. Eight entries
-// per thread.
+// the dropout behind it. Called by geglu, geglu_ffn and their backwards in cuda/feed_forward.py.
+// Eight entries per thread.
 #include "common.cuh"
 
 constexpr float SCALE = 0.7978845608028654f;  // sqrt(2 / pi)

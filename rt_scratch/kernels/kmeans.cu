@@ -1,5 +1,5 @@
 // Tokens and centroids: who wins whom, what was won, how far it is.
-// Called by compare, cluster_statistics, commitment and add_commitment_gradient in cuda.py.
+// Called by compare, cluster_statistics, commitment and add_commitment_gradient in cuda/kmeans.py.
 #include "common.cuh"
 
 // product_bhkt = x . mu, or x . mu / |mu| with equal_length; winner_bht: the k of the largest, the

@@ -1,8 +1,8 @@
 // LayerNorm over the columns of x (n rows, c columns):
 //   mean = sum_c x / C,  rstd = 1 / sqrt(sum_c (x - mean)^2 / C + epsilon),
 //   y = (x - mean) rstd gain + bias.            gain and bias null: neither is applied.
-// Called by layer_norm, normalize, residual and their backwards in cuda.py. One warp per row; any
-// number of warps per block. Row n of x may lie anywhere: it is token n % tokens of head
+// Called by layer_norm, normalize, residual and their backwards in cuda/layers.py. One warp per
+// row; any number of warps per block. Row n of x may lie anywhere: it is token n % tokens of head
 // n / tokens % heads, as `Rows` says.
 #include "common.cuh"
 

@@ -1,6 +1,6 @@
 // Optimizer steps on the flat buffers of parameters w, gradients g and state; all float32.
-// Called by global_norm, adamw, muon and adafactor in cuda.py. The learning rate and the step are
-// read from the device: a CUDA graph of a step repeats what was passed by value.
+// Called by global_norm, adamw, muon and adafactor in cuda/optim.py. The learning rate and the step
+// are read from the device: a CUDA graph of a step repeats what was passed by value.
 #include "common.cuh"
 
 // Sum of squares of the entries that a block of 256 takes, four per thread at a time.

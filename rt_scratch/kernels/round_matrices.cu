@@ -1,5 +1,5 @@
 // The compute copy: matrices of the flat buffer in half precision, rows from 16 bytes to 16 bytes.
-// Called by round_matrices in cuda.py.
+// Called by round_matrices in cuda/optim.py.
 #include "common.cuh"
 
 // A matrix, in entries: `source` in the flat buffer, `start` and from row to row `stride` in the copy.

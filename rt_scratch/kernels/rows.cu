@@ -1,6 +1,6 @@
 // Moving rows by index, and adding them up by index in a fixed order.
-// Called by gather, local_attention, scatter_sum, scatter_mean, their backwards, coverage and
-// segment_sum in cuda.py.
+// Called by gather, scatter_sum, scatter_mean, their backwards and coverage in cuda/routing.py, by
+// local_attention and its backward in cuda/attention.py, by segment_sum in cuda/sums.py.
 #include "common.cuh"
 
 // out[b, h, r] = x[b, h, index[b, h, r]]: rows of `words` words of type W (the widest that divides

@@ -1,5 +1,6 @@
 // The W best of T scores per row, as positions in order of time; ties go to the earlier position.
-// Called by top_members in cuda.py. One block of 256 threads per row (batch, head, cluster).
+// Called by top_members in cuda/routing.py. One block of 256 threads per row (batch, head,
+// cluster).
 //
 // Radix select: the score of rank W is found digit by digit (11, 11 and 10 bits), from a histogram
 // of the next digit over the scores that agree so far. Then each warp walks its own stretch of the

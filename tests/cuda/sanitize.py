@@ -31,13 +31,13 @@ def numbers(*shape):
 def exercise(file):
     """Small calls of the launchers that reach every block barrier of the file."""
     if file == "top_members.cu":
-        cuda.top_members(numbers(1, 2000), 300)
+        cuda.routing.top_members(numbers(1, 2000), 300)
     elif file == "cross_entropy.cu":
         launch.launch("cross_entropy", (2,), (64,), numbers(2, 100), numbers(100),
                       np.array([3, 99], np.int32), numbers(2), numbers(2), numbers(2), 100, 100)
     elif file == "layer_norm.cu":
-        y, cache = cuda.layer_norm(numbers(20, 33), numbers(33), numbers(33))
-        cuda.layer_norm_backward(y, cache)
+        y, cache = cuda.layers.layer_norm(numbers(20, 33), numbers(33), numbers(33))
+        cuda.layers.layer_norm_backward(y, cache)
     elif file == "columns.cu":
         launch.launch("column_sum", (2, 1), (32, 8), numbers(20, 33), numbers(1, 33), 20, 33, 20,
                       33)
@@ -46,16 +46,17 @@ def exercise(file):
         counts = np.ones((1, 600), np.int32)
         launch.launch("cluster_starts", (1,), (256,), counts, 600)
     elif file == "rows.cu":
-        cuda.coverage(np.ones((1, 1, 600, 1), np.float32))
+        cuda.routing.coverage(np.ones((1, 1, 600, 1), np.float32))
     elif file == "optim.cu":
-        cuda.global_norm(numbers(5000))
+        cuda.optim.global_norm(numbers(5000))
     elif file in ("kmeans.cu", "centroids.cu"):
         x, winner = numbers(1, 1, 40, 70), np.arange(40).reshape(1, 1, 40) % 7
         if file == "kmeans.cu":
-            cuda.compare(x, numbers(1, 7, 70))
-            cuda.commitment(x, numbers(1, 7, 70), winner)
-        counts, sums = cuda.cluster_statistics(x, winner, 7)
-        cuda.replace_centroids(Centroids(sums.copy(), counts + 1, sums.copy()), counts, sums, 0.9)
+            cuda.kmeans.compare(x, numbers(1, 7, 70))
+            cuda.kmeans.commitment(x, numbers(1, 7, 70), winner)
+        counts, sums = cuda.kmeans.cluster_statistics(x, winner, 7)
+        state = Centroids(sums.copy(), counts + 1, sums.copy())
+        cuda.kmeans.replace_centroids(state, counts, sums, 0.9)
     else:
         raise SystemExit(f"{file} has no block barrier")
 

@@ -1,0 +1,16 @@
+"""How work is cut into blocks of threads, and into chunks, which tests make small."""
+
+from __future__ import annotations
+
+THREADS = 256
+WARPS = THREADS // 32
+CHUNK_ENTRIES = 5 << 24  # of wide intermediates (logits) alive at a time: 320 MB in float32
+
+
+def n_blocks(n: int, per_block: int = THREADS) -> int:
+    return -(-n // per_block)
+
+
+def chunks(n_rows: int, row_size: int):
+    step = max(1, CHUNK_ENTRIES // row_size)
+    return [slice(i, min(i + step, n_rows)) for i in range(0, n_rows, step)]
