@@ -73,6 +73,14 @@ def sequences(rng, n: int, t: int, pairs: int):
     return ids, asked + 1, asked - 1 - 2 * np.arange(pairs)
 
 
+def batch_of(rng, n: int, t: int, pairs: int):
+    """ids (n, T) and the weights of their targets (n, T): those of the answers add up to 1."""
+    ids, answers, _ = sequences(rng, n, t, pairs)
+    weights = np.zeros(ids.shape, "float32")
+    np.put_along_axis(weights, answers, 1 / answers.size, axis=1)
+    return ids, weights
+
+
 def accuracy(state, model: ModelConfig, pairs: int, seed: int = 10 ** 6):
     """Share of right answers on some 16,384 tokens, and for each quarter of the distances."""
     ids, answers, distance = sequences(
@@ -91,9 +99,7 @@ def fit(state, model, train, pairs, rng, learnt=0.0):
     """
     grads, losses = np.empty_like(state.flat), []
     while len(losses) < train.steps and not (len(losses) >= 50 and np.mean(losses[-50:]) < learnt):
-        ids, answers, _ = sequences(rng, train.batch, model.seq_len, pairs)
-        weights = np.zeros(ids.shape, train.dtype)
-        np.put_along_axis(weights, answers, 1 / answers.size, axis=1)
+        ids, weights = batch_of(rng, train.batch, model.seq_len, pairs)
         state, told = train_step(state, grads, [Part(ids, None, weights, 0, 1.0)], model, train)
         losses.append(float(told.nats))
         if len(losses) % 50 == 0:
@@ -137,8 +143,10 @@ def piece(name: str, folder: Path, seed: int) -> dict:
             before, seq_len=model.seq_len, window=model.seq_len), pairs)
         state = new_state(model, train, np)
         state.flat[...] = first.flat
-        ids, *_ = sequences(rng, STRETCH.batch, STRETCHED, pairs)
-        state = state._replace(centroids=drawn_centroids(first, before, model, ids, seed))
+        ids, weights = batch_of(rng, 2 * STRETCH.batch, STRETCHED, pairs)
+        state = state._replace(centroids=drawn_centroids(
+            first, before, replace(model, seq_len=STRETCHED, window=(
+                model.window * STRETCHED // model.seq_len)), ids, weights, seed))
         told["after the split"], _ = accuracy(state, model, pairs)
     else:
         train = replace(train, lr=FIRST.lr)

@@ -6,14 +6,15 @@ from helpers import strictxp
 from test_train import TINY, fails, rows, text  # noqa: F401
 
 import train
+from rt_scratch import model
 from rt_scratch.data.batches import random_windows
 from rt_scratch.errors import UserError
 from rt_scratch.kmeans import nearest
 from rt_scratch.layers import layer_norm, normalize, shift_right
 from rt_scratch.model import embed, project
 from rt_scratch.parameters import views
-from rt_scratch.run import options
-from rt_scratch.run.checkpoint import read_state
+from rt_scratch.run import initial, options
+from rt_scratch.run.checkpoint import read_state, restore
 from rt_scratch.run.initial import initial_state
 from rt_scratch.run.options import plan_run
 
@@ -80,10 +81,34 @@ def test_centroids_are_drawn_where_k_changes(source, text, tmp_path, capsys, fla
     assert len(np.unique(nearest(both, state.centroids[0].mu, equal_length=True))) == 3
 
 
+def test_the_draw_with_the_lowest_loss(source, text, tmp_path, monkeypatch):  # noqa: F811
+    """Is taken; layers that have centroids keep them."""
+    losses = []
+
+    def told(*arguments):
+        found = model.loss(*arguments)
+        losses.append((float(found[0][0]), arguments[1]))
+        return found
+
+    monkeypatch.setattr(initial, "loss", told)
+    monkeypatch.setattr(initial, "DRAWS", 5)
+    plan, state = started([text, "--init-from", source, "--out", tmp_path / "b", "--n-clusters",
+                           "3"])
+    assert len({nats for nats, _ in losses}) == len(losses) == 5
+    assert state.centroids is min(losses, key=lambda x: x[0])[1]
+
+    before, _ = restore(plan.source, np)
+    ids, weights = np.zeros((2, 16), int), np.full((2, 16), 1 / 32)
+    found = initial.drawn_centroids(before, plan.source.model, plan.model, ids, weights, 0,
+                                    kept={0: state.centroids[0]})
+    assert found[0] is state.centroids[0] and found[1] is not state.centroids[1]
+
+
 def test_on_a_device(source, text, tmp_path):  # noqa: F811
     argv = [text, "--init-from", source, "--out", tmp_path / "b", "--n-clusters", "3"]
-    (_, host), (_, device) = started(argv), started(argv, strictxp)
-    with strictxp.reading():
+    _, host = started(argv)
+    with strictxp.reading():  # the losses of the draws
+        _, device = started(argv, strictxp)
         for a, b in zip(host.arrays, device.arrays, strict=True):
             np.testing.assert_allclose(b.get(), a, rtol=1e-5, atol=1e-5)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from rt_scratch.config import ModelConfig
@@ -12,10 +14,12 @@ from rt_scratch.errors import UserError
 from rt_scratch.heads import parts
 from rt_scratch.kmeans import Centroids, seeded_centroids
 from rt_scratch.layers import layer_norm, normalize, shift_right
-from rt_scratch.model import block, embed, mu_of, project
+from rt_scratch.model import block, embed, loss, mu_of, project, target_weights
 from rt_scratch.parameters import parameter_table
 from rt_scratch.run.checkpoint import Progress, Saved, restore
 from rt_scratch.step import State, new_state
+
+DRAWS = 16  # of centroids, see `drawn_centroids`
 
 
 def initial_state(plan, xp, for_training: bool) -> tuple[State, Progress]:
@@ -46,44 +50,54 @@ def taken_over(state: State, plan, xp) -> State:
     model, train = plan.model, plan.train
     before, _ = restore(plan.source, xp)
     state.flat[...] = before.flat.astype(state.flat.dtype)
-    same = {i for i, c in state.centroids.items()
-            if i in before.centroids and before.centroids[i].mu.shape == c.mu.shape}
     centroids = {i: Centroids(*(a.astype(state.flat.dtype) for a in before.centroids[i]))
-                 for i in same}
-    drawn = sorted(state.centroids.keys() - same)
+                 for i, c in state.centroids.items()
+                 if i in before.centroids and before.centroids[i].mu.shape == c.mu.shape}
+    drawn = sorted(state.centroids.keys() - centroids.keys())
     if drawn:
         ids, labels = training_batch(plan.dataset, model.seq_len, train.batch * train.accumulate,
                                      train.seed, 0, 0)
-        centroids |= {i: c for i, c in drawn_centroids(
-            before, plan.source.model, model, xp.asarray(ids), train.seed,
-            None if labels is None else xp.asarray(labels)).items() if i in drawn}
+        ids, labels = xp.asarray(ids), None if labels is None else xp.asarray(labels)
+        weights = target_weights(model, ids, train.dtype)
+        centroids = drawn_centroids(before, plan.source.model, model, ids, weights / weights.sum(),
+                                    train.seed, labels, centroids)
     say(f"parameters: {plan.source.path}, step {before.step}" + (
         f"; centroids of layers {', '.join(map(str, drawn))}: drawn by k-means" if drawn else ""))
     return state._replace(centroids=centroids)
 
 
-def drawn_centroids(state: State, before: ModelConfig, after: ModelConfig, ids, seed: int,
-                    labels=None) -> dict[int, Centroids]:
+def drawn_centroids(state: State, before: ModelConfig, after: ModelConfig, ids, weights, seed: int,
+                    labels=None, kept=None) -> dict[int, Centroids]:
     """Centroids for the model `after` from the vectors of a trained one with its parameters.
 
     ids (B, T) go through the model `before`, with its own clusters; k-means then clusters what
     the routing heads of `after` compare with centroids: queries and, where they are separate, keys.
     Queries meet the keys they need in these clusters only once the model has learnt which keys
-    those are: train with one cluster first (docs/derivations.md, at its end).
+    those are: train with one cluster first (docs/derivations.md, at its end). Whether they meet
+    depends on where k-means begins, so that it begins DRAWS times, and the centroids are taken with
+    which `after` has the lowest loss on ids; weights (B, T) as in `model.loss`. Layers in `kept`
+    have those centroids already.
     """
-    rng, found = np.random.default_rng(seed), {}
-    params = state.params
-    x, _ = embed(params, before, shift_right(ids), 0, labels)
+    kept, vectors = kept or {}, {}
+    x, _ = embed(state.params, before, shift_right(ids), 0, labels)
     for i in range(before.n_layers):
-        p = params["layers"][i]
+        p = state.params["layers"][i]
         n = layer_norm(x, **p["norm_attention"])[0] if before.norm == "pre" else x
         (q, k, _), _ = project(n, p["attention"], after)
         for part in parts(after, i):
-            if part.kind.routes:
+            if part.kind.routes and i not in kept:
                 own = [q[:, part.heads]] + ([k[:, part.keys]] if part.keys else [])
                 rows = [normalize(z)[0].swapaxes(0, 1).reshape(z.shape[1], -1, z.shape[3])
                         for z in own]                                # (H, B T, D)
-                found[i] = seeded_centroids(array_module(x).concatenate(rows, axis=1),
-                                            after.n_clusters, rng)
+                vectors[i] = array_module(x).concatenate(rows, axis=1)
         x, _, _ = block(x, p, before, i, mu_of(state.centroids, i))
-    return found
+
+    best, lowest = None, math.inf
+    for draw in range(DRAWS):
+        rng = np.random.default_rng([seed, draw])
+        found = kept | {i: seeded_centroids(rows, after.n_clusters, rng)
+                        for i, rows in vectors.items()}
+        (nats, _), _, _ = loss(state.params, found, after, ids, weights, labels)
+        if best is None or float(nats) < lowest:
+            best, lowest = found, float(nats)
+    return best
