@@ -9,14 +9,10 @@ import numpy as np
 from rt_scratch.console import say
 from rt_scratch.dispatch import register_twins
 from rt_scratch.errors import GPU_PACKAGES, UserError
+from rt_scratch.heap import keep_freed_memory, use_huge_pages
 from rt_scratch.kernels import cpu
 from rt_scratch.parallel import SINGLE, World
-from rt_scratch.threads import (
-    keep_freed_memory,
-    n_threads,
-    set_blas_threads,
-    use_huge_pages,
-)
+from rt_scratch.threads import n_threads, set_blas_threads
 
 
 def select_device(name: str = "auto", world: World = SINGLE):

@@ -13,7 +13,7 @@ from helpers.strategies import configs, lengths, normal, seeds, sizes, widths
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rt_scratch import attention, dispatch, layers, optim, routing, threads
+from rt_scratch import attention, dispatch, heap, layers, optim, routing, threads
 from rt_scratch.dispatch import qualified_name
 from rt_scratch.dropout import Dropped, dropout
 from rt_scratch.kernels import cpu
@@ -259,8 +259,8 @@ def test_heap_of_huge_pages():
     code = """
 from pathlib import Path
 import numpy as np
-from rt_scratch import threads
-assert threads.keep_freed_memory() and threads.use_huge_pages()
+from rt_scratch import heap
+assert heap.keep_freed_memory() and heap.use_huge_pages()
 arrays = [np.full(1 << 19, i, "f4") for i in range(20)]
 assert all((array == i).all() for i, array in enumerate(arrays))
 print(Path("/proc/self/smaps_rollup").read_text().partition("AnonHugePages:")[2].split()[0])
@@ -271,5 +271,5 @@ print(Path("/proc/self/smaps_rollup").read_text().partition("AnonHugePages:")[2]
 
 def test_no_huge_pages_without_glibc(monkeypatch):
     """Another C library, or none, is no error."""
-    monkeypatch.setattr(threads.ctypes, "CDLL", lambda name: object())
-    assert not threads.use_huge_pages()
+    monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: object())
+    assert not heap.use_huge_pages()

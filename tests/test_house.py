@@ -14,7 +14,7 @@ from rt_scratch.data import DATASETS
 ROOT = Path(__file__).parent.parent
 FLOORS = [floor.split() for floor in (  # a module imports from lower floors, or its own folder
     "errors",
-    "console dispatch threads presets",
+    "console dispatch heap threads presets",
     "data dropout parallel",
     "layers optim",
     "attention kmeans",
