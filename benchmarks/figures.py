@@ -178,7 +178,7 @@ def draw_cost(path):
     for power, dash in ((1, ":"), (1.5, "--"), (2, "-.")):
         line = seconds[2] * (tokens[2:] / tokens[2]) ** power
         axis.loglog(tokens[2:], line, dash, color="grey", label=f"T^{power:g}")
-    axis.set(xlabel="T, tokens", ylabel="seconds, forward and backward of one window",
+    axis.set(xlabel="T, tokens", ylabel="seconds of a training step of one window",
              xticks=tokens, xticklabels=[f"{t:,}" for t in tokens])
     axis.minorticks_off()
     axis.legend(fontsize=8)
