@@ -1,4 +1,4 @@
-"""How the C library and Linux hand out the memory of arrays; both functions are for a CPU alone."""
+"""How the C library and Linux hand out the memory of arrays; for computation on a CPU."""
 
 from __future__ import annotations
 
@@ -21,24 +21,28 @@ def keep_freed_memory() -> bool:
                 mallopt(trim_threshold, 2**31 - 1)])
 
 
-def use_huge_pages(size: int = 1 << 30) -> bool:
+def use_huge_pages(size: int = 256 << 20) -> bool:
     """Ask Linux for pages of 2 MiB instead of 4 KiB in the next `size` bytes of glibc's heap.
 
-    Passes over arrays then wait less often for the address of a page. It reserves addresses, not
-    memory. After `keep_freed_memory`, or the heap shrinks again; False where that is refused.
+    Passes over arrays then wait less often for the address of a page. Memory is taken only once an
+    array is written there; after `keep_freed_memory` it is kept. False where the heap cannot grow
+    so far or the system knows no such pages.
     """
     top_pad, default, advise_huge = -2, 128 << 10, 14
     try:
         library = ctypes.CDLL(None)
         library.malloc.restype = ctypes.c_void_p
         library.mallopt(top_pad, size)
-        library.free(ctypes.c_void_p(library.malloc(ctypes.c_size_t(16 << 20))))  # the heap grows
+        begin = library.malloc(ctypes.c_size_t(16 << 20))            # the heap grows
         library.mallopt(top_pad, default)
         maps = Path("/proc/self/maps").read_text().splitlines()
-        ends = next(line for line in maps if line.endswith("[heap]")).split()[0].split("-")
-        first, end = (int(number, 16) for number in ends)
-        first = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
-        return library.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first),
-                               advise_huge) == 0
-    except (AttributeError, OSError, TypeError, StopIteration):
+        library.free(ctypes.c_void_p(begin))
+    except (AttributeError, OSError, TypeError):
         return False
+    begin = -(-(begin or 0) // mmap.PAGESIZE) * mmap.PAGESIZE
+    for line in maps:
+        first, end = (int(number, 16) for number in line.split()[0].split("-"))
+        if first <= begin < end - size:
+            return library.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin),
+                                   advise_huge) == 0
+    return False
