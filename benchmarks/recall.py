@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from rt_scratch import ModelConfig, TrainConfig, logits, new_state, select_device, train_step
+from rt_scratch.run.folder import whole
 from rt_scratch.run.initial import drawn_centroids
 from rt_scratch.step import Part
 from rt_scratch.threads import limit
@@ -51,6 +52,8 @@ PIECES = {  # name: (fields of the model, pairs, steps of the last phase, batch)
     "multiprobe, T 256": (OWN | dict(seq_len=256, n_clusters=16, window=16), 14, 120, 8),
     "multiprobe, T 1024": (OWN | dict(seq_len=1024, n_clusters=16, window=64), 14, 60, 8),
     "one probe, T 256": (OWN | dict(seq_len=256, n_clusters=16, window=16, n_probes=1), 14, 120, 8),
+    "one probe, W 32, T 256": (  # as many keys as two probes read with half the window
+        OWN | dict(seq_len=256, n_clusters=16, window=32, n_probes=1), 14, 120, 8),
 }
 
 
@@ -125,7 +128,8 @@ def one_cluster(folder: Path, seed: int):
     state, loss = fit(state, model, train, 14, rng)
     print(f"T {STRETCHED}: loss {loss:.3f}, accuracy and that of quarters: "
           f"{accuracy(state, model, 14)}", flush=True)
-    np.save(file, state.flat)
+    with whole(file) as kept:
+        np.save(kept, state.flat)
     return model, state
 
 

@@ -890,8 +890,8 @@ def use_twins(monkeypatch):
 
 def watch_kernels(monkeypatch):
     """The names of the kernels that are started from now on, a set that grows."""
-    started, compiled = set(), launch._compiled
-    monkeypatch.setattr(launch, "_compiled", lambda instance: (
+    started, compiled = set(), launch.compiled
+    monkeypatch.setattr(launch, "compiled", lambda instance: (
         started.add(instance.partition("<")[0]), compiled(instance))[1])
     return started
 

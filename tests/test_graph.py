@@ -34,7 +34,7 @@ def kernels(monkeypatch):
     started = []
     for name, twin in cuda.TWINS.items():
         monkeypatch.setitem(dispatch.twins[name], strictxp.__name__, (twin, cuda.supports))
-    monkeypatch.setattr(launch, "_compiled", lambda instance: lambda *_: started.append(instance))
+    monkeypatch.setattr(launch, "compiled", lambda instance: lambda *_: started.append(instance))
     monkeypatch.setattr(gemm, "_call", lambda *_: started.append("product"))
     return started
 

@@ -64,7 +64,7 @@ def counts(monkeypatch):
     def address(x):
         return x._host.ctypes.data
 
-    monkeypatch.setattr(launch, "_compiled", compiled)
+    monkeypatch.setattr(launch, "compiled", compiled)
     monkeypatch.setattr(gemm, "_call", product)
     for module in (gemm, cuda.arrays):
         monkeypatch.setattr(module, "address", address)

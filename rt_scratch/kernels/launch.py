@@ -68,7 +68,7 @@ def kernels() -> dict[str, Kernel]:
 
 
 @functools.cache
-def _compiled(instance: str):
+def compiled(instance: str):
     """A function (grid, block, arguments) that starts the kernel."""
     import cupy
 
@@ -149,4 +149,4 @@ def launch(name: str, grid, block, *arguments, word: str | None = None) -> None:
         converted.append(value)
     template = kernels()[name].template
     instance = f"{name}<{WORD[activation] if template == 'T' else word}>" if template else name
-    _compiled(instance)(grid, block, tuple(converted))
+    compiled(instance)(grid, block, tuple(converted))

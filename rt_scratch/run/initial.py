@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from rt_scratch.config import ModelConfig
@@ -62,7 +60,8 @@ def taken_over(state: State, plan, xp) -> State:
         centroids = drawn_centroids(before, plan.source.model, model, ids, weights / weights.sum(),
                                     train.seed, labels, centroids)
     say(f"parameters: {plan.source.path}, step {before.step}" + (
-        f"; centroids of layers {', '.join(map(str, drawn))}: drawn by k-means" if drawn else ""))
+        f"; centroids of layers {', '.join(map(str, drawn))}: the best of {DRAWS} draws of k-means"
+        if drawn else ""))
     return state._replace(centroids=centroids)
 
 
@@ -75,8 +74,8 @@ def drawn_centroids(state: State, before: ModelConfig, after: ModelConfig, ids, 
     Queries meet the keys they need in these clusters only once the model has learnt which keys
     those are: train with one cluster first (docs/derivations.md, at its end). Whether they meet
     depends on where k-means begins, so that it begins DRAWS times, and the centroids are taken with
-    which `after` has the lowest loss on ids; weights (B, T) as in `model.loss`. Layers in `kept`
-    have those centroids already.
+    which `after` has the lowest loss on ids (that of topk heads sees ahead); weights (B, T) as in
+    `model.loss`. Layers in `kept` have those centroids already.
     """
     kept, vectors = kept or {}, {}
     x, _ = embed(state.params, before, shift_right(ids), 0, labels)
@@ -92,12 +91,17 @@ def drawn_centroids(state: State, before: ModelConfig, after: ModelConfig, ids, 
                 vectors[i] = array_module(x).concatenate(rows, axis=1)
         x, _, _ = block(x, p, before, i, mu_of(state.centroids, i))
 
-    best, lowest = None, math.inf
+    def nats(found):
+        """A window at a time, recomputed: it takes less memory than a training step."""
+        windows = [slice(i, i + 1) for i in range(len(ids))]
+        return sum(float(loss(state.params, found, after, ids[i], weights[i],
+                              None if labels is None else labels[i], recompute=True)[0][0])
+                   for i in windows)
+
+    draws = []
     for draw in range(DRAWS):
         rng = np.random.default_rng([seed, draw])
-        found = kept | {i: seeded_centroids(rows, after.n_clusters, rng)
-                        for i, rows in vectors.items()}
-        (nats, _), _, _ = loss(state.params, found, after, ids, weights, labels)
-        if best is None or float(nats) < lowest:
-            best, lowest = found, float(nats)
-    return best
+        draws.append(kept | {i: seeded_centroids(rows, after.n_clusters, rng)
+                             for i, rows in vectors.items()})
+    losses = [nats(found) for found in draws]
+    return draws[int(np.nanargmin(losses)) if np.isfinite(losses).any() else 0]

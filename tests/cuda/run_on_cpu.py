@@ -173,5 +173,5 @@ def _span(x):
 
 def install(monkeypatch, backwards: bool = False) -> None:
     """Let the launchers run on NumPy arrays."""
-    monkeypatch.setattr(launch, "_compiled", functools.partial(started, backwards=backwards))
+    monkeypatch.setattr(launch, "compiled", functools.partial(started, backwards=backwards))
     monkeypatch.setattr(gemm, "_call", _call)

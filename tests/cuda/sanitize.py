@@ -89,7 +89,7 @@ if __name__ == "__main__":
         library = run_on_cpu.ctypes.CDLL(sys.argv[-1])
         loaded = run_on_cpu.library
         run_on_cpu.library = lambda file: library if file == sys.argv[1] else loaded(file)
-        launch._compiled = functools.partial(run_on_cpu.started)
+        launch.compiled = functools.partial(run_on_cpu.started)
         exercise(sys.argv[1])
     else:
         sys.exit(main(*sys.argv[1:]))
