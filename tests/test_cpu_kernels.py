@@ -25,7 +25,7 @@ from rt_scratch.parameters import parameter_table
 def small_pieces(monkeypatch):
     """Pieces so small that the arrays here are cut into many."""
     for name, value in (("PIECE", 64), ("ATTENTION", 64), ("ROWS", 3), ("COLUMNS", 2),
-                        ("LOGITS", 40)):
+                        ("LOGITS", 40), ("TRIANGLE", 2)):
         monkeypatch.setattr(cpu.sizes, name, value)
 
 
@@ -174,6 +174,21 @@ def test_local_attention(t, block, lookback, d, relative, segmented, rate, dtype
     check(attention.local_attention, attention.local_attention_backward,
           (q, k, v, *rel, block, lookback, 0.7, segments, window), seed, dtype,
           {"dropped": dropped})
+
+
+@given(st.sampled_from([1, 2, 4]), st.integers(1, 4), widths, st.booleans(), st.booleans(), dtypes,
+       seeds)
+def test_attention_to_every_earlier_token(n_blocks, block, d, relative, segmented, dtype, seed):
+    """As full heads and one large cluster have it: every band sees one key block more."""
+    t, rng = n_blocks * block, np.random.default_rng(seed)
+    q, k, v = (normal(rng, (2, t, 3, d)).swapaxes(1, 2) for _ in "qkv")
+    rel = [normal(rng, (7, d)) if relative else None for _ in "kv"]
+    segments = np.sort(rng.integers(0, 3, (2, 3, t)), axis=-1) if segmented else None
+    reach = attention.Reach(block, n_blocks - 1, segments, t)
+    cut = cpu.attention.Cut(t, reach, *rel, q.dtype, None)
+    assert [band.lookback for band in cut.bands] == list(range(-(-t // 2))) if t > 2 else [0]
+    check(attention.local_attention, attention.local_attention_backward,
+          (q, k, v, *rel, block, n_blocks - 1, 0.7, segments, t), seed, dtype)
 
 
 @given(lengths, sizes, st.booleans(), seeds)

@@ -166,32 +166,32 @@ def local_attention(q, k, v, rel_k, rel_v, block, lookback, scale, segments=None
                     dropped=None):
     b, h, t, d = q.shape
     reach = clipped_reach(t, block, lookback, segments, window)
-    cut = _Cut(t, reach, rel_k, rel_v, q.dtype)
-    drop = Drop(dropped, (b, h, cut.n, cut.size))
+    cut = Cut(t, reach, rel_k, rel_v, q.dtype, dropped)
+    drop = Drop(dropped, (b, h, cut.n, cut.bands[0].size))
     o = np.empty((b, h, t, v.shape[-1]), q.dtype)
-    lse = np.empty((b, h, cut.n, reach.block, 1), q.dtype)
-    ones = np.ones((cut.n_keys, 1), q.dtype)
+    lse = np.empty((b, h, -(-t // reach.block), reach.block, 1), q.dtype)
 
     def heads(share):
         own = _Heads(cut, share, q, k, scale)
         own_v, own_lse = own.keys(v[share]), np.empty((*own.q.shape[:2], 1), q.dtype)
         out = np.empty((*own.q.shape[:2], v.shape[-1]), q.dtype)
         bounded = own.bounded()
-        for r in own.pieces:
-            p = own.logits(r)                                        # (G, S, N)
+        for band, r in own.pieces():
+            p = own.logits(band, r)                                  # (G, S, N)
             top = 0 if bounded else p.max(-1, keepdims=True)
             if not bounded:
                 p -= top
             np.exp(p, out=p)
-            total = (p.reshape(-1, cut.n_keys) @ ones).reshape(*p.shape[:2], 1)
-            drop(p, (own.first * cut.n + r.start) * cut.size)
-            np.matmul(p, own.windows(own_v, r), out=out[r])
+            total = (p.reshape(-1, band.n_keys) @ band.ones).reshape(*p.shape[:2], 1)
+            drop(p, (own.first * cut.n + r.start) * band.size)
+            y = p @ own.windows(own_v, band, r)
             if rel_k is not None:
-                out[r] += (own.by_distance(p) @ cut.rel_v).reshape(out[r].shape)
-            out[r] /= total
-            np.log(total, out=own_lse[r])
-            own_lse[r] += top
+                y += (own.by_distance(p, band) @ band.rel_v).reshape(y.shape)
+            np.divide(y, total, out=out[r])
+            np.log(total, out=total)
+            np.add(total, top, out=own_lse[r])
         o[share] = own.tokens(out)
+        own_lse = own_lse.reshape(*own.heads, -1, 1)[:, :, : math.prod(lse.shape[2:])]
         lse[share] = own_lse.reshape(lse[share].shape)
 
     parallel(heads, _shares(b, h))
@@ -200,52 +200,50 @@ def local_attention(q, k, v, rel_k, rel_v, block, lookback, scale, segments=None
 
 def local_attention_backward(do, cache):
     q, k, v, rel_k, rel_v, reach, scale, dropped, lse = cache
-    cut = _Cut(q.shape[2], reach, rel_k, rel_v, q.dtype)
-    drop = Drop(dropped, (*q.shape[:2], cut.n, cut.size))
+    b, h, t, _ = q.shape
+    cut = Cut(t, reach, rel_k, rel_v, q.dtype, dropped)
+    drop = Drop(dropped, (b, h, cut.n, cut.bands[0].size))
     dq, dk, dv = (np.empty(z.shape, q.dtype) for z in (q, k, v))
-    shares = _shares(*q.shape[:2])
-    drel = None if rel_k is None else np.zeros((2, len(shares), *cut.rel_k.shape), q.dtype)
+    shares = _shares(b, h)
+    drel = None if rel_k is None else np.zeros((2, len(shares), *rel_k.shape), q.dtype)
 
     def heads(i):
         share = shares[i]
         own = _Heads(cut, share, q, k, scale)
         own_k, own_vt = own.keys(k[share]), own.transposed(v[share])
-        own_do, own_lse = own.blocks(do[share]), lse[share].reshape(*own.q.shape[:2], 1)
+        own_do = own.blocks(do[share])
+        own_lse = own.blocks(lse[share].reshape(*own.heads, -1, 1)[:, :, :t])
         own_dq, own_dk = np.empty_like(own.q), np.zeros_like(own_k)
         own_dv = np.zeros((len(own_k), v.shape[-1]), q.dtype)
-        for r in own.pieces:
-            p = own.logits(r)
+        for band, r in own.pieces():
+            p = own.logits(band, r)
             p -= own_lse[r]
             np.exp(p, out=p)
-            dp = own_do[r] @ own.windows_transposed(own_vt, r)
+            dp = own_do[r] @ own.windows_transposed(own_vt, band, r)
             if rel_k is not None:
-                dp += own.by_key(own_do[r], cut.rel_vt)
+                dp += own.by_key(own_do[r], band, band.rel_vt)
             used = p
             if dropped:
-                used = drop.mask(p, (own.first * cut.n + r.start) * cut.size)
+                used = drop.mask(p, (own.first * cut.n + r.start) * band.size)
                 dp *= used
                 used *= p
-            own.add_windows(own_dv, used.swapaxes(-1, -2) @ own_do[r], r)
+            own.add_windows(own_dv, used.swapaxes(-1, -2) @ own_do[r], band, r)
             if rel_k is not None:
-                drel[1, i] += own.by_distance(used).T @ _rows(own_do[r])
+                drel[1, i, band.rows] += own.by_distance(used, band).T @ _rows(own_do[r])
             dp -= np.einsum("gij,gij->gi", p, dp)[..., None]
             dp *= p
-            np.matmul(dp, own.windows(own_k, r), out=own_dq[r])
-            own.add_windows(own_dk, dp.swapaxes(-1, -2) @ own.q[r], r)
+            y = dp @ own.windows(own_k, band, r)
+            own.add_windows(own_dk, dp.swapaxes(-1, -2) @ own.q[r], band, r)
             if rel_k is not None:
-                by_distance = own.by_distance(dp)
-                own_dq[r] += (by_distance @ cut.rel_k).reshape(own_dq[r].shape)
-                drel[0, i] += by_distance.T @ _rows(own.q[r])
-        first = cut.lookback * cut.block
+                by_distance = own.by_distance(dp, band)
+                y += (by_distance @ band.rel_k).reshape(y.shape)
+                drel[0, i, band.rows] += by_distance.T @ _rows(own.q[r])
+            own_dq[r] = y
         np.multiply(own.tokens(own_dq), scale, out=dq[share])
-        dk[share], dv[share] = own.tokens(own_dk[first:]), own.tokens(own_dv[first:])
+        dk[share], dv[share] = own.tokens(own_dk[cut.front :]), own.tokens(own_dv[cut.front :])
 
     parallel(heads, range(len(shares)))
-    if drel is None:
-        return dq, dk, dv, None, None
-    drel_k, drel_v = np.zeros_like(rel_k), np.zeros_like(rel_v)
-    drel_k[cut.rows], drel_v[cut.rows] = drel.sum(1)
-    return dq, dk, dv, drel_k, drel_v
+    return dq, dk, dv, *((None, None) if drel is None else drel.sum(1))
 
 
 def _shares(b, h):
@@ -259,23 +257,42 @@ def _rows(x):
     return x.reshape(-1, x.shape[-1])
 
 
-class _Cut:
-    """How T tokens are cut into n blocks of S, and which of their N keys the queries see.
+class Cut:
+    """How T tokens are cut into n blocks of S, and what each block sees.
 
-    By distance, column p of N stands for distance p + 1 - N; columns from `seen` on are seen, those
-    from `near` on are not clipped and have the rows `rows` of the tables.
+    Usually every block sees as many keys: one band for all. Where each query sees every earlier
+    token, blocks are short and the i-th sees i + 1 of them: n bands, and nearly half of the work
+    is saved. Dropout is drawn by the blocks of `reach`, so that it keeps to those.
     """
 
-    def __init__(self, t, reach, rel_k, rel_v, dtype):
-        self.block, self.lookback, self.segments, window = reach
+    def __init__(self, t, reach, rel_k, rel_v, dtype, dropped):
+        self.block, lookback, self.segments, window = reach
         self.t, self.n = t, -(-t // self.block)
-        self.n_keys = (self.lookback + 1) * self.block
-        self.size = self.block * self.n_keys
+        self.to_all = (lookback + 1 == self.n and self.n * self.block == t
+                       and (window or t) >= t and t > sizes.TRIANGLE and not dropped)
+        if self.to_all:
+            self.block = sizes.TRIANGLE
+            self.n = -(-t // self.block)
+        self.front = 0 if self.to_all else lookback * self.block     # keys before those of a head
+        self.bands = [Band(self.block, i, window, rel_k, rel_v, dtype)
+                      for i in (range(self.n) if self.to_all else [lookback])]
+
+
+class Band:
+    """Blocks of S queries that see their own block, causally, and `lookback` blocks before.
+
+    By distance, column p of the N keys stands for distance p + 1 - N; columns from `seen` on are
+    seen, those from `near` on are not clipped and have the rows `rows` of the tables.
+    """
+
+    def __init__(self, block, lookback, window, rel_k, rel_v, dtype):
+        self.lookback, self.n_keys = lookback, (lookback + 1) * block
+        self.size = block * self.n_keys
+        self.ones = np.ones((self.n_keys, 1), dtype)
         window = min(window or self.n_keys, self.n_keys)
         self.seen, self.rel_k = self.n_keys - window, None
         if rel_k is None:
-            distance = np.arange(self.n_keys) - self.lookback * self.block \
-                - np.arange(self.block)[:, None]
+            distance = np.arange(self.n_keys) - lookback * block - np.arange(block)[:, None]
             hidden = (distance > 0) | (distance <= -window)
             self.bias = np.where(hidden, HIDDEN, 0).astype(dtype)    # (S, N)
             return
@@ -295,15 +312,25 @@ class _Heads:
         self.q = self.blocks(q[share])                               # (heads n, S, D)
         self.q *= scale
         self.kt = self.transposed(k[share])
-        self.pieces = tiles(len(self.q), sizes.ATTENTION // cut.size)
-        rows = self.pieces[0].stop * cut.block
-        if cut.rel_k is not None:
-            self._wide = np.full((rows, cut.n_keys + cut.block - 1), HIDDEN, q.dtype)
-            self._spread = np.zeros_like(self._wide)
+        self.relative = cut.bands[0].rel_k is not None
         if cut.segments is not None:
-            front = cut.lookback * cut.block
-            self._segments = np.zeros(front + len(self.q) * cut.block, np.uint16)
-            self._segments[front:].reshape(*self.heads, -1)[..., : cut.t] = cut.segments[share]
+            self._segments = np.zeros(cut.front + len(self.q) * cut.block, np.uint16)
+            self._segments[cut.front :].reshape(*self.heads, -1)[..., : cut.t] = cut.segments[share]
+
+    def pieces(self):
+        """Yields bands and the slices of blocks that are worked on together."""
+        n, count = self.cut.n, len(self.q)
+        for i, band in enumerate(self.cut.bands):
+            # Where there are several bands, the i-th block of each head is in the i-th.
+            step = n if self.cut.to_all else 1
+            slices = [slice(i + step * r.start, i + step * r.stop, step)
+                      for r in tiles(count // step, sizes.ATTENTION // band.size)]
+            if self.relative:
+                rows = len(range(count)[slices[0]]) * self.cut.block
+                self._wide = np.full((rows, band.n_keys + self.cut.block - 1), HIDDEN, self.q.dtype)
+                self._spread = np.zeros_like(self._wide)
+            for r in slices:
+                yield band, r
 
     def blocks(self, x):
         """(b, h, T, D) -> (b h n, S, D) in a new array, filled up with zeros."""
@@ -318,13 +345,13 @@ class _Heads:
         return x.reshape(*self.heads, -1, x.shape[-1])[:, :, : self.cut.t]
 
     def keys(self, x):
-        """(b, h, T, D) -> ((lookback + b h n) S, D), zeros in front and behind each head."""
-        return np.concatenate([np.zeros((self.cut.lookback * self.cut.block, x.shape[-1]), x.dtype),
+        """(b, h, T, D) -> (front + b h n S, D), zeros in front and behind each head."""
+        return np.concatenate([np.zeros((self.cut.front, x.shape[-1]), x.dtype),
                                _rows(self.blocks(x))])
 
     def transposed(self, x):
         """(b, h, T, D) -> `keys` transposed, (D, ...)."""
-        front, size = self.cut.lookback * self.cut.block, self.cut.n * self.cut.block
+        front, size = self.cut.front, self.cut.n * self.cut.block
         total = front + math.prod(self.heads) * size
         out = np.empty((x.shape[-1], total + 16), x.dtype)  # 16: rows that do not share cache lines
         out[:, :front] = 0
@@ -333,37 +360,47 @@ class _Heads:
         tokens[..., : self.cut.t] = x.transpose(3, 0, 1, 2)
         return out
 
-    def windows(self, x, r):
+    def _first_key(self, band, r):
+        """Where the window of the first of blocks r begins, among `keys`."""
+        return self.cut.front + (r.start - band.lookback) * self.cut.block
+
+    def windows(self, x, band, r):
         """What blocks r may see of x (from `keys`): (G, N, ...), a view."""
         step = self.cut.block * x.strides[0]
-        return np.ndarray((r.stop - r.start, self.cut.n_keys, *x.shape[1:]), x.dtype, x,
-                          r.start * step, (step, *x.strides))
+        return np.ndarray((len(range(len(self.q))[r]), band.n_keys, *x.shape[1:]), x.dtype, x,
+                          self._first_key(band, r) * x.strides[0],
+                          ((r.step or 1) * step, *x.strides))
 
-    def windows_transposed(self, x, r):
+    def windows_transposed(self, x, band, r):
         """The same of what `transposed` returned: (G, D, N), a view."""
         step = self.cut.block * x.itemsize
-        return np.ndarray((r.stop - r.start, len(x), self.cut.n_keys), x.dtype, x,
-                          r.start * step, (step, *x.strides))
+        return np.ndarray((len(range(len(self.q))[r]), len(x), band.n_keys), x.dtype, x,
+                          self._first_key(band, r) * x.itemsize,
+                          ((r.step or 1) * step, *x.strides))
 
-    def add_windows(self, x, grads, r):
+    def add_windows(self, x, grads, band, r):
         """Adds gradients (G, N, D) of windows to the positions of x that they are views of."""
-        s = self.cut.block
-        for i in range(self.cut.lookback + 1):
-            rows = x[(r.start + i) * s : (r.stop + i) * s]
+        if self.cut.to_all:  # each window is of another head
+            windows = self.windows(x, band, r)
+            windows += grads
+            return
+        s, first = self.cut.block, self._first_key(band, r)
+        for i in range(band.lookback + 1):
+            rows = x[first + i * s :][: len(grads) * s]
             rows += grads[:, i * s : (i + 1) * s].reshape(rows.shape)
 
-    def logits(self, r):
+    def logits(self, band, r):
         """Of blocks r: (G, S, N), HIDDEN where a query may not look."""
         cut = self.cut
-        z = self.q[r] @ self.windows_transposed(self.kt, r)
-        z += cut.bias if cut.rel_k is None else self.by_key(self.q[r], cut.rel_kt)
-        for i in range(r.start, r.stop) if cut.lookback else ():
-            before = cut.lookback - i % cut.n  # blocks of its window that are another head's
+        z = self.q[r] @ self.windows_transposed(self.kt, band, r)
+        z += self.by_key(self.q[r], band, band.rel_kt) if self.relative else band.bias
+        for i in range(r.start, r.stop) if cut.front else ():
+            before = band.lookback - i % cut.n  # blocks of its window that are another head's
             if before > 0:
                 z[i - r.start, :, : before * cut.block] = HIDDEN
         if cut.segments is not None:
-            own = self._segments[cut.lookback * cut.block :].reshape(-1, cut.block)[r]
-            apart = own[:, :, None] != self.windows(self._segments, r)[:, None, :]
+            own = self._segments[cut.front :].reshape(-1, cut.block)[r]
+            apart = own[:, :, None] != self.windows(self._segments, band, r)[:, None, :]
             np.copyto(z, HIDDEN, where=apart)
         return z
 
@@ -373,27 +410,27 @@ class _Heads:
             return math.sqrt(np.einsum(x, [0, 1], x, [0, 1], [axis]).max(initial=0))
 
         keys = longest(self.kt[:, :-16], 1)
-        if self.cut.rel_k is not None:
-            keys += longest(self.cut.rel_k, 0)
+        if self.relative:
+            keys += max(longest(band.rel_k, 0) for band in self.cut.bands)
         return longest(_rows(self.q), 0) * keys < 60  # exp(60) N is far from any overflow
 
-    def by_key(self, x, table):
+    def by_key(self, x, band, table):
         """x (G, S, D) times the table's row of every pair's distance: (G, S, N), see `skew`."""
-        cut, wide = self.cut, self._wide[: len(x) * self.cut.block]
-        np.matmul(_rows(x), table, out=wide[:, cut.near : cut.n_keys])
-        wide[:, cut.seen : cut.near] = wide[:, cut.near, None]
-        return self._skewed(wide)
+        wide = self._wide[: len(x) * self.cut.block]
+        np.matmul(_rows(x), table, out=wide[:, band.near : band.n_keys])
+        wide[:, band.seen : band.near] = wide[:, band.near, None]
+        return self._skewed(wide, band)
 
-    def by_distance(self, y):
+    def by_distance(self, y, band):
         """The transpose of `by_key`'s last step: y (G, S, N) -> (G S, N - near), a view."""
-        cut, wide = self.cut, self._spread[: len(y) * self.cut.block]
-        self._skewed(wide)[...] = y
-        if cut.seen < cut.near:
-            wide[:, cut.near] += wide[:, cut.seen : cut.near] @ np.ones(cut.near - cut.seen,
-                                                                        y.dtype)
-        return wide[:, cut.near : cut.n_keys]
+        wide = self._spread[: len(y) * self.cut.block]
+        self._skewed(wide, band)[...] = y
+        if band.seen < band.near:
+            wide[:, band.near] += (wide[:, band.seen : band.near]
+                                   @ band.ones[band.seen : band.near, 0])
+        return wide[:, band.near : band.n_keys]
 
-    def _skewed(self, wide):
+    def _skewed(self, wide, band):
         s, columns, size = self.cut.block, wide.shape[1], wide.itemsize
-        return np.ndarray((len(wide) // s, s, self.cut.n_keys), wide.dtype, wide, (s - 1) * size,
+        return np.ndarray((len(wide) // s, s, band.n_keys), wide.dtype, wide, (s - 1) * size,
                           (s * columns * size, (columns - 1) * size, size))

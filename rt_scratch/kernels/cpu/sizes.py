@@ -4,6 +4,7 @@ PIECE = 1 << 18      # entries of an array that element-wise work takes at a tim
 ROWS = 1024          # rows per matrix product that a thread takes
 COLUMNS = 256        # columns of a weight gradient that a thread takes
 ATTENTION = 1 << 17  # attention weights that a thread takes at a time
+TRIANGLE = 64        # queries per block where each sees every earlier token
 LOGITS = 1 << 21     # logits alive at a time in the output layer
 
 
