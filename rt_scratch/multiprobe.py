@@ -15,7 +15,7 @@ from collections import namedtuple
 from typing import Any, NamedTuple
 
 from rt_scratch.attention import attend, distance_rows, distance_rows_backward
-from rt_scratch.dispatch import array_module
+from rt_scratch.dispatch import accelerated, array_module
 from rt_scratch.dropout import dropout_mask
 from rt_scratch.kmeans import MAX_CLUSTERS, nearest, unit_length
 from rt_scratch.layers import normalize, segment_sum
@@ -46,8 +46,32 @@ def nearest_several(x, mu, n: int):
 
 # ------------------------------------------------------------------------------------- integers
 
+class Runs(NamedTuple):
+    """What each row sees, a row being a query in one of its clusters: a run of slots."""
+
+    order: Any     # (B, H, T) positions of the keys, sorted by (cluster, time): the slots
+    low: Any       # (B, H, T R) first slot that the row sees
+    end: Any       # the slot behind the last
+
+
+def runs(probes, key_winner, window: int) -> Runs:
+    """probes (B, H, T, R), key_winner (B, H, T).
+
+    What a row sees ends at the latest key of its cluster that is not after the query, and begins W
+    keys before or where the cluster does. docs/derivations.md (67).
+    """
+    xp = array_module(probes)
+    b, h, t, r = probes.shape
+    position, span = xp.arange(t), MAX_CLUSTERS * t
+    order = by_cluster(key_winner)                                   # (B, H, T)
+    time = xp.take_along_axis(key_winner * t + position, order, 2)   # increasing
+    first = _below(time, probes * t, span).reshape(b, h, r * t)      # slot of the cluster's start
+    end = _below(time, probes * t + position[:, None] + 1, span).reshape(b, h, r * t)
+    return Runs(order, xp.maximum(first, end - min(window, t)), end)
+
+
 class Tiles(NamedTuple):
-    """Blocks of S rows, a row being a query in one of its clusters, and the keys of each block."""
+    """Blocks of S rows and the keys of each block."""
 
     query: Any     # (B, H, N, S) position of the row's query; 0 for rows to spare
     rows: Any      # (B, H, T, R) rows of each query, among the N S
@@ -61,30 +85,22 @@ class Tiles(NamedTuple):
 def tiles(probes, key_winner, window: int) -> Tiles:
     """Which rows are computed together, and what they see.
 
-    probes (B, H, T, R), key_winner (B, H, T). Sort the keys by (cluster, time). What a row sees is
-    a run of at most W slots of that order, up to the latest key of its cluster that is not after
-    the query. Cut the order into blocks of S = W / 2: the run ends in one block and reaches two
-    back. Rows are sorted by the slot where their run ends, and each block's rows are cut into tiles
-    of S: at most R T / S + T / S of them, a number known without asking a GPU.
-    docs/derivations.md (67), (68).
+    Cut the slots of `runs` into blocks of S = W / 2: a run ends in one block and reaches two back.
+    Rows are sorted by the slot where their run ends, and each block's rows are cut into tiles of S:
+    at most R T / S + T / S of them, a number known without asking a GPU. docs/derivations.md (67),
+    (68).
     """
     xp = array_module(probes)
     b, h, t, r = probes.shape
-    w = min(window, t)
-    s = -(-w // 2)
-    n_blocks, position = -(-t // s), xp.arange(t)
+    s = -(-min(window, t) // 2)
+    n_blocks = -(-t // s)
     n_tiles = (r * t + n_blocks * (s - 1)) // s
     lead = xp.arange(b)[:, None, None], xp.arange(h)[None, :, None]
 
-    order = by_cluster(key_winner)                                   # (B, H, T)
-    time = xp.take_along_axis(key_winner * t + position, order, 2)   # increasing
-    span = MAX_CLUSTERS * t
-    first = _below(time, probes * t, span).reshape(b, h, r * t)      # slot of the cluster's start
-    end = _below(time, probes * t + position[:, None] + 1, span).reshape(b, h, r * t)
-
+    order, low, end = runs(probes, key_winner, window)
     last = xp.maximum(end - 1, 0)                                    # slot of the latest key
     by_last = xp.argsort(last, axis=-1, kind="stable")
-    last, first, end = (xp.take_along_axis(x, by_last, 2) for x in (last, first, end))
+    last, low, end = (xp.take_along_axis(x, by_last, 2) for x in (last, low, end))
     block = last // s
     starts = _below(last, xp.broadcast_to(s * xp.arange(n_blocks + 1), (b, h, n_blocks + 1)), 2 * t)
     needed = -(-(starts[..., 1:] - starts[..., :-1]) // s)           # tiles of each block
@@ -100,8 +116,8 @@ def tiles(probes, key_winner, window: int) -> Tiles:
     block = placed(block, row // s, n_tiles)                         # (B, H, N)
     first_slot = s * (block[..., None] - 2)                          # (B, H, N, 1)
     slots = first_slot + xp.arange(3 * s)                            # (B, H, N, 3 S)
-    low, high, query = (placed(x, row, n_tiles * s).reshape(b, h, n_tiles, s) for x in (
-        xp.maximum(first, end - w), end, by_last // r))
+    low, high, query = (placed(x, row, n_tiles * s).reshape(b, h, n_tiles, s)
+                        for x in (low, end, by_last // r))
     keys = xp.take_along_axis(order, xp.clip(slots, 0, t - 1).reshape(b, h, -1), 2)
     visible = ((slots[..., None, :] >= low[..., None]) & (slots[..., None, :] < high[..., None]))
     return Tiles(query, placed(row, by_last, r * t).reshape(b, h, t, r), keys.reshape(slots.shape),
@@ -124,9 +140,10 @@ def _below(rows, x, span: int):
 # ------------------------------------------------------------------------------------ attention
 
 MultiprobeCache = namedtuple(
-    "MultiprobeCache", "q k v rows_k rows_v tables tiles scale dropped lse o")
+    "MultiprobeCache", "q k v rows_k rows_v tables route rule dropped lse o")
 
 
+@accelerated
 def multiprobe_attention(q, k, v, rel_k, rel_v, route: Route, rule: Rule, dropped=None):
     """o_t = sum_s p_ts (v_s + rel_v[d]), p_t = softmax_s scale q_t . (k_s + rel_k[d]).
 
@@ -152,21 +169,23 @@ def multiprobe_attention(q, k, v, rel_k, rel_v, route: Route, rule: Rule, droppe
         o += _by_distance(p, tile, rows_v) @ _wide(rows_v)
     o = _of_queries(o, tile).sum(3).astype(q.dtype, copy=False)
     seen_nothing = (lse == xp.finfo(lse.dtype).min).mean()
-    return (o, MultiprobeCache(q, k, v, rows_k, rows_v, (cache_k, cache_v), tile, rule.scale,
-                               dropped, lse, o),
+    return (o, MultiprobeCache(q, k, v, rows_k, rows_v, (cache_k, cache_v), route, rule, dropped,
+                               lse, o),
             Coverage(seen_nothing, xp.zeros((), lse.dtype)))
 
 
+@accelerated
 def multiprobe_attention_backward(do, cache: MultiprobeCache, n_tokens: int):
     """dz_ts = p_ts (dp_ts - do_t . o_t), where do_t . o_t is a sum over all rows of query t.
 
     Returns dq, dk, dv, drel_k, drel_v; where keys are queries, dq is the sum for both roles and
-    dk is None. docs/derivations.md (70), (71).
+    dk is None. Tiles are cut again. docs/derivations.md (70), (71).
     """
-    q, k, v, rows_k, rows_v, tables, tile, scale, dropped, lse, o = cache
+    q, k, v, rows_k, rows_v, tables, route, rule, dropped, lse, o = cache
+    tile = tiles(route.probes, route.key_winner, rule.window)
     xp, dtype = array_module(q), q.dtype
     do, o = _wide(do), _wide(o)
-    p = xp.exp(_logits(q, k, rows_k, tile, scale) - gather(lse, tile.query))
+    p = xp.exp(_logits(q, k, rows_k, tile, rule.scale) - gather(lse, tile.query))
     keep = dropout_mask(xp, p.shape, dropped, p.dtype) if dropped else None
     used = p if keep is None else p * keep
     do_rows = gather(do, tile.query)                                 # (B, H, N, S, D)
@@ -179,7 +198,7 @@ def multiprobe_attention_backward(do, cache: MultiprobeCache, n_tokens: int):
     if keep is not None:
         dp *= keep
     dz = p * (dp - gather((do * o).sum(-1, keepdims=True), tile.query))
-    dz *= scale
+    dz *= rule.scale
     queries = gather(_wide(q), tile.query)
     dq = dz @ gather(_wide(k), tile.keys)
     dk = dz.swapaxes(-1, -2) @ queries

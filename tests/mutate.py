@@ -28,7 +28,7 @@ TESTS = {  # where a bug of a file must be noticed
     "run/costs": "test_costs.py",
     "run/log": "test_log.py", "graph": "test_graph.py", "workers": "test_workers.py",
     **{f"kernels/cpu/{name}": "test_cpu_kernels.py"
-       for name in ("layers", "attention", "routing", "optim")},
+       for name in ("layers", "attention", "multiprobe", "routing", "optim")},
 }
 BUGS = [
     # backward passes
@@ -138,7 +138,7 @@ BUGS = [
      "best = xp.argsort(scores, axis=-1, kind=\"stable\")[..., -window:]"),
     ("multiprobe", "(slots[..., None, :] < high[..., None])",
      "(slots[..., None, :] <= high[..., None])"),
-    ("multiprobe", "xp.maximum(first, end - w)", "xp.maximum(first, end - w - 1)"),
+    ("multiprobe", "first, end - min(window, t))", "first, end - min(window, t) - 1)"),
     ("multiprobe", "n_tiles = (r * t + n_blocks * (s - 1)) // s", "n_tiles = r * t"),
     ("multiprobe", "nearest(k, mu, equal_length=True)", "nearest(k, mu)"),
     ("multiprobe", "    p *= xp.exp(top - gather(lse, tile.query))\n",
@@ -293,7 +293,17 @@ BUGS = [
     ("kernels/cpu/attention", "rows += grads[:, i * s", "rows -= grads[:, i * s"),
     ("kernels/cpu/attention", "z[i - r.start, :, : before * cut.block] = HIDDEN", "pass"),
     ("kernels/cpu/attention", "np.copyto(z, HIDDEN, where=apart)", "pass"),
-    ("kernels/cpu/attention", "wide[:, cut.near] += wide", "wide[:, cut.near] -= wide"),
+    ("kernels/cpu/attention", "wide[:, band.near] += (wide", "wide[:, band.near] -= (wide"),
+    ("kernels/cpu/attention", "windows += grads", "windows[...] = grads"),
+    ("kernels/cpu/attention", "r.start - band.lookback", "r.start - band.lookback * (r.start > 9)"),
+    ("kernels/cpu/multiprobe", "sums[first : first + len(one)] += one",
+     "sums[first : first + len(one)] = one"),
+    ("kernels/cpu/multiprobe", "np.where(end > low, low - first[:, None], n_keys)",
+     "low - first[:, None]"),
+    ("kernels/cpu/multiprobe", "weight = np.exp(top - highest)", "weight = np.exp(0 * top)"),
+    ("kernels/cpu/multiprobe", "_from(wide, piece.column + 1, p)", "_from(wide, piece.column, p)"),
+    ("kernels/cpu/multiprobe", "where=key < piece.low", "where=key < piece.low - 1"),
+    ("kernels/cpu/multiprobe", "own_delta[rows]", "own_delta[rows] / 2"),
     ("kernels/cpu/routing", "left[count[left] > done]", "left[count[left] > done + 1]"),
 ]
 

@@ -13,7 +13,7 @@ from helpers.strategies import configs, lengths, normal, seeds, sizes, widths
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rt_scratch import attention, dispatch, heap, layers, optim, routing, threads
+from rt_scratch import attention, dispatch, heap, layers, multiprobe, optim, routing, threads
 from rt_scratch.dispatch import qualified_name
 from rt_scratch.dropout import Dropped, dropout
 from rt_scratch.heap import keep_freed_memory
@@ -25,7 +25,8 @@ from rt_scratch.parameters import parameter_table
 def small_pieces(monkeypatch):
     """Pieces so small that the arrays here are cut into many."""
     for name, value in (("PIECE", 64), ("ATTENTION", 64), ("ROWS", 3), ("COLUMNS", 2),
-                        ("LOGITS", 40), ("TRIANGLE", 2)):
+                        ("LOGITS", 40), ("TRIANGLE", 2),
+                        ("WIDTH", 3)):
         monkeypatch.setattr(cpu.sizes, name, value)
 
 
@@ -49,21 +50,24 @@ def same(a, b, rtol=1e-10):
         assert a == b
 
 
-def check(function, backward, args, seed, dtype="float64", options=None):
-    """Twin = plain function: result, cache, and gradients from either cache."""
+def check(function, backward, args, seed, dtype="float64", options=None, more=()):
+    """Twin = plain function: result, cache, and gradients from either cache.
+
+    `more` are arguments of the backward behind the cache.
+    """
     options = options or {}
     rtol = 1e-10 if dtype == "float64" else 1e-4
-    args = [a.astype(dtype) if isinstance(a, np.ndarray) and a.dtype.kind == "f" else a
+    args = [a.astype(dtype, copy=False) if isinstance(a, np.ndarray) and a.dtype.kind == "f" else a
             for a in args]
     twin, twin_backward = (cpu.TWINS[qualified_name(f)] for f in (function, backward))
-    y, cache = function.reference(*args, **options)
-    own, own_cache = twin(*args, **options)
-    same(own, y, rtol)
+    y, cache, *told = function.reference(*args, **options)
+    own, own_cache, *own_told = twin(*args, **options)
+    same((own, *own_told), (y, *told), rtol)
     same(own_cache, cache, rtol)
     dy = normal(np.random.default_rng(seed), y.shape).astype(dtype)
-    expected = backward.reference(dy, cache)
-    same(twin_backward(dy, cache), expected, rtol)
-    same(twin_backward(dy, own_cache), expected, rtol)
+    expected = backward.reference(dy, cache, *more)
+    same(twin_backward(dy, cache, *more), expected, rtol)
+    same(twin_backward(dy, own_cache, *more), expected, rtol)
 
 
 dtypes = st.sampled_from(["float64", "float32"])
@@ -189,6 +193,24 @@ def test_attention_to_every_earlier_token(n_blocks, block, d, relative, segmente
     assert [band.lookback for band in cut.bands] == list(range(-(-t // 2))) if t > 2 else [0]
     check(attention.local_attention, attention.local_attention_backward,
           (q, k, v, *rel, block, n_blocks - 1, 0.7, segments, t), seed, dtype)
+
+
+@given(lengths, sizes, st.sampled_from([1, 2, 3]), sizes, widths, st.booleans(), st.booleans(),
+       st.sampled_from([None, None, 0.3]),
+       st.sampled_from([("float64", 0.7), ("float64", 30), ("float32", 0.7)]), seeds)
+def test_multiprobe(t, n_clusters, r, window, d, relative, shared, rate, numbers, seed):
+    """Rows that see nothing, clusters that nobody looks into, logits that need a maximum first."""
+    (dtype, scale), rng = numbers, np.random.default_rng(seed)
+    q, k, v = (normal(rng, (2, t, 3, d)).swapaxes(1, 2).astype(dtype) for _ in "qkv")
+    k = q if shared else k
+    probes = np.argsort(rng.random((2, 3, t, n_clusters)))[..., :r]
+    probes[0] = probes[0, :1, :1]  # all of one sequence look into the same
+    route = routing.Route(probes[..., 0], rng.integers(0, n_clusters, (2, 3, t)), probes=probes)
+    rel = [normal(rng, (7, d)).astype(dtype) if relative else None for _ in "kv"]
+    rule = routing.Rule(multiprobe.MULTIPROBE, window, scale, n_probes=r)
+    dropped = None if rate is None else Dropped(rate, (seed, 1, 2), first=seed % 7)
+    check(multiprobe.multiprobe_attention, multiprobe.multiprobe_attention_backward,
+          (q, k, v, *rel, route, rule), seed, dtype, {"dropped": dropped}, more=(t,))
 
 
 @given(lengths, sizes, st.booleans(), seeds)

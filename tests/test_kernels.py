@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers.strategies import normal
 
-from rt_scratch import dispatch, layers, optim, routing
+from rt_scratch import dispatch, layers, multiprobe, optim, routing
 from rt_scratch.device import select_device
 from rt_scratch.dropout import Dropped
 from rt_scratch.kernels import cpu, cuda
@@ -76,6 +76,20 @@ def cached(forward, arguments):
     return both
 
 
+def probing(rng):
+    """Arguments of `multiprobe_attention`, each query seeing its own key at least."""
+    probes = rng.permuted(np.tile(np.arange(K), (B, H, T, 1)), axis=-1)[..., :2]
+    route = routing.Route(probes[..., 0], probes[..., 0], probes=probes)
+    return (*draw(rng, *[(B, H, T, D)] * 3, (2 * W + 1, D), (2 * W + 1, D)), route,
+            routing.Rule(multiprobe.MULTIPROBE, W, 0.5, n_probes=2))
+
+
+def probed(rng):
+    """Arguments of `multiprobe_attention_backward`."""
+    y, cache, _ = plain("multiprobe.multiprobe_attention")(*probing(rng))
+    return *draw(rng, y.shape), cache, T
+
+
 FORWARD = {
     "layers.linear": lambda rng: draw(rng, (B, T, C), (C, M), (M,)),
     "layers.layer_norm": lambda rng: draw(rng, (B, T, C), (C,), (C,)),
@@ -109,6 +123,8 @@ CASES = FORWARD | {f"{name}_backward": cached(plain(name), FORWARD[name]) for na
     "kmeans.replace_centroids": lambda rng: (
         Centroids(*draw(rng, (H, K, D)), rng.random((H, K), "float32"), *draw(rng, (H, K, D))),
         rng.integers(0, 3, (H, K)).astype("float32"), *draw(rng, (H, K, D)), 0.9),
+    "multiprobe.multiprobe_attention": probing,
+    "multiprobe.multiprobe_attention_backward": probed,
     "routing.top_members": lambda rng: (*draw(rng, (B, H, K, T)), W),
     "routing.by_cluster": lambda rng: (winners(rng),),
     "routing.inverse": lambda rng: (routing.by_cluster.reference(winners(rng)),),

@@ -9,7 +9,7 @@ in place, side by side on threads (`threads.parallel`), and build windows and ma
 from __future__ import annotations
 
 from rt_scratch.dispatch import first_array
-from rt_scratch.kernels.cpu import attention, layers, optim, routing, sizes
+from rt_scratch.kernels.cpu import attention, layers, multiprobe, optim, routing, sizes
 
 
 def worthwhile(*args) -> bool:
@@ -23,6 +23,7 @@ TWINS = {f"{plain}.{name}": getattr(module, name) for plain, module, names in (
                        "linear_cross_entropy linear_cross_entropy_backward"),
     ("dropout", layers, "dropout"),
     ("attention", attention, "attend attend_backward local_attention local_attention_backward"),
+    ("multiprobe", multiprobe, "multiprobe_attention multiprobe_attention_backward"),
     ("routing", routing, "top_members by_cluster inverse gather scatter_sum"),
     ("optim", optim, "adamw_update muon_update"),
 ) for name in names.split()}

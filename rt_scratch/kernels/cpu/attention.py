@@ -194,7 +194,7 @@ def local_attention(q, k, v, rel_k, rel_v, block, lookback, scale, segments=None
         own_lse = own_lse.reshape(*own.heads, -1, 1)[:, :, : math.prod(lse.shape[2:])]
         lse[share] = own_lse.reshape(lse[share].shape)
 
-    parallel(heads, _shares(b, h))
+    parallel(heads, shares(b, h))
     return o, LocalCache(q, k, v, rel_k, rel_v, reach, scale, dropped, lse)
 
 
@@ -204,11 +204,11 @@ def local_attention_backward(do, cache):
     cut = Cut(t, reach, rel_k, rel_v, q.dtype, dropped)
     drop = Drop(dropped, (b, h, cut.n, cut.bands[0].size))
     dq, dk, dv = (np.empty(z.shape, q.dtype) for z in (q, k, v))
-    shares = _shares(b, h)
-    drel = None if rel_k is None else np.zeros((2, len(shares), *rel_k.shape), q.dtype)
+    parts = shares(b, h)
+    drel = None if rel_k is None else np.zeros((2, len(parts), *rel_k.shape), q.dtype)
 
     def heads(i):
-        share = shares[i]
+        share = parts[i]
         own = _Heads(cut, share, q, k, scale)
         own_k, own_vt = own.keys(k[share]), own.transposed(v[share])
         own_do = own.blocks(do[share])
@@ -242,12 +242,12 @@ def local_attention_backward(do, cache):
         np.multiply(own.tokens(own_dq), scale, out=dq[share])
         dk[share], dv[share] = own.tokens(own_dk[cut.front :]), own.tokens(own_dv[cut.front :])
 
-    parallel(heads, range(len(shares)))
+    parallel(heads, range(len(parts)))
     return dq, dk, dv, *((None, None) if drel is None else drel.sum(1))
 
 
-def _shares(b, h):
-    """The heads that a thread works on at a time: all where other threads are at work already."""
+def shares(b, h):
+    """The heads that a thread takes at a time: all of them where other threads are at work."""
     if busy():
         return [(slice(0, b), slice(0, h))]
     return [(slice(i, i + 1), slice(j, j + 1)) for i in range(b) for j in range(h)]
