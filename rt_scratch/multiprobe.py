@@ -168,7 +168,7 @@ def multiprobe_attention(q, k, v, rel_k, rel_v, route: Route, rule: Rule, droppe
     if rows_v is not None:
         o += _by_distance(p, tile, rows_v) @ _wide(rows_v)
     o = _of_queries(o, tile).sum(3).astype(q.dtype, copy=False)
-    seen_nothing = (lse == xp.finfo(lse.dtype).min).mean()
+    seen_nothing = (lse == xp.finfo(lse.dtype).min).mean(dtype=lse.dtype)
     return (o, MultiprobeCache(q, k, v, rows_k, rows_v, (cache_k, cache_v), route, rule, dropped,
                                lse, o),
             Coverage(seen_nothing, xp.zeros((), lse.dtype)))

@@ -60,7 +60,7 @@ def multiprobe_attention(q, k, v, rel_k, rel_v, route, rule, dropped=None):
     parallel(heads, shares(b, h))
     return (o, MultiprobeCache(q, k, v, rows_k, rows_v, (cache_k, cache_v), route, rule, dropped,
                                lse, o),
-            Coverage((lse == lowest).mean(), np.zeros((), lse.dtype)))
+            Coverage((lse == lowest).mean(dtype=lse.dtype), np.zeros((), lse.dtype)))
 
 
 def multiprobe_attention_backward(do, cache, n_tokens):
