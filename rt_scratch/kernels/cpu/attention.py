@@ -221,7 +221,7 @@ def local_attention_backward(do, cache):
             np.exp(p, out=p)
             dp = own_do[r] @ own.windows_transposed(own_vt, band, r)
             if rel_k is not None:
-                dp += own.by_key(own_do[r], band, band.rel_vt)
+                own.add_by_key(dp, own_do[r], band, band.rel_vt)
             used = p
             if dropped:
                 used = drop.mask(p, (own.first * cut.n + r.start) * band.size)
@@ -281,7 +281,8 @@ class Cut:
 class Band:
     """Blocks of S queries that see their own block, causally, and `lookback` blocks before.
 
-    By distance, column p of the N keys stands for distance p + 1 - N; columns from `seen` on are
+    The first `far` of the N keys are so far from all queries that their distance is clipped. By
+    distance, column p of the other M stands for distance p + 1 - M; columns from `seen` on are
     seen, those from `near` on are not clipped and have the rows `rows` of the tables.
     """
 
@@ -290,16 +291,18 @@ class Band:
         self.size = block * self.n_keys
         self.ones = np.ones((self.n_keys, 1), dtype)
         window = min(window or self.n_keys, self.n_keys)
-        self.seen, self.rel_k = self.n_keys - window, None
+        self.rel_k = None
         if rel_k is None:
             distance = np.arange(self.n_keys) - lookback * block - np.arange(block)[:, None]
             hidden = (distance > 0) | (distance <= -window)
             self.bias = np.where(hidden, HIDDEN, 0).astype(dtype)    # (S, N)
             return
         m = len(rel_k) // 2
-        self.near = self.n_keys - min(window, m + 1)
-        self.rows = slice(m + 1 + self.near - self.n_keys, m + 1)
-        self.rel_k, self.rel_v = rel_k[self.rows], rel_v[self.rows]  # (N - near, D)
+        self.far = max(0, self.n_keys - block - m) if window == self.n_keys else 0
+        self.width = self.n_keys - self.far                          # M
+        self.seen, self.near = max(0, self.width - window), self.width - min(window, m + 1)
+        self.rows = slice(m + 1 + self.near - self.width, m + 1)
+        self.rel_k, self.rel_v = rel_k[self.rows], rel_v[self.rows]  # (M - near, D)
         self.rel_kt, self.rel_vt = (np.ascontiguousarray(x.T) for x in (self.rel_k, self.rel_v))
 
 
@@ -327,7 +330,7 @@ class _Heads:
                       for r in tiles(count // step, sizes.ATTENTION // band.size)]
             if self.relative:
                 rows = len(range(count)[slices[0]]) * self.cut.block
-                self._wide = np.full((rows, band.n_keys + self.cut.block - 1), HIDDEN, self.q.dtype)
+                self._wide = np.full((rows, band.width + self.cut.block - 1), HIDDEN, self.q.dtype)
                 self._spread = np.zeros_like(self._wide)
             for r in slices:
                 yield band, r
@@ -393,7 +396,10 @@ class _Heads:
         """Of blocks r: (G, S, N), HIDDEN where a query may not look."""
         cut = self.cut
         z = self.q[r] @ self.windows_transposed(self.kt, band, r)
-        z += self.by_key(self.q[r], band, band.rel_kt) if self.relative else band.bias
+        if self.relative:
+            self.add_by_key(z, self.q[r], band, band.rel_kt)
+        else:
+            z += band.bias
         for i in range(r.start, r.stop) if cut.front else ():
             before = band.lookback - i % cut.n  # blocks of its window that are another head's
             if before > 0:
@@ -414,23 +420,29 @@ class _Heads:
             keys += max(longest(band.rel_k, 0) for band in self.cut.bands)
         return longest(_rows(self.q), 0) * keys < 60  # exp(60) N is far from any overflow
 
-    def by_key(self, x, band, table):
-        """x (G, S, D) times the table's row of every pair's distance: (G, S, N), see `skew`."""
+    def add_by_key(self, z, x, band, table):
+        """Adds to z (G, S, N) x (G, S, D) times the table's row of every pair's distance: `skew`.
+
+        What lies behind the query gets HIDDEN.
+        """
         wide = self._wide[: len(x) * self.cut.block]
-        np.matmul(_rows(x), table, out=wide[:, band.near : band.n_keys])
+        np.matmul(_rows(x), table, out=wide[:, band.near : band.width])
         wide[:, band.seen : band.near] = wide[:, band.near, None]
-        return self._skewed(wide, band)
+        z[..., band.far :] += self._skewed(wide, band)
+        z[..., : band.far] += wide[:, band.near].reshape(*z.shape[:2], 1)
 
     def by_distance(self, y, band):
-        """The transpose of `by_key`'s last step: y (G, S, N) -> (G S, N - near), a view."""
+        """The transpose: y (G, S, N) -> (G S, M - near), a view of a buffer."""
         wide = self._spread[: len(y) * self.cut.block]
-        self._skewed(wide, band)[...] = y
+        self._skewed(wide, band)[...] = y[..., band.far :]
         if band.seen < band.near:
             wide[:, band.near] += (wide[:, band.seen : band.near]
                                    @ band.ones[band.seen : band.near, 0])
-        return wide[:, band.near : band.n_keys]
+        if band.far:
+            wide[:, band.near] += (y[..., : band.far] @ band.ones[: band.far]).reshape(-1)
+        return wide[:, band.near : band.width]
 
     def _skewed(self, wide, band):
         s, columns, size = self.cut.block, wide.shape[1], wide.itemsize
-        return np.ndarray((len(wide) // s, s, band.n_keys), wide.dtype, wide, (s - 1) * size,
+        return np.ndarray((len(wide) // s, s, band.width), wide.dtype, wide, (s - 1) * size,
                           (s * columns * size, (columns - 1) * size, size))
