@@ -70,7 +70,7 @@ class ModelConfig:
         (), "layers in which all heads have full causal attention, among routing layers")
     routing: str = _field("causal", "causal: nothing leaks; topk: the paper, membership depends "
                                     "on later tokens; random: control; multiprobe: causal, queries "
-                                    "look into several clusters",
+                                    "look into several clusters; dense: one cluster of all tokens",
                            lambda: (k for k in KINDS if KINDS[k].routes))
     share_qk: bool = _field(True, "routing heads use their queries as keys")
     n_clusters: int = _field(8, "K, centroids per routing head", least=1, most=MAX_CLUSTERS)
@@ -143,6 +143,10 @@ class ModelConfig:
         """The kinds of head in the model."""
         return {kind for i in range(self.n_layers) for kind, _ in self.layer_heads(i)}
 
+    def slides(self) -> bool:
+        """Whether a head sees all of a window and has learnt nothing of texts longer than T."""
+        return any(KINDS[kind].slides for kind in self.kinds())
+
     def validate(self) -> ModelConfig:
         """Raise UserError on a configuration that cannot run; else return it."""
         _check_fields(self)
@@ -184,6 +188,9 @@ class TrainConfig:
     recompute: bool = _field(False, "store only block inputs and compute the rest again: less "
                                     "memory, the same numbers")
     steps: int = _field(3400, "optimizer steps", least=1)
+    dense_steps: int = _field(
+        0, "steps, from the first, in which routing heads see every earlier token; their centroids "
+           "are then drawn by k-means", least=0)
     optimizer: str = _field("muon", "optimizer", OPTIMIZERS)
     lr: float = _field(4e-3, "peak learning rate")
     schedule: str = _field("linear", "linear: linear warm-up, then to 0; cosine: the same, then to "
@@ -219,6 +226,8 @@ class TrainConfig:
         _check_fields(self)
         if not self.lr > 0:
             _fail(f"--lr {self.lr}: must be positive")
+        if self.dense_steps > self.steps:
+            _fail(f"--dense-steps {self.dense_steps}: more than --steps {self.steps}")
         return self
 
 

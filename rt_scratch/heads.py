@@ -34,6 +34,7 @@ from rt_scratch.multiprobe import (
 )
 from rt_scratch.routing import (
     CAUSAL,
+    DENSE,
     MEAN_FLOOR,
     RANDOM,
     TOPK,
@@ -77,6 +78,7 @@ class Kind(NamedTuple):
     fill: Callable
     step: Callable
     keys: Callable         # cfg -> keys that each query is multiplied with, for the cost of a step
+    slides: bool = False   # whether it has learnt nothing of texts longer than T; see decode.py
 
     @property
     def routes(self) -> bool:
@@ -217,7 +219,7 @@ def _fill_rows(store, p, family):
             rows[...], _ = distance_rows(table, 1 - len(rows), 0)
 
 
-# -------------------------------------------------------------- causal, topk, random, multiprobe
+# ------------------------------------------------------- causal, topk, random, multiprobe, dense
 
 def causal_forward(q, k, v, p, context):
     """Ours: the nearest centroid's W most recent members; logits scaled by D^-1/2."""
@@ -244,6 +246,13 @@ def multiprobe_forward(q, k, v, p, context):
     cfg = context.cfg
     return _routing_forward(q, k, v, p, context, Rule(
         MULTIPROBE, cfg.window, cfg.head_width ** -0.5, n_probes=cfg.n_probes))
+
+
+def dense_forward(q, k, v, p, context):
+    """Ours: every earlier token; there are no clusters, and nothing is told of them."""
+    o, cache, _ = _routing_forward(q, k, v, p, context, Rule(
+        DENSE, q.shape[2], context.cfg.head_width ** -0.5))
+    return o, cache, None
 
 
 def _routing_forward(q, k, v, p, context, rule):
@@ -421,6 +430,26 @@ def topk_step(q, k, v, p, context, store, position):
     return (member[..., None] * o).sum(2) / (member.sum(2) + MEAN_FLOOR)[..., None]
 
 
+def dense_store(cfg, heads, batch, capacity, xp, dtype):
+    """An empty store for every key and value."""
+    kept = batch, heads, capacity, cfg.head_width
+    return Seen(xp.zeros(kept, dtype), xp.zeros(kept, dtype),
+                *_empty_rows(cfg.routing_max_distance, capacity, cfg, xp, dtype))
+
+
+def dense_fill(q, k, v, p, context, store, routed):
+    """Store the whole prompt."""
+    t = q.shape[2]
+    store.k[:, :, :t], store.v[:, :, :t] = normalize(q if k is None else k)[0], v
+    _fill_rows(store, p, "routing")
+
+
+def dense_step(q, k, v, p, context, store, position):
+    """One token of `dense_forward`."""
+    q, k = normalize(q)[0], k if k is None else normalize(k)[0]
+    return full_step(q * q.shape[-1] ** -0.5, q if k is None else k, v, p, context, store, position)
+
+
 def _attend_one(q, k, v, rows_k=None, rows_v=None, hidden=None):
     """`attention.attend` for one query: q (..., D), k and v (..., N, D), by age, the newest last.
 
@@ -446,7 +475,7 @@ KINDS = {
         lambda cfg: (cfg.lookback + 1) * cfg.block),
     "full": Kind(
         "local", None, full_forward, local_backward, full_store, full_fill, full_step,
-        lambda cfg: cfg.seq_len),
+        lambda cfg: cfg.seq_len, slides=True),
     "causal": Kind(
         "routing", CAUSAL, causal_forward, routing_backward, causal_store, causal_fill,
         causal_step, lambda cfg: 3 * -(-cfg.window // 2)),
@@ -460,4 +489,7 @@ KINDS = {
         "routing", MULTIPROBE, multiprobe_forward, routing_backward, multiprobe_store,
         multiprobe_fill, multiprobe_step,
         lambda cfg: 3 * -(-cfg.window // 2) * (min(cfg.n_probes, cfg.n_clusters) + 1)),
+    "dense": Kind(
+        "routing", DENSE, dense_forward, routing_backward, dense_store, dense_fill, dense_step,
+        lambda cfg: cfg.seq_len, slides=True),
 }
