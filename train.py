@@ -93,7 +93,7 @@ def fit(plan, run, state, progress, last, xp, world, step_once):
             if logging or done == 1 or state.scale.value < 1e-3:
                 checkpoint.check_finite(result, state, folder)  # here the host waits for a GPU
             bar.update()
-            if done == train.dense_steps:  # scores before it are those of another model
+            if done == train.dense_steps and state.centroids:  # scores so far: another model's
                 stop.asked |= not bar.say(end_dense_start(state, plan, ids, labels))
                 progress = progress._replace(best=math.inf)
             if logging:

@@ -50,7 +50,7 @@ class ModelConfig:
                                   "(text; stdlib and own text: 3)", least=1, most=64)
     ngram_rows: int = _field(0, "rows, best a prime number, of a table that the n-gram of the "
                                 "input tokens is looked up in; 0: none (text; stdlib and "
-                                "own text: 6763)", least=0)
+                                "own text: 5749)", least=0)
     ffn: str = _field("geglu", "feed-forward layer", FEED_FORWARDS)
     ffn_width: int = _field(384, "M, hidden width of the feed-forward layer", least=1)
     norm: str = _field("pre", "where LayerNorm stands: x + f(LN(x)) or LN(x + f(x))",
@@ -187,10 +187,11 @@ class TrainConfig:
     parts: int = _field(2, "parts a batch is cut into on a CPU, one core each", least=1)
     recompute: bool = _field(False, "store only block inputs and compute the rest again: less "
                                     "memory, the same numbers")
-    steps: int = _field(3400, "optimizer steps", least=1)
+    steps: int = _field(1700, "optimizer steps", least=1)
     dense_steps: int = _field(
         0, "steps, from the first, in which routing heads see every earlier token; their centroids "
-           "are then drawn by k-means", least=0)
+           "are then drawn by k-means (stdlib and own text: three quarters of "
+           "--steps)", least=0)
     optimizer: str = _field("muon", "optimizer", OPTIMIZERS)
     lr: float = _field(4e-3, "peak learning rate")
     schedule: str = _field("linear", "linear: linear warm-up, then to 0; cosine: the same, then to "

@@ -26,12 +26,7 @@ from rt_scratch.attention import distance_rows, local_attention, local_attention
 from rt_scratch.dispatch import array_module
 from rt_scratch.kmeans import unit_length
 from rt_scratch.layers import normalize
-from rt_scratch.multiprobe import (
-    MULTIPROBE,
-    multiprobe_fill,
-    multiprobe_step,
-    multiprobe_store,
-)
+from rt_scratch.multiprobe import MULTIPROBE, best_several
 from rt_scratch.routing import (
     CAUSAL,
     DENSE,
@@ -42,6 +37,7 @@ from rt_scratch.routing import (
     Mode,
     Route,
     Rule,
+    by_cluster,
     gather,
     routing_attention,
     routing_attention_backward,
@@ -290,7 +286,7 @@ class Members(NamedTuple):
     members: Any   # (B H K 2 W, 2 D + 1) key, value, and 0; -inf where there is no member yet
     next: Any      # (B H K,) the row, of the first W, for the next member of each cluster
     after: Any     # (B H K 2 W,) the row after each, the first of the cluster after its W-th
-    window: Any    # (W,) = 1 .. W, from a row of the first W to the slice that ends with its twin
+    window: Any    # (W,) = 1 .. W, from the row of the newest to the slice that ends with its twin
     rows: Any      # (W, 2 D + 1) of Shaw's tables for the distances 1 - W .. 0; zeros without them
     start: Any     # (B, H) number of each head's first cluster
     guide: Any     # (H, K, D) centroids of length 1; random heads: (H, T) the cluster by position
@@ -319,17 +315,24 @@ def _members(cfg, heads, batch, capacity, xp, dtype, guide):
 def causal_fill(q, k, v, p, context, store, routed):
     """Store the centroids, and every cluster's latest members of the prompt."""
     store.guide[...] = unit_length(context.mu)
-    _fill_members(q, k, v, p, context, store, routed.route)
+    _fill_members(q, k, v, p, context, store, routed.route.winner, routed.route.order)
+
+
+def multiprobe_fill(q, k, v, p, context, store, routed):
+    """The same, each key in the cluster of its own vector."""
+    winner = routed.route.key_winner
+    store.guide[...] = unit_length(context.mu)
+    _fill_members(q, k, v, p, context, store, winner, by_cluster(winner, context.cfg.n_clusters))
 
 
 def random_fill(q, k, v, p, context, store, routed):
     """Store the cluster of each position, and every cluster's latest members of the prompt."""
     cfg, xp = context.cfg, array_module(q)
     store.guide[...] = random_clusters(cfg, context.layer, xp, q.shape[1], cfg.seq_len)
-    _fill_members(q, k, v, p, context, store, routed.route)
+    _fill_members(q, k, v, p, context, store, routed.route.winner, routed.route.order)
 
 
-def _fill_members(q, k, v, p, context, store, route):
+def _fill_members(q, k, v, p, context, store, winner, order):
     xp, (b, h, _, d) = array_module(q), q.shape
     n, w = context.cfg.n_clusters, len(store.window)
     slot, first = xp.arange(w), 2 * w * xp.arange(b * h * n)
@@ -341,11 +344,11 @@ def _fill_members(q, k, v, p, context, store, route):
         store.rows[:, :d], _ = distance_rows(rel_k, 1 - w, 0)
         store.rows[:, d : 2 * d], _ = distance_rows(rel_v, 1 - w, 0)
 
-    count = (route.winner[..., None] == xp.arange(n)).sum(2)         # (B, H, K)
+    count = (winner[..., None] == xp.arange(n)).sum(2)               # (B, H, K)
     store.next[...] = first + count.reshape(-1) % w
     newest = xp.cumsum(count, axis=-1)[..., None] - 1                # in the order by cluster
     back = (count[..., None] - 1 - slot) % w                         # (B, H, K, W) ranks behind it
-    member = xp.take_along_axis(route.order, xp.maximum(newest - back, 0).reshape(b, h, -1), axis=2)
+    member = xp.take_along_axis(order, xp.maximum(newest - back, 0).reshape(b, h, -1), axis=2)
     kn, _ = normalize(q if k is None else k)
     kv = gather(xp.concatenate([kn, v], axis=-1), member)            # (B, H, K W, 2 D)
     twice = store.members.reshape(-1, 2, w, 2 * d + 1)
@@ -357,24 +360,43 @@ def causal_step(q, k, v, p, context, store, position):
     """One token of `causal_forward`."""
     qn, _ = normalize(q)
     winner = (store.guide @ qn[..., None])[..., 0].argmax(-1)        # as `kmeans.nearest`
-    return _join(qn, k, v, store, winner)
+    return _attend_members(qn, store, _join(qn if k is None else normalize(k)[0], v, store, winner))
 
 
 def random_step(q, k, v, p, context, store, position):
     """One token of `random_forward`."""
-    return _join(normalize(q)[0], k, v, store, store.guide[:, position % context.cfg.seq_len])
+    qn, winner = normalize(q)[0], store.guide[:, position % context.cfg.seq_len]
+    return _attend_members(qn, store, _join(qn if k is None else normalize(k)[0], v, store, winner))
 
 
-def _join(qn, k, v, store, winner):
-    """Join a cluster in the place of its oldest member; attend to all that it has."""
-    xp, w, d = array_module(qn), len(store.window), qn.shape[-1]
+def multiprobe_step(q, k, v, p, context, store, position):
+    """One token: O(K) to choose clusters, R W keys to read, however long the text is."""
+    qn, _ = normalize(q)
+    kn = qn if k is None else normalize(k)[0]
+    scores = (store.guide @ qn[..., None])[..., 0]                   # (B, H, K)
+    own = scores if k is None else (store.guide @ kn[..., None])[..., 0]
+    _join(kn, v, store, own.argmax(-1))
+    probes = best_several(scores, context.cfg.n_probes)              # (B, H, R)
+    return _attend_members(qn, store, store.next[store.start[..., None] + probes] - 1)
+
+
+def _join(kn, v, store, winner):
+    """A key and value join a cluster in the place of its oldest member; returns their row."""
+    xp, w = array_module(kn), len(store.window)
     cluster = store.start + winner                                   # (B, H)
     row = store.next[cluster]
     store.next[cluster] = store.after[row]
     store.members[row] = store.members[w:][row] = xp.concatenate(
-        [qn if k is None else normalize(k)[0], v, xp.zeros((*row.shape, 1), v.dtype)], axis=-1)
+        [kn, v, xp.zeros((*row.shape, 1), v.dtype)], axis=-1)
+    return row
+
+
+def _attend_members(qn, store, row):
+    """Attention to all members of the clusters whose newest stands in `row` (B, H[, R])."""
+    d = qn.shape[-1]
     seen = store.members.take(row[..., None] + store.window, axis=0)  # (B, H, W, 2 D + 1)
     seen += store.rows
+    seen = seen.reshape(*qn.shape[:2], -1, 2 * d + 1)
     return _attend_one(qn * d ** -0.5, seen[..., :d], seen[..., d : 2 * d], hidden=seen[..., 2 * d])
 
 
@@ -453,19 +475,23 @@ def dense_step(q, k, v, p, context, store, position):
 def _attend_one(q, k, v, rows_k=None, rows_v=None, hidden=None):
     """`attention.attend` for one query: q (..., D), k and v (..., N, D), by age, the newest last.
 
-    rows_k, rows_v (N, D) for the distances 1 - N .. 0; hidden (..., N) is -inf at keys not seen.
+    rows_k, rows_v (N, D) for the distances 1 - N .. 0; hidden (..., N) is -inf at keys not seen. A
+    query that sees none gets 0.
     """
+    xp = array_module(q)
     z = (k @ q[..., None])[..., 0]                                   # (..., N)
     if rows_k is not None:
         z += q @ rows_k.T
     if hidden is not None:
         z += hidden
-    z -= z.max(-1, keepdims=True)
-    p = array_module(z).exp(z, out=z)
+    top = z.max(-1, keepdims=True)
+    z -= top if hidden is None else xp.maximum(top, xp.finfo(z.dtype).min)
+    p = xp.exp(z, out=z)
     o = (p[..., None, :] @ v)[..., 0, :]
     if rows_v is not None:
         o += p @ rows_v
-    o /= p.sum(-1, keepdims=True)
+    total = p.sum(-1, keepdims=True)
+    o /= total if hidden is None else xp.maximum(total, xp.finfo(z.dtype).tiny)
     return o
 
 
@@ -486,7 +512,7 @@ KINDS = {
         "routing", RANDOM, random_forward, routing_backward, random_store, random_fill,
         random_step, lambda cfg: 3 * -(-cfg.window // 2)),
     "multiprobe": Kind(
-        "routing", MULTIPROBE, multiprobe_forward, routing_backward, multiprobe_store,
+        "routing", MULTIPROBE, multiprobe_forward, routing_backward, causal_store,
         multiprobe_fill, multiprobe_step,
         lambda cfg: 3 * -(-cfg.window // 2) * (min(cfg.n_probes, cfg.n_clusters) + 1)),
     "dense": Kind(

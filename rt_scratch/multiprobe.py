@@ -14,11 +14,11 @@ import math
 from collections import namedtuple
 from typing import Any, NamedTuple
 
-from rt_scratch.attention import attend, distance_rows, distance_rows_backward
+from rt_scratch.attention import distance_rows, distance_rows_backward
 from rt_scratch.dispatch import accelerated, array_module
 from rt_scratch.dropout import dropout_mask
 from rt_scratch.kmeans import MAX_CLUSTERS, nearest, unit_length
-from rt_scratch.layers import normalize, segment_sum
+from rt_scratch.layers import segment_sum
 from rt_scratch.routing import Coverage, Mode, Route, Rule, by_cluster, gather, inverse
 
 
@@ -36,11 +36,15 @@ def nearest_several(x, mu, n: int):
     x (B, H, T, D), mu (H, K, D) -> integers (B, H, T, min(n, K)). The first is that of
     `kmeans.nearest`.
     """
-    xp, found = array_module(x), []
-    scores = x.astype(mu.dtype, copy=False) @ unit_length(mu).swapaxes(-1, -2)  # (B, H, T, K)
-    for _ in range(min(n, mu.shape[1])):
+    return best_several(x.astype(mu.dtype, copy=False) @ unit_length(mu).swapaxes(-1, -2), n)
+
+
+def best_several(scores, n: int):
+    """Indices of the n highest of scores (..., K), the highest first: (..., min(n, K))."""
+    xp, (*_, k), found = array_module(scores), scores.shape, []
+    for _ in range(min(n, k)):
         found.append(scores.argmax(-1))
-        scores = xp.where(found[-1][..., None] == xp.arange(mu.shape[1]), -math.inf, scores)
+        scores = xp.where(found[-1][..., None] == xp.arange(k), -math.inf, scores)
     return xp.stack(found, axis=-1)
 
 
@@ -291,57 +295,3 @@ def _wide(x):
 
 MULTIPROBE = Mode(multiprobe_route, multiprobe_attention, multiprobe_attention_backward,
                   learns=True)
-
-
-# --------------------------------------------------------------------------------------- decoding
-
-class Rings(NamedTuple):
-    """The W latest keys of each cluster: the r-th key that joined it is in slot r mod W."""
-
-    k: Any         # (B, H, K, W, D), W no more than the text can fill
-    v: Any
-    count: Any     # (B, H, K) keys that each cluster has taken
-
-
-def multiprobe_store(cfg, heads, batch, capacity, xp, dtype):
-    """Empty rings; see heads.py for this and the two below."""
-    shape = batch, heads, cfg.n_clusters, min(cfg.window, capacity), cfg.head_width
-    return Rings(xp.zeros(shape, dtype), xp.zeros(shape, dtype), xp.zeros(shape[:3], xp.int64))
-
-
-def multiprobe_fill(q, k, v, p, context, store, routed):
-    """The latest keys of the prompt, each in the cluster of its own vector."""
-    xp, key_winner = array_module(q), routed.route.key_winner
-    b, h, n, w, _ = store.k.shape
-    count = (key_winner[..., None] == xp.arange(n)).sum(2)           # (B, H, K)
-    back = (count[..., None] - 1 - xp.arange(w)) % w                 # (B, H, K, W) before the last
-    slot = xp.maximum(xp.cumsum(count, axis=-1)[..., None] - 1 - back, 0)
-    member = xp.take_along_axis(by_cluster(key_winner), slot.reshape(b, h, -1), 2)
-    kn, _ = normalize(q if k is None else k)
-    for ring, x in ((store.k, kn), (store.v, v)):
-        ring[...] = gather(x, member.reshape(slot.shape))
-    store.count[...] = count
-
-
-def multiprobe_step(q, k, v, p, context, store, position):
-    """One token: O(K) to choose, R W keys to read, however long the text is."""
-    cfg, xp, mu = context.cfg, array_module(q), context.mu
-    b, h, d = q.shape
-    lead = xp.arange(b)[:, None], xp.arange(h)[None, :]
-    qn, _ = normalize(q[:, :, None])                                 # (B, H, 1, D)
-    kn = qn if k is None else normalize(k[:, :, None])[0]
-    at = (*lead, nearest(kn, mu, equal_length=True)[:, :, 0])
-    count, w = store.count[at], store.k.shape[3]
-    store.k[(*at, count % w)], store.v[(*at, count % w)] = kn[:, :, 0], v
-    store.count[at] = count + 1
-
-    seen = (*(x[..., None] for x in lead), nearest_several(qn, mu, cfg.n_probes)[:, :, 0])
-    count = store.count[seen][..., None]                             # (B, H, R, 1)
-    back = (count - 1 - xp.arange(w)) % w                            # (B, H, R, W) before the last
-    k, v = store.k[seen], store.v[seen]                              # (B, H, R, W, D)
-    if "routing_rel_k" in p:
-        row = xp.maximum(cfg.routing_max_distance - back, 0)         # of the tables
-        k, v = k + p["routing_rel_k"][row], v + p["routing_rel_v"][row]
-    o, _ = attend(qn, k.reshape(b, h, -1, d), v.reshape(b, h, -1, d), None, None,
-                  (back < count).reshape(b, h, 1, -1), d ** -0.5)
-    return o[:, :, 0]

@@ -68,8 +68,17 @@ def test_where_the_paper_differs():
     assert changed("pg19") == {"routing_layers": (-2, -1)}
     with pytest.raises(UserError, match="pg19 has released, small, released-local, paper"):
         preset("pg19", "large")
-    assert preset("some.txt", "small") == preset("stdlib", "small") == {"input_tokens": 3,
-                                                                       "ngram_rows": 6763}
+    assert preset("some.txt", "small") == preset("stdlib", "small") == {
+        "input_tokens": 3, "ngram_rows": 5749, "routing": "multiprobe", "share_qk": False,
+        "dense_steps": 1275}
+
+
+@pytest.mark.parametrize("flags, steps, dense", [
+    ([], 1700, 1275), (["--steps", "3400"], 3400, 2550), (["--steps", "2"], 2, 1),
+    (["--steps", "9", "--dense-steps", "0"], 9, 0), (["--dense-steps", "9"], 1700, 9)])
+def test_the_dense_start_is_a_share_of_the_run(tmp_path, flags, steps, dense):
+    plan = plan_run(train.parse(["--dry-run", "--out", str(tmp_path), *flags]))
+    assert (plan.train.steps, plan.train.dense_steps) == (steps, dense)
 
 
 def test_a_plan_leaves_the_presets_alone(tmp_path):

@@ -66,11 +66,14 @@ class Study(NamedTuple):
         print(text)
 
     def flags(self):
-        """Of train.py for the text models: the defaults, with K W = T."""
+        """Of train.py for the text models: the defaults, but causal routing from the first step on,
+        with queries as keys; K W = T.
+        """
+        paper = ["--routing", "causal", "--dense-steps", 0, "--share-qk", "--seq-len", self.seq_len]
         if self.quick:
-            return ["--seq-len", self.seq_len, "--window", 32, "--n-clusters", self.seq_len // 32,
-                    "--width", 16, "--ffn-width", 16, "--n-layers", 2]
-        return ["--seq-len", self.seq_len, "--n-clusters", max(1, self.seq_len // 64),
+            return [*paper, "--window", 32, "--n-clusters", self.seq_len // 32, "--width", 16,
+                    "--ffn-width", 16, "--n-layers", 2]
+        return [*paper, "--n-clusters", max(1, self.seq_len // 64),
                 "--batch", max(1, 1024 // self.seq_len)]
 
 

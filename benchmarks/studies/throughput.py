@@ -15,11 +15,19 @@ from rt_scratch.heads import KINDS
 
 COLUMNS = ("measurement", "dataset", "kind", "round", "steps_per_s", "peak_mib", "load")
 BASE = "local"
+START = ", dense start"
 
 
-def kind_flags(kind):
-    """Flags of train.py for a model whose heads that can route are of this kind."""
-    return ["--routing", kind] if KINDS[kind].routes else ["--attention", kind]
+def kind_flags(kind, steps=0):
+    """Flags of train.py for a model whose heads that can route are of this kind, of `steps` steps.
+
+    Where all heads see every token, or do at the start, keys are not queries: a token would find
+    itself. A dense start takes three quarters of the steps.
+    """
+    name = kind.removesuffix(START)
+    own = ["--no-share-qk"] if name == "dense" or name != kind else []
+    start = ["--dense-steps", 3 * steps // 4] if name != kind else []
+    return ["--routing" if KINDS[name].routes else "--attention", name, *own, *start]
 
 
 def measure(flags, n_steps, n_threads, cpu_time):

@@ -107,6 +107,10 @@ def _new(args, given):
         source = read_state(_checkpoint(args.init_from, args.checkpoint))
         codec, seq_len = data.given_codec(source.config, args.init_from), source.model.seq_len
         values |= {f.name: getattr(source.model, f.name) for f in dataclasses.fields(ModelConfig)}
+        values["dense_steps"] = 0  # it has learnt already
+    if dense := values.get("dense_steps"):
+        usual = values.get("steps", TrainConfig.steps)
+        values["dense_steps"] = dense * given.get("steps", usual) // usual
     values |= given
     vocab_size = values.pop("vocab_size", 0)
     known = not args.dry_run or data.present(name, location)
