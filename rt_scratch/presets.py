@@ -22,7 +22,7 @@ _RELEASED_IMAGE = dict(
 )
 # Not defaults of config.py: released models look at one token, no n-gram, and route from the start.
 _NGRAM = dict(input_tokens=3, ngram_rows=6763)
-TEXT = dict(input_tokens=3, ngram_rows=5749, routing="multiprobe", share_qk=False, dense_steps=1275)
+TEXT = dict(input_tokens=3, ngram_rows=5749, routing="multiprobe", share_qk=False, dense_steps=1950)
 _SMALL = dict(seq_len=1024, n_clusters=16)  # and the defaults of config.py
 _SMALL_IMAGE = dict(  # a block is one row: it sees the row above
     lr=0.016, init_frequency=2.0, eval_windows=16, eval_every=250)
