@@ -27,7 +27,7 @@ CHANGES = {  # label: flags; four layers of four heads, half of them local, unle
 def flags_of(base, change):
     """The flags of a change; K and W are multiplied."""
     if change and change[0] in ("--n-clusters", "--window"):
-        value = dict(zip(base[::2], base[1::2], strict=True)).get(change[0], 64)
+        value = base[base.index(change[0]) + 1] if change[0] in base else 64
         return [*base, change[0], max(1, round(value * change[1]))]
     return [*base, *change]
 
