@@ -206,6 +206,19 @@ def test_a_dense_start_longer_than_the_run(text, tmp_path):  # noqa: F811
         text, "--out", tmp_path / "a", *TINY, "--dense-steps", "7", "--steps", "6")
 
 
+@pytest.mark.parametrize("stop, dense, wrong", [
+    (2, 2, True), (2, 4, False), (3, 4, True), (4, 3, False), (4, 1, False), (4, 5, True)])
+def test_another_dense_start_on_the_way(text, tmp_path, stop, dense, wrong):  # noqa: F811
+    """Can be had while the steps done so far would have been the same."""
+    dense_start(text, tmp_path / "a", "--stop-after", str(stop))
+    flags = ["--resume", "--device", "cpu", "--out", str(tmp_path / "a"), "--dense-steps",
+             str(dense)]
+    if wrong:
+        assert f"--dense-steps {dense}: after step {stop} it is too late" in fails(*flags)
+    else:
+        train.main(flags)
+
+
 def test_other_data(source, tmp_path):
     other = tmp_path / "other.txt"
     other.write_bytes(bytes(range(97, 117)) * 100)

@@ -160,6 +160,9 @@ def _saved(args, given):
                     for old in (saved.model, saved.train))
     train.validate()
     check_matches(saved.model, model, str(path))
+    if len({saved.step < t.dense_steps for t in (saved.train, train)}) > 1:
+        raise UserError(f"--dense-steps {train.dense_steps}: after step {saved.step} it is too "
+                        f"late to change from {saved.train.dense_steps}")
     for field in ("dtype",) if args.evaluate else ("dtype", "optimizer"):
         old, new = getattr(saved.train, field), getattr(train, field)
         if old != new:
