@@ -146,7 +146,7 @@ def test_training_script_waits_once_per_log_line(tmp_path, monkeypatch, interval
 
     monkeypatch.setattr(train, "select_device", lambda *_: (strictxp, "strict"))
     for where, name in ((checkpoint, "check_finite"), (log, "step_row"), (log, "record"),
-                        (train, "evaluate"),
+                        (train, "evaluate"), (train, "end_dense_start"),
                         (train, "show_sample"), (checkpoint, "save_state")):
         monkeypatch.setattr(where, name, counted(getattr(where, name)))
     with redirect_stdout(io.StringIO()):
