@@ -62,9 +62,9 @@ def work(args, world):
                 plan.folder, plan.config, plan.dataset.codec.file, world.rank == 0) as run:
             fit(plan, run, state, progress, last, xp, world, step_once)
     except MemoryError as error:
-        raise UserError(f"out of memory at --batch {train.batch} x {model.seq_len} ({error}); "
-                        f"{checkpoint.kept(plan.folder)}; try --recompute, a smaller --batch with "
-                        "--accumulate, or on a GPU --precision bf16") from error
+        raise UserError(f"out of memory at --batch {train.batch} x {model.seq_len} tokens "
+                        f"({error}); {checkpoint.kept(plan.folder)}; try --recompute, a smaller "
+                        "--batch with --accumulate, or on a GPU --precision bf16") from error
 
 
 def fit(plan, run, state, progress, last, xp, world, step_once):
