@@ -114,8 +114,9 @@ def fit(plan, run, state, progress, last, xp, world, step_once):
             raise UserError(f"interrupted and saved after step {state.step}; continue with: python "
                             f"train.py --resume --out {quote(str(folder))}")
     say(doubt(progress.valid, model), end="")
-    with harmless(folder / "loss.png"):
-        plot_loss(folder) if run.writes else None
+    if run.writes:
+        with harmless(folder / "loss.png"):
+            plot_loss(folder)
     say(f"done: {folder}  (sample from it: python sample.py {quote(str(folder))})")
 
 
@@ -156,13 +157,11 @@ def score_split(args, state, plan, world):
     default = CAUSAL_WINDOWS if args.evaluate_causally else 0
     limit = default if args.eval_windows is None else args.eval_windows
     say(f"checkpoint: {plan.saved.path}, step {state.step}")
-    model = model_at(state.step, plan.model, plan.train)
-    result = evaluate(state, plan.dataset, model, args.evaluate, plan.train.batch, args.stride,
-                      limit, world, plan.precision)
-    say(doubt(result.nats, model) + result.line)
+    what = state, plan.dataset, model_at(state.step, plan.model, plan.train), args.evaluate
+    result = evaluate(*what, plan.train.batch, args.stride, limit, world, plan.precision)
+    say(doubt(result.nats, plan.model) + result.line)
     if args.evaluate_causally:
-        say(evaluate_causally(state, plan.dataset, model, args.evaluate, limit, world,
-                              plan.precision).line)
+        say(evaluate_causally(*what, limit, world, plan.precision).line)
 
 
 def parse(argv=None):

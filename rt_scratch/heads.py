@@ -161,9 +161,13 @@ def local_store(cfg, heads, batch, capacity, xp, dtype):
 
 def full_store(cfg, heads, batch, capacity, xp, dtype):
     """An empty store for every key and value."""
+    return _seen_store(cfg.local_max_distance, cfg, heads, batch, capacity, xp, dtype)
+
+
+def _seen_store(reach, cfg, heads, batch, capacity, xp, dtype):
     kept = batch, heads, capacity, cfg.head_width
     return Seen(xp.zeros(kept, dtype), xp.zeros(kept, dtype),
-                *_empty_rows(cfg.local_max_distance, capacity, cfg, xp, dtype))
+                *_empty_rows(reach, capacity, cfg, xp, dtype))
 
 
 def local_fill(q, k, v, p, context, store, routed):
@@ -174,9 +178,13 @@ def local_fill(q, k, v, p, context, store, routed):
 
 def full_fill(q, k, v, p, context, store, routed):
     """Store the whole prompt."""
+    _fill_seen(k, v, p, store, "local")
+
+
+def _fill_seen(k, v, p, store, family):
     t = k.shape[2]
     store.k[:, :, :t], store.v[:, :, :t] = k, v
-    _fill_rows(store, p, "local")
+    _fill_rows(store, p, family)
 
 
 def local_step(q, k, v, p, context, store, position):
@@ -454,16 +462,12 @@ def topk_step(q, k, v, p, context, store, position):
 
 def dense_store(cfg, heads, batch, capacity, xp, dtype):
     """An empty store for every key and value."""
-    kept = batch, heads, capacity, cfg.head_width
-    return Seen(xp.zeros(kept, dtype), xp.zeros(kept, dtype),
-                *_empty_rows(cfg.routing_max_distance, capacity, cfg, xp, dtype))
+    return _seen_store(cfg.routing_max_distance, cfg, heads, batch, capacity, xp, dtype)
 
 
 def dense_fill(q, k, v, p, context, store, routed):
     """Store the whole prompt."""
-    t = q.shape[2]
-    store.k[:, :, :t], store.v[:, :, :t] = normalize(q if k is None else k)[0], v
-    _fill_rows(store, p, "routing")
+    _fill_seen(normalize(q if k is None else k)[0], v, p, store, "routing")
 
 
 def dense_step(q, k, v, p, context, store, position):

@@ -60,9 +60,9 @@ class State(NamedTuple):
 
 def model_at(step: int, model: ModelConfig, train: TrainConfig) -> ModelConfig:
     """The model after that many steps: its routing heads are dense until train.dense_steps."""
-    if train.dense_steps and step < train.dense_steps:
-        return dataclasses.replace(model, routing="dense")
-    return model
+    if not train.dense_steps:  # step may be an array of a GPU (graph.py), and is not read then
+        return model
+    return dataclasses.replace(model, routing="dense") if step < train.dense_steps else model
 
 
 class Part(NamedTuple):

@@ -100,7 +100,7 @@ BUGS = [
     ("routing", "return *((dq + dk, None) if cache.shared else (dq, dk)), *rest",
      "return *((dq, None) if cache.shared else (dq, dk)), *rest"),
     ("step", "    model = model_at(state.step, model, train)\n    (nats", "    (nats"),
-    ("step", "step < train.dense_steps:", "step <= train.dense_steps:"),
+    ("step", "step < train.dense_steps else", "step <= train.dense_steps else"),
     ("heads", "full_step(q * q.shape[-1] ** -0.5, q if", "full_step(q, q if"),
     ("heads", "    return o, cache, None\n", "    return o, cache, _\n"),
     ("run/initial", "            own[...] = new\n", "            pass\n"),

@@ -142,7 +142,7 @@ def dense_start(text, out, *flags):  # noqa: F811
     train.main([str(text), "--out", str(out), *TINY, *OWN_KEYS, *DENSE, "--steps", "6", *flags])
 
 
-def test_a_dense_start(text, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_a_dense_start(text, tmp_path, capsys):  # noqa: F811
     """The steps before its end are those of dense heads; then centroids are drawn; the best score
     is one of the model that routes; and a run stopped before or after goes on exactly."""
     dense_start(text, tmp_path / "whole")

@@ -21,8 +21,8 @@ START = ", dense start"
 def kind_flags(kind, steps=0):
     """Flags of train.py for a model whose heads that can route are of this kind, of `steps` steps.
 
-    Where all heads see every token, or do at the start, keys are not queries: a token would find
-    itself. A dense start takes three quarters of the steps.
+    Dense heads have keys of their own, with which they learn faster. A dense start takes three
+    quarters of the steps.
     """
     name = kind.removesuffix(START)
     own = ["--no-share-qk"] if name == "dense" or name != kind else []

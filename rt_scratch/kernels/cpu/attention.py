@@ -175,11 +175,11 @@ def local_attention(q, k, v, rel_k, rel_v, block, lookback, scale, segments=None
         own = _Heads(cut, share, q, k, scale)
         own_v, own_lse = own.keys(v[share]), np.empty((*own.q.shape[:2], 1), q.dtype)
         out = np.empty((*own.q.shape[:2], v.shape[-1]), q.dtype)
-        bounded = own.bounded()
+        calm = bounded(own.q, own.kt[:, :-16], [band.rel_k for band in cut.bands])
         for band, r in own.pieces():
             p = own.logits(band, r)                                  # (G, S, N)
-            top = 0 if bounded else p.max(-1, keepdims=True)
-            if not bounded:
+            top = 0 if calm else p.max(-1, keepdims=True)
+            if not calm:
                 p -= top
             np.exp(p, out=p)
             total = (p.reshape(-1, band.n_keys) @ band.ones).reshape(*p.shape[:2], 1)
@@ -244,6 +244,18 @@ def local_attention_backward(do, cache):
 
     parallel(heads, range(len(parts)))
     return dq, dk, dv, *((None, None) if drel is None else drel.sum(1))
+
+
+def bounded(q, kt, tables):
+    """True if |logits| stay below 60 by the lengths of vectors: exp needs no maximum then.
+
+    q (..., D), kt (D, n), tables (P, D) or None each.
+    """
+    def longest(x, axis):
+        return math.sqrt(np.einsum(x, [0, 1], x, [0, 1], [axis]).max(initial=0))
+
+    relative = max((longest(table, 0) for table in tables if table is not None), default=0)
+    return longest(_rows(q), 0) * (longest(kt, 1) + relative) < 60  # exp(60) N: far from overflow
 
 
 def shares(b, h):
@@ -409,16 +421,6 @@ class _Heads:
             apart = own[:, :, None] != self.windows(self._segments, band, r)[:, None, :]
             np.copyto(z, HIDDEN, where=apart)
         return z
-
-    def bounded(self):
-        """True if |logits| stay below 60 by the lengths of vectors: exp needs no maximum then."""
-        def longest(x, axis):
-            return math.sqrt(np.einsum(x, [0, 1], x, [0, 1], [axis]).max(initial=0))
-
-        keys = longest(self.kt[:, :-16], 1)
-        if self.relative:
-            keys += max(longest(band.rel_k, 0) for band in self.cut.bands)
-        return longest(_rows(self.q), 0) * keys < 60  # exp(60) N is far from any overflow
 
     def add_by_key(self, z, x, band, table):
         """Adds to z (G, S, N) x (G, S, D) times the table's row of every pair's distance: `skew`.

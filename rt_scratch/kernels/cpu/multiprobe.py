@@ -8,7 +8,6 @@ runs of one tile is in no other tile, so that the widths add up to at most R T W
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy as np
 from rt_scratch import multiprobe
 from rt_scratch.attention import distance_rows, distance_rows_backward
 from rt_scratch.kernels.cpu import sizes
-from rt_scratch.kernels.cpu.attention import HIDDEN, shares
+from rt_scratch.kernels.cpu.attention import HIDDEN, bounded, shares
 from rt_scratch.multiprobe import MultiprobeCache, runs
 from rt_scratch.routing import Coverage
 from rt_scratch.threads import parallel, tiles
@@ -35,12 +34,12 @@ def multiprobe_attention(q, k, v, rel_k, rel_v, route, rule, dropped=None):
 
     def heads(share):
         own = _Heads(share, q, k, route, rule, rows_k)
-        own_v, bounded = own.slots(v[share]), own.bounded()
+        own_v, calm = own.slots(v[share]), bounded(own.q, own.kt, [rows_k])
         y = np.empty((own.n, own.size, v.shape[-1]), q.dtype)
         top, total = (np.zeros((own.n, own.size, 1), q.dtype) for _ in range(2))
         for piece in own.pieces():
             p = own.logits(piece)                                    # (G, S, N)
-            if not bounded:
+            if not calm:
                 top[piece.tiles] = np.maximum(p.max(-1, keepdims=True), HIDDEN / 2)
                 p -= top[piece.tiles]
             np.exp(p, out=p)
@@ -189,14 +188,6 @@ class _Heads:
         """The same of (D, ...): (G, D, N)."""
         shape = x.shape[1] - piece.n_keys + 1, len(x), piece.n_keys
         return np.ndarray(shape, x.dtype, x, 0, (x.itemsize, *x.strides))[piece.first]
-
-    def bounded(self):
-        """True if |logits| stay below 60 by the lengths of vectors: exp needs no maximum then."""
-        def longest(x, axis):
-            return math.sqrt(np.square(x).sum(axis).max())
-
-        keys = longest(self.kt, 0) + (0 if self.rows_k is None else longest(self.rows_k, 1))
-        return longest(self.q, 1) * keys < 60
 
     def logits(self, piece):
         """(G, S, N), HIDDEN where a row does not see the key."""
