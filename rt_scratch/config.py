@@ -73,6 +73,9 @@ class ModelConfig:
                                     "look into several clusters; dense: one cluster of all tokens",
                            lambda: (k for k in KINDS if KINDS[k].routes))
     share_qk: bool = _field(True, "routing heads use their queries as keys")
+    shift_keys: bool = _field(False, "routing and full heads: the value of a position has the key "
+                                     "of the one before, so that a query finds what followed "
+                                     "tokens like its own (stdlib and own text: on)")
     n_clusters: int = _field(8, "K, centroids per routing head", least=1, most=MAX_CLUSTERS)
     n_probes: int = _field(2, "R, clusters that a query of multiprobe heads looks into", least=1)
     window: int = _field(64, "W, tokens that attend to each other in a cluster", least=1)

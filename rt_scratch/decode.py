@@ -9,6 +9,7 @@ topk head must choose its members again for every token.
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,13 @@ from rt_scratch.dispatch import array_module, to_host
 from rt_scratch.heads import Context, parts
 from rt_scratch.layers import FEED_FORWARDS, layer_norm
 from rt_scratch.model import block, embed, mu_of, next_logits
+
+
+class Store(NamedTuple):
+    """What the heads of one kind in a layer keep."""
+
+    seen: Any      # as the kind needs it
+    key: Any       # (B, H, D) of the latest position, where keys are shifted
 
 
 class Memory:
@@ -37,8 +45,10 @@ class Memory:
                             for i in range(cfg.n_layers)]
         self.parts = [parts(cfg, i) for i in range(cfg.n_layers)]
         self.stores = [
-            [part.kind.store(cfg, part.heads.stop - part.heads.start, batch, capacity, xp,
-                             table.dtype) for part in layer] for layer in self.parts]
+            [Store(part.kind.store(cfg, n, batch, capacity, xp, table.dtype),
+                   xp.zeros((batch, n, cfg.head_width), table.dtype) if part.shifted else None)
+             for part in layer for n in [part.heads.stop - part.heads.start]]
+            for layer in self.parts]
 
     def advance(self, ids):
         """Go on to the position after ids (B, n), already shifted."""
@@ -99,9 +109,12 @@ def _attention(x, p, context, memory):
     q, k, v = qkv[:, :h], qkv[:, h:-h], qkv[:, -h:]
     o = array_module(x).empty(v.shape, x.dtype)
     for part, store in zip(memory.parts[context.layer], memory.stores[context.layer], strict=True):
-        o[:, part.heads] = part.kind.step(
-            q[:, part.heads], k[:, part.keys] if part.keys else None, v[:, part.heads], p, context,
-            store, memory.position)
+        own, key = q[:, part.heads], k[:, part.keys] if part.keys else None
+        if part.shifted:
+            latest, key = own if key is None else key, store.key.copy()
+            store.key[...] = latest
+        o[:, part.heads] = part.kind.step(own, key, v[:, part.heads], p, context, store.seen,
+                                          memory.position)
     return o.reshape(b, -1) @ p["w_o"]
 
 

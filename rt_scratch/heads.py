@@ -25,7 +25,7 @@ from numpy.random import Generator, Philox
 from rt_scratch.attention import distance_rows, local_attention, local_attention_backward
 from rt_scratch.dispatch import array_module
 from rt_scratch.kmeans import unit_length
-from rt_scratch.layers import normalize
+from rt_scratch.layers import normalize, shift_right, shift_right_backward
 from rt_scratch.multiprobe import MULTIPROBE, best_several
 from rt_scratch.routing import (
     CAUSAL,
@@ -75,6 +75,7 @@ class Kind(NamedTuple):
     step: Callable
     keys: Callable         # cfg -> keys that each query is multiplied with, for the cost of a step
     slides: bool = False   # whether it has learnt nothing of texts longer than T; see decode.py
+    far: bool = True       # whether it may see any earlier token; shift_keys is for such kinds
 
     @property
     def routes(self) -> bool:
@@ -94,6 +95,25 @@ class Part(NamedTuple):
     kind: Kind
     heads: slice           # which of the layer's queries, values and outputs
     keys: slice | None     # which of its keys; None: keys are queries
+    shifted: bool          # whether a value has the key of the position before it
+
+    def queries_and_keys(self, q, k):
+        """Its share of the layer's (B, H, T, D); None for keys that are the queries.
+
+        Shifted, the value of position t has the key of t - 1, that of position 0 a key of zeros: a
+        query finds what followed a token like its own. docs/derivations.md (72).
+        """
+        q, k = q[:, self.heads], k[:, self.keys] if self.keys else None
+        if self.shifted:
+            k = shift_right((q if k is None else k).swapaxes(1, 2)).swapaxes(1, 2)
+        return q, k
+
+    def unshifted(self, dq, dk):
+        """The gradients of the projections, from those of `queries_and_keys`."""
+        if not self.shifted:
+            return dq, dk
+        dk = shift_right_backward(dk.swapaxes(1, 2)).swapaxes(1, 2)
+        return (dq, dk) if self.keys else (dq + dk, None)
 
 
 @functools.lru_cache
@@ -103,7 +123,8 @@ def parts(cfg, layer: int) -> list[Part]:
     for name, n in cfg.layer_heads(layer):
         kind = KINDS[name]
         own = not (kind.routes and cfg.share_qk)
-        found.append(Part(kind, slice(head, head + n), slice(key, key + n) if own else None))
+        found.append(Part(kind, slice(head, head + n), slice(key, key + n) if own else None,
+                          cfg.shift_keys and kind.far))
         head, key = head + n, key + n * own
     return found
 
@@ -502,7 +523,7 @@ def _attend_one(q, k, v, rows_k=None, rows_v=None, hidden=None):
 KINDS = {
     "local": Kind(
         "local", None, local_forward, local_backward, local_store, local_fill, local_step,
-        lambda cfg: (cfg.lookback + 1) * cfg.block),
+        lambda cfg: (cfg.lookback + 1) * cfg.block, far=False),
     "full": Kind(
         "local", None, full_forward, local_backward, full_store, full_fill, full_step,
         lambda cfg: cfg.seq_len, slides=True),

@@ -336,13 +336,20 @@ def segment_sum(rows, index, n: int):
     return out
 
 
-def shift_right(ids):
-    """Position t sees id t - 1; position 0 sees id 0, an ordinary row of the table.
+def shift_right(x):
+    """Position t gets what x (B, T, ...) has at t - 1, position 0 gets 0.
 
-    ids (B, T). Released code: right_shift_blockwise_nd, which shifts the whole sequence by one.
+    Of ids, 0 is an ordinary row of the table. Released code: right_shift_blockwise_nd, which shifts
+    the whole sequence by one.
     """
-    xp = array_module(ids)
-    return xp.concatenate([xp.zeros_like(ids[:, :1]), ids[:, :-1]], axis=1)
+    xp = array_module(x)
+    return xp.concatenate([xp.zeros_like(x[:, :1]), x[:, :-1]], axis=1)
+
+
+def shift_right_backward(dx):
+    """The transpose: position t gets what dx has at t + 1, the last gets 0."""
+    xp = array_module(dx)
+    return xp.concatenate([dx[:, 1:], xp.zeros_like(dx[:, :1])], axis=1)
 
 
 def recent(ids, n: int, before=None):

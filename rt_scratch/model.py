@@ -314,14 +314,16 @@ def attention(x, p, cfg: ModelConfig, layer: int, mu=None, noise=None, fixed=Non
     heads = o.swapaxes(1, 2)                                         # a view (B, H, T, D)
     caches, routed = [], None
     for i, part in enumerate(parts(cfg, layer)):
-        own = q[:, part.heads], k[:, part.keys] if part.keys else None, v[:, part.heads]
+        own = *part.queries_and_keys(q, k), v[:, part.heads]
         context = Context(cfg, layer, mu, fixed,
                           _dropped(cfg.attention_dropout, noise, part.kind.family, layer))
         heads[:, part.heads], cache, told = part.kind.forward(*own, p, context)
         caches.append(cache)
         routed = told or routed
         if stores:
-            part.kind.fill(*own, p, context, stores[i], told)
+            part.kind.fill(*own, p, context, stores[i].seen, told)
+            if part.shifted:
+                stores[i].key[...] = (k[:, part.keys] if part.keys else own[0])[:, :, -1]
     y, cache_o = linear(o.reshape(x.shape), p["w_o"])
     return y, AttentionCache(cfg, parts(cfg, layer), cache_q, cache_k, cache_v, caches,
                              cache_o), routed
@@ -340,8 +342,9 @@ def attention_backward(dy, dcommitment, cache: AttentionCache, g, dx=None):
     dq, dk, dv = (array_module(dy).empty((b, t, n, d), dy.dtype) for n in (h, n_keys, h))
     dqh, dkh, dvh = dq.swapaxes(1, 2), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
     for part, stored in zip(cache.parts, cache.heads, strict=True):
-        dqh[:, part.heads], dk_own, dvh[:, part.heads], gradients = part.kind.backward(
+        dq_own, dk_own, dvh[:, part.heads], gradients = part.kind.backward(
             do[:, part.heads], dcommitment, stored)
+        dqh[:, part.heads], dk_own = part.unshifted(dq_own, dk_own)
         if part.keys:
             dkh[:, part.keys] = dk_own
         for name, gradient in gradients.items():

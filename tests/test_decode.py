@@ -53,7 +53,7 @@ def test_memory_does_not_grow_with_the_text(routing):
     sizes = []
     for capacity in (100, 100_000):
         memory = decode.Memory(m.params, m.cfg, 1, capacity)
-        sizes.append(sum(a.size for layer in memory.stores for store in layer for a in store))
+        sizes.append(sum(a.size for layer in memory.stores for store in layer for a in store.seen))
     assert sizes[0] == sizes[1]
 
 

@@ -36,9 +36,33 @@ def test_parts_divide_the_heads(cfg):
 
 def test_parts_of_a_mixed_layer():
     cfg = dataclasses.replace(SMALL, n_routing_heads=2, n_local_heads=1)
-    assert [part[1:] for part in parts(cfg, 0)] == [(slice(0, 2), None), (slice(2, 3), slice(0, 1))]
+    assert [part[1:] for part in parts(cfg, 0)] == [
+        (slice(0, 2), None, False), (slice(2, 3), slice(0, 1), False)]
     apart = dataclasses.replace(cfg, share_qk=False)
-    assert [part[1:] for part in parts(apart, 0)] == [(slice(0, 2),) * 2, (slice(2, 3),) * 2]
+    assert [part[1:3] for part in parts(apart, 0)] == [(slice(0, 2),) * 2, (slice(2, 3),) * 2]
+
+
+@pytest.mark.parametrize("share_qk", [True, False])
+def test_shifted_keys_are_those_of_the_position_before(share_qk):
+    """In routing and full heads; local heads keep theirs. `unshifted` is the transpose."""
+    cfg = dataclasses.replace(SMALL, n_layers=2, full_layers=(1,), n_routing_heads=2,
+                              n_local_heads=1, share_qk=share_qk, shift_keys=True)
+    rng = np.random.default_rng(0)
+    for layer in range(2):
+        q, k = normal(rng, (2, 3, 6, 4)), normal(rng, (2, key_heads(cfg, layer), 6, 4))
+        for part in parts(cfg, layer):
+            queries, keys = part.queries_and_keys(q, k)
+            own = k[:, part.keys] if part.keys else q[:, part.heads]
+            assert (queries == q[:, part.heads]).all()
+            if part.kind is KINDS["local"]:
+                assert (keys == own).all()
+                continue
+            assert (keys[:, :, 1:] == own[:, :, :-1]).all() and not keys[:, :, 0].any()
+            dq, dk = normal(rng, queries.shape), normal(rng, keys.shape)
+            back, back_k = part.unshifted(dq, dk)
+            assert (back_k is None) == (part.keys is None)
+            into_k = back - dq if back_k is None else back_k
+            np.testing.assert_allclose((into_k * own).sum(), (dk * keys).sum())
 
 
 # What a kind sees: a query (last position) with one key per token. Values are the unit vectors, so
@@ -113,7 +137,7 @@ def test_hybrid(seed, full_layers, routing, share_qk, prompt):
     assert set(init_centroids(cfg, np, "float64", 0)) == {0, 1, 2} - full
     check_gradient(m, seed)
     check_decoding(m, prompt)
-    sizes = [[sum(array.size for store in stores for array in store)
+    sizes = [[sum(array.size for store in stores for array in store.seen)
               for stores in Memory(m.params, cfg, 1, capacity).stores] for capacity in (500, 5000)]
     assert {i for i in range(3) if sizes[0][i] < sizes[1][i]} == full
 

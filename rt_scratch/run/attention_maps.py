@@ -56,7 +56,7 @@ def attention_maps(params, centroids, cfg: ModelConfig, ids, labels=None) -> Ite
         context = Context(cfg, layer, mu, routed and routed.route)
         found = []
         for (name, _), part in zip(cfg.layer_heads(layer), parts(cfg, layer), strict=True):
-            own = q[:, part.heads], k[:, part.keys] if part.keys else None
+            own = part.queries_and_keys(q, k)
             found.append(Map(name, part, normalize(own[0])[0][0],
                              routed if part.kind.routes else None,
                              (*own, p["attention"], context)))

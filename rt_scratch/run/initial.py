@@ -109,7 +109,7 @@ def drawn_centroids(state: State, before: ModelConfig, after: ModelConfig, ids, 
         (q, k, _), _ = project(n, p["attention"], after)
         for part in parts(after, i):
             if part.kind.routes and i not in kept:
-                own = [q[:, part.heads]] + ([k[:, part.keys]] if part.keys else [])
+                own = [z for z in part.queries_and_keys(q, k) if z is not None]
                 rows = [normalize(z)[0].swapaxes(0, 1).reshape(z.shape[1], -1, z.shape[3])
                         for z in own]                                # (H, B T, D)
                 vectors[i] = array_module(x).concatenate(rows, axis=1)

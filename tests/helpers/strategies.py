@@ -54,7 +54,7 @@ def configs(draw, kinds=("text", "image"), routings=ROUTING, dropout=True):
         attention=draw(st.sampled_from(["routing"] * len(OTHER) + [*OTHER])),
         n_local_heads=heads[0], n_routing_heads=heads[1],
         routing_layers=routing_layers, full_layers=full_layers, routing=routing,
-        share_qk=draw(st.booleans()), n_clusters=draw(st.sampled_from([1, 3])),
+        share_qk=draw(st.booleans()), shift_keys=draw(st.booleans()), n_clusters=draw(st.sampled_from([1, 3])),
         n_probes=draw(st.sampled_from([1, 2])),
         window=draw(st.sampled_from([1, 4, 30])) if routing != "topk" else min(4, t),
         block=draw(st.sampled_from([1, 4, 30])), lookback=draw(st.sampled_from([0, 1, 2])),
