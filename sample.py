@@ -92,7 +92,7 @@ def draw_images(args, loaded, xp):
 def drawing(args, model: ModelConfig, prompt: int, tokens: int, xp) -> dict:
     """Settings of `generate`, once it is known to fit: sample i depends on --seed and i alone."""
     capacity = prompt + tokens + 1
-    if model.slides():
+    if "full" in model.kinds():
         capacity = min(capacity, model.seq_len)
     check_fits(decode_bytes(model, args.num, min(prompt, capacity), capacity),
                f"--num {args.num} of {tokens} tokens does not fit in memory", "ask for less", xp)

@@ -25,11 +25,11 @@ try:
     from rt_scratch.run import checkpoint, costs, log
     from rt_scratch.run.evaluate import CAUSAL_WINDOWS, doubt, evaluate, evaluate_causally
     from rt_scratch.run.folder import RunFolder
-    from rt_scratch.run.initial import end_dense_start, initial_state
+    from rt_scratch.run.initial import initial_state
     from rt_scratch.run.options import add_fields, check_flags, plan_run
     from rt_scratch.run.pictures import plot_loss
     from rt_scratch.run.samples import show_sample, wanted
-    from rt_scratch.step import cut, model_at, train_step
+    from rt_scratch.step import cut, train_step
     from rt_scratch.workers import hired
 except KeyboardInterrupt:  # it takes a second
     raise SystemExit("interrupted") from None
@@ -62,9 +62,10 @@ def work(args, world):
                 plan.folder, plan.config, plan.dataset.codec.file, world.rank == 0) as run:
             fit(plan, run, state, progress, last, xp, world, step_once)
     except MemoryError as error:
-        raise UserError(f"out of memory at --batch {train.batch} x {model.seq_len} tokens "
-                        f"({error}); {checkpoint.kept(plan.folder)}; try --recompute, a smaller "
-                        "--batch with --accumulate, or on a GPU --precision bf16") from error
+        raise UserError(
+            f"out of memory at --batch {train.batch} x {model.seq_len} tokens, precision "
+            f"{train.precision} ({error}); {checkpoint.kept(plan.folder)}; try --recompute, a "
+            "smaller --batch with --accumulate, or on a GPU --precision bf16") from error
 
 
 def fit(plan, run, state, progress, last, xp, world, step_once):
@@ -93,9 +94,6 @@ def fit(plan, run, state, progress, last, xp, world, step_once):
             if logging or done == 1 or state.scale.value < 1e-3:
                 checkpoint.check_finite(result, state, folder)  # here the host waits for a GPU
             bar.update()
-            if done == train.dense_steps and state.centroids:  # scores so far: another model's
-                stop.asked |= not bar.say(end_dense_start(state, plan, ids, labels))
-                progress = progress._replace(best=math.inf)
             if logging:
                 row = log.step_row(result, done, dataset, clock,
                                    windows * model.seq_len * (done - first))
@@ -123,7 +121,6 @@ def fit(plan, run, state, progress, last, xp, world, step_once):
 def score(plan, run, state, progress, row, clock, bar, stop, world):
     """Score the validation split after a saved step, and show a sample -> Progress."""
     folder, dataset, model, train = plan[:4]
-    model = model_at(state.step, model, train)
     valid, drawing = None, wanted(state.step, progress.scored, model, train)
     with clock.aside(), stop.at_once() if world.size == 1 else contextlib.nullcontext():
         valid = evaluate(state, dataset, model, "valid", train.batch, limit=train.eval_windows,
@@ -147,8 +144,8 @@ def score(plan, run, state, progress, row, clock, bar, stop, world):
         if drawing and not stop.asked:
             with harmless("the sample"), clock.aside(), stop.at_once():
                 sample = show_sample(state, dataset, model, train.seed, folder)
-        told = f"step {state.step}  {valid.line}\n{log.cluster_line(row)}{sample}"
-        stop.asked |= not bar.say(told)
+        text = f"step {state.step}  {valid.line}\n{log.cluster_line(row)}{sample}"
+        stop.asked |= not bar.say(text)
     return progress
 
 
@@ -157,11 +154,12 @@ def score_split(args, state, plan, world):
     default = CAUSAL_WINDOWS if args.evaluate_causally else 0
     limit = default if args.eval_windows is None else args.eval_windows
     say(f"checkpoint: {plan.saved.path}, step {state.step}")
-    what = state, plan.dataset, model_at(state.step, plan.model, plan.train), args.evaluate
-    result = evaluate(*what, plan.train.batch, args.stride, limit, world, plan.precision)
+    result = evaluate(state, plan.dataset, plan.model, args.evaluate, plan.train.batch, args.stride,
+                      limit, world, plan.precision)
     say(doubt(result.nats, plan.model) + result.line)
     if args.evaluate_causally:
-        say(evaluate_causally(*what, limit, world, plan.precision).line)
+        say(evaluate_causally(state, plan.dataset, plan.model, args.evaluate, limit, world,
+                              plan.precision).line)
 
 
 def parse(argv=None):
@@ -180,12 +178,15 @@ def parse(argv=None):
     add("--resume", action="store_true", help="continue a run exactly")
     add("--init-from", type=Path, metavar="RUN", help="start with model, parameters and centroids "
         "of this run; --n-clusters may differ: centroids are then drawn by k-means")
-    add("--stop-after", type=int, default=0, metavar="STEP", help="stop and save after this step")
+    add("--stop-after", type=int, default=0, metavar="STEP",
+        help="stop and save after this step of the schedule")
     add("--evaluate", choices=("train", "valid", "test"), metavar="SPLIT",
-        help="score a finished run on a whole split, or on --eval-windows of it, and stop")
+        help="score a finished run on train, valid or test, and stop; the whole split unless "
+             "--eval-windows is given")
     add("--checkpoint", choices=("last", "best"), help="to score or start from (default: best)")
     add("--evaluate-causally", action="store_true",
-        help=f"with --evaluate: also by decoding, on --eval-windows (default {CAUSAL_WINDOWS})")
+        help=f"with --evaluate: also score by incremental decoding, on --eval-windows (default "
+             f"{CAUSAL_WINDOWS}) windows")
     add("--stride", type=int, default=0, help="with --evaluate: tokens between windows (0: T)")
     add("--dry-run", action="store_true", help="describe the run and stop; needs no files")
     add_fields(parser)

@@ -21,8 +21,7 @@ all this with eight tokens. Reading order, for an evening:
     kmeans      online k-means, commitment loss
     routing     who meets whom, attention inside clusters: the paper
     multiprobe  ours: each key in one cluster, each query in several
-    heads       the kinds of head, one row each: local, full, causal, topk, random, multiprobe,
-                dense
+    heads       the kinds of head, one row each: local, full, causal, topk, random, multiprobe
     model       one block, the whole model, forward and backward
     step        one optimizer step, which also moves the centroids
 

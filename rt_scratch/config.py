@@ -50,7 +50,7 @@ class ModelConfig:
                                   "(text; stdlib and own text: 3)", least=1, most=64)
     ngram_rows: int = _field(0, "rows, best a prime number, of a table that the n-gram of the "
                                 "input tokens is looked up in; 0: none (text; stdlib and "
-                                "own text: 5749)", least=0)
+                                "own text: 6763)", least=0)
     ffn: str = _field("geglu", "feed-forward layer", FEED_FORWARDS)
     ffn_width: int = _field(384, "M, hidden width of the feed-forward layer", least=1)
     norm: str = _field("pre", "where LayerNorm stands: x + f(LN(x)) or LN(x + f(x))",
@@ -70,7 +70,7 @@ class ModelConfig:
         (), "layers in which all heads have full causal attention, among routing layers")
     routing: str = _field("causal", "causal: nothing leaks; topk: the paper, membership depends "
                                     "on later tokens; random: control; multiprobe: causal, queries "
-                                    "look into several clusters; dense: one cluster of all tokens",
+                                    "look into several clusters",
                            lambda: (k for k in KINDS if KINDS[k].routes))
     share_qk: bool = _field(True, "routing heads use their queries as keys")
     shift_keys: bool = _field(False, "routing and full heads: the value of a position has the key "
@@ -146,10 +146,6 @@ class ModelConfig:
         """The kinds of head in the model."""
         return {kind for i in range(self.n_layers) for kind, _ in self.layer_heads(i)}
 
-    def slides(self) -> bool:
-        """Whether a head sees all of a window and has learnt nothing of texts longer than T."""
-        return any(KINDS[kind].slides for kind in self.kinds())
-
     def validate(self) -> ModelConfig:
         """Raise UserError on a configuration that cannot run; else return it."""
         _check_fields(self)
@@ -191,10 +187,6 @@ class TrainConfig:
     recompute: bool = _field(False, "store only block inputs and compute the rest again: less "
                                     "memory, the same numbers")
     steps: int = _field(2600, "optimizer steps", least=1)
-    dense_steps: int = _field(
-        0, "steps, from the first, in which routing heads see every earlier token; their centroids "
-           "are then drawn by k-means (stdlib and own text: three quarters of "
-           "--steps)", least=0)
     optimizer: str = _field("muon", "optimizer", OPTIMIZERS)
     lr: float = _field(4e-3, "peak learning rate")
     schedule: str = _field("linear", "linear: linear warm-up, then to 0; cosine: the same, then to "
@@ -230,8 +222,6 @@ class TrainConfig:
         _check_fields(self)
         if not self.lr > 0:
             _fail(f"--lr {self.lr}: must be positive")
-        if self.dense_steps > self.steps:
-            _fail(f"--dense-steps {self.dense_steps}: more than --steps {self.steps}")
         return self
 
 

@@ -154,14 +154,13 @@ def generate(params, centroids, cfg: ModelConfig, n_tokens: int, *, rng, prompt=
     """Yield n_tokens arrays (B,) of token ids, each as soon as it is drawn (NumPy).
 
     prompt (B, n) ids; without one, `batch` texts start from nothing. rng: see `choose`. Full
-    and dense attention have seen no text longer than T, so with such heads each token is drawn from
-    the latest T - 1, which are read again once the text is longer. The other kinds go on without
-    end.
+    attention has seen no text longer than T, so with such heads each token is drawn from the latest
+    T - 1, which are read again once the text is longer. The other kinds go on without end.
     """
     xp = array_module(params["embed"]["table"])
     ids = xp.zeros((batch, 0), "int64") if prompt is None else xp.asarray(prompt)
     capacity = ids.shape[1] + n_tokens + 1
-    slides = cfg.slides() and capacity > cfg.seq_len
+    slides = "full" in cfg.kinds() and capacity > cfg.seq_len
     if slides:
         capacity = cfg.seq_len
         ids = ids[:, max(0, ids.shape[1] - capacity + 1) :]

@@ -29,7 +29,6 @@ def recorded(train_step, model: ModelConfig, train: TrainConfig, xp,
              "scale", train.precision == "fp16"),
             ("not with --precision float64, which has no kernels of ours",
              train.precision == "float64"),
-            ("not with --dense-steps, whose end a graph does not see", train.dense_steps),
             ("not with multiprobe heads, which use products and sorts of CuPy's own",
              "multiprobe" in model.kinds()),
             ("for one process: sums between GPUs have not been tried in a graph", world.size > 1)):

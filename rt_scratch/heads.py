@@ -29,7 +29,6 @@ from rt_scratch.layers import normalize, shift_right, shift_right_backward
 from rt_scratch.multiprobe import MULTIPROBE, best_several
 from rt_scratch.routing import (
     CAUSAL,
-    DENSE,
     MEAN_FLOOR,
     RANDOM,
     TOPK,
@@ -74,7 +73,6 @@ class Kind(NamedTuple):
     fill: Callable
     step: Callable
     keys: Callable         # cfg -> keys that each query is multiplied with, for the cost of a step
-    slides: bool = False   # whether it has learnt nothing of texts longer than T; see decode.py
     far: bool = True       # whether it may see any earlier token; shift_keys is for such kinds
 
     @property
@@ -182,13 +180,9 @@ def local_store(cfg, heads, batch, capacity, xp, dtype):
 
 def full_store(cfg, heads, batch, capacity, xp, dtype):
     """An empty store for every key and value."""
-    return _seen_store(cfg.local_max_distance, cfg, heads, batch, capacity, xp, dtype)
-
-
-def _seen_store(reach, cfg, heads, batch, capacity, xp, dtype):
     kept = batch, heads, capacity, cfg.head_width
     return Seen(xp.zeros(kept, dtype), xp.zeros(kept, dtype),
-                *_empty_rows(reach, capacity, cfg, xp, dtype))
+                *_empty_rows(cfg.local_max_distance, capacity, cfg, xp, dtype))
 
 
 def local_fill(q, k, v, p, context, store, routed):
@@ -199,13 +193,9 @@ def local_fill(q, k, v, p, context, store, routed):
 
 def full_fill(q, k, v, p, context, store, routed):
     """Store the whole prompt."""
-    _fill_seen(k, v, p, store, "local")
-
-
-def _fill_seen(k, v, p, store, family):
     t = k.shape[2]
     store.k[:, :, :t], store.v[:, :, :t] = k, v
-    _fill_rows(store, p, family)
+    _fill_rows(store, p, "local")
 
 
 def local_step(q, k, v, p, context, store, position):
@@ -244,7 +234,7 @@ def _fill_rows(store, p, family):
             rows[...], _ = distance_rows(table, 1 - len(rows), 0)
 
 
-# ------------------------------------------------------- causal, topk, random, multiprobe, dense
+# -------------------------------------------------------------- causal, topk, random, multiprobe
 
 def causal_forward(q, k, v, p, context):
     """Ours: the nearest centroid's W most recent members; logits scaled by D^-1/2."""
@@ -271,13 +261,6 @@ def multiprobe_forward(q, k, v, p, context):
     cfg = context.cfg
     return _routing_forward(q, k, v, p, context, Rule(
         MULTIPROBE, cfg.window, cfg.head_width ** -0.5, n_probes=cfg.n_probes))
-
-
-def dense_forward(q, k, v, p, context):
-    """Ours: every earlier token; there are no clusters, and nothing is told of them."""
-    o, cache, _ = _routing_forward(q, k, v, p, context, Rule(
-        DENSE, q.shape[2], context.cfg.head_width ** -0.5))
-    return o, cache, None
 
 
 def _routing_forward(q, k, v, p, context, rule):
@@ -481,22 +464,6 @@ def topk_step(q, k, v, p, context, store, position):
     return (member[..., None] * o).sum(2) / (member.sum(2) + MEAN_FLOOR)[..., None]
 
 
-def dense_store(cfg, heads, batch, capacity, xp, dtype):
-    """An empty store for every key and value."""
-    return _seen_store(cfg.routing_max_distance, cfg, heads, batch, capacity, xp, dtype)
-
-
-def dense_fill(q, k, v, p, context, store, routed):
-    """Store the whole prompt."""
-    _fill_seen(normalize(q if k is None else k)[0], v, p, store, "routing")
-
-
-def dense_step(q, k, v, p, context, store, position):
-    """One token of `dense_forward`."""
-    q, k = normalize(q)[0], k if k is None else normalize(k)[0]
-    return full_step(q * q.shape[-1] ** -0.5, q if k is None else k, v, p, context, store, position)
-
-
 def _attend_one(q, k, v, rows_k=None, rows_v=None, hidden=None):
     """`attention.attend` for one query: q (..., D), k and v (..., N, D), by age, the newest last.
 
@@ -526,7 +493,7 @@ KINDS = {
         lambda cfg: (cfg.lookback + 1) * cfg.block, far=False),
     "full": Kind(
         "local", None, full_forward, local_backward, full_store, full_fill, full_step,
-        lambda cfg: cfg.seq_len, slides=True),
+        lambda cfg: cfg.seq_len),
     "causal": Kind(
         "routing", CAUSAL, causal_forward, routing_backward, causal_store, causal_fill,
         causal_step, lambda cfg: 3 * -(-cfg.window // 2)),
@@ -540,7 +507,4 @@ KINDS = {
         "routing", MULTIPROBE, multiprobe_forward, routing_backward, causal_store,
         multiprobe_fill, multiprobe_step,
         lambda cfg: 3 * -(-cfg.window // 2) * (min(cfg.n_probes, cfg.n_clusters) + 1)),
-    "dense": Kind(
-        "routing", DENSE, dense_forward, routing_backward, dense_store, dense_fill, dense_step,
-        lambda cfg: cfg.seq_len, slides=True),
 }

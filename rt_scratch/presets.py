@@ -20,9 +20,8 @@ _RELEASED_IMAGE = dict(
     _RELEASED_TEXT, ffn="relu", ffn_width=2048, residual_dropout=0.3, width=1024,
     local_max_distance=0, routing_max_distance=0,
 )
-# Not defaults of config.py: released models look at one token, no n-gram, and route from the start.
-_NGRAM = dict(input_tokens=3, ngram_rows=6763)
-TEXT = dict(input_tokens=3, ngram_rows=5749, routing="multiprobe", share_qk=False, dense_steps=1950)
+# Not defaults of config.py, because the released models do without.
+TEXT = dict(input_tokens=3, ngram_rows=6763, routing="multiprobe", shift_keys=True)
 _SMALL = dict(seq_len=1024, n_clusters=16)  # and the defaults of config.py
 _SMALL_IMAGE = dict(  # a block is one row: it sees the row above
     lr=0.016, init_frequency=2.0, eval_windows=16, eval_every=250)
@@ -37,7 +36,7 @@ PRESETS: dict[str, dict[str, dict]] = {
             _RELEASED_TEXT, seq_len=12288, n_layers=12, width=1024, ffn_width=3072,
             n_local_heads=4, n_routing_heads=4, n_clusters=48, window=256, block=128, lookback=1,
             local_max_distance=257, routing_max_distance=257),
-        "small": dict(_SMALL, **_NGRAM, steps=1800, eval_every=600),
+        "small": dict(_SMALL, **TEXT, steps=1800, eval_every=600),
     },
     "wikitext103": {
         "released": dict(

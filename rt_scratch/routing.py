@@ -7,13 +7,11 @@ Four verbs, in the order of use:
     attend          attention inside clusters (attention.py)
     scatter_mean    bring the results back to their tokens
 
-Four modes form clusters. TOPK is the paper: each centroid takes the W tokens of the whole sequence
+Three modes form clusters. TOPK is the paper: each centroid takes the W tokens of the whole sequence
 nearest to it, so *whether an early token is a member depends on later tokens*: the mask inside the
 cluster hides their content, not their influence on membership. The mode leaks the future. CAUSAL is
 ours: each token joins its nearest centroid and sees the W most recent members, itself included;
-nothing depends on later tokens. RANDOM is CAUSAL with clusters drawn at random. DENSE has one
-cluster that holds every token: training may begin with it, so that queries learn which keys they
-need before clusters keep them apart.
+nothing depends on later tokens. RANDOM is CAUSAL with clusters drawn at random.
 """
 
 from __future__ import annotations
@@ -270,28 +268,6 @@ def sorted_attention_backward(do, cache: SortedCache, n_tokens: int):
     return gather(dq, back), dk, gather(dv, back), drel_k, drel_v
 
 
-def dense_route(q, k, mu, rule: Rule) -> Route:
-    """One cluster for all."""
-    winner = array_module(q).zeros(q.shape[:3], "int64")
-    return Route(winner, winner)
-
-
-DenseCache = namedtuple("DenseCache", "local shared")
-
-
-def dense_attention(q, k, v, rel_k, rel_v, route: Route, rule: Rule, dropped=None):
-    """Every earlier token in sight: `sorted_attention` with one cluster and W = T."""
-    o, cache = local_attention(q, k, v, rel_k, rel_v, q.shape[2], 0, rule.scale, dropped=dropped)
-    none = array_module(q).zeros((), q.dtype)
-    return o, DenseCache(cache, k is q), Coverage(none, none)
-
-
-def dense_attention_backward(do, cache: DenseCache, n_tokens: int):
-    """Gradients of q, k, v, rel_k, rel_v. docs/derivations.md (40)."""
-    dq, dk, *rest = local_attention_backward(do, cache.local)
-    return *((dq + dk, None) if cache.shared else (dq, dk)), *rest
-
-
 @accelerated
 def inverse(order):
     """The inverse of permutations along the last axis."""
@@ -301,7 +277,6 @@ def inverse(order):
 TOPK = Mode(topk_route, topk_attention, topk_attention_backward, learns=True)
 CAUSAL = Mode(causal_route, sorted_attention, sorted_attention_backward, learns=True)
 RANDOM = Mode(random_route, sorted_attention, sorted_attention_backward, learns=False)
-DENSE = Mode(dense_route, dense_attention, dense_attention_backward, learns=False)
 
 
 # ------------------------------------------------------------------------------ gather, scatter

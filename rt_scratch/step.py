@@ -9,7 +9,6 @@ take the same step.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import operator
 from itertools import chain
@@ -58,13 +57,6 @@ class State(NamedTuple):
         return [self.flat, *centroids, *self.optimizer.values()]
 
 
-def model_at(step: int, model: ModelConfig, train: TrainConfig) -> ModelConfig:
-    """The model after that many steps: its routing heads are dense until train.dense_steps."""
-    if not train.dense_steps:  # step may be an array of a GPU (graph.py), and is not read then
-        return model
-    return dataclasses.replace(model, routing="dense") if step < train.dense_steps else model
-
-
 class Part(NamedTuple):
     """Windows of a batch that go through the network together."""
 
@@ -108,7 +100,6 @@ def part_gradient(params, state: State, part: Part, buffer, model: ModelConfig,
     """Fill a buffer with a part's share of the gradient -> (nats, commitment, Report) of the part.
     """
     buffer[...] = 0
-    model = model_at(state.step, model, train)
     (nats, commitment), cache, report = loss(
         params, state.centroids, model, part.ids, part.weights, part.labels,
         Noise(train.seed, state.step, part.first), recompute=train.recompute)
@@ -153,7 +144,7 @@ def train_step(state: State, grads, parts: list[Part], model: ModelConfig, train
     if applied:
         OPTIMIZERS[train.optimizer].update(state.flat, grads, state.optimizer, state.table, lr,
                                            state.step, weight_decay=train.weight_decay)
-        move_centroids(state.centroids, result.memberships, model_at(state.step, model, train))
+        move_centroids(state.centroids, result.memberships, model)
     scale = state.scale.after(applied) if fp16 else state.scale
     return (state._replace(step=state.step + 1, scale=scale),
             Step(result.nats, result.memberships, norm, lr, applied))

@@ -44,7 +44,7 @@ def on_gpu(cupy, value):
 
 
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bf16", "fp16"])
-@pytest.mark.parametrize("routing", ["causal", "topk", "random", "multiprobe", "dense"])
+@pytest.mark.parametrize("routing", ["causal", "topk", "random", "multiprobe"])
 def test_gradients(cupy, routing, precision):
     """One step: the same loss and gradient as on the CPU, within the precision; twice the same."""
     cfg = dataclasses.replace(SMALL, width=24, routing=routing, timing_signal=True)
@@ -68,7 +68,7 @@ def test_gradients(cupy, routing, precision):
     np.testing.assert_array_equal(ends[0][1], ends[1][1])
 
 
-@pytest.mark.parametrize("routing", ["causal", "topk", "multiprobe", "dense"])
+@pytest.mark.parametrize("routing", ["causal", "topk", "multiprobe"])
 def test_decoding(cupy, routing):
     m = setup(dataclasses.replace(SMALL, routing=routing, timing_signal=True), dtype="float32")
     logits = []
@@ -89,7 +89,7 @@ def test_cuda_graph(cupy, tmp_path, routing, flags):
     text.write_bytes(bytes(range(97, 117)) * 200)
     for name in ("--cuda-graph", "--no-cuda-graph"):
         train.main([str(text), *SMALL_RUN, "--device", "cuda", "--routing", routing, name, *flags,
-                    "--dense-steps", "0", "--residual-dropout", "0.1", "--attention-dropout",
+                    "--residual-dropout", "0.1", "--attention-dropout",
                     "0.1", "--target-dropout", "0.1", "--out", str(tmp_path / name)])
     a, b = (np.load(tmp_path / x / "last.npz") for x in ("--cuda-graph", "--no-cuda-graph"))
     for key in a.files:

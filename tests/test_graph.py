@@ -183,7 +183,6 @@ def test_an_error_while_recording_is_told(monkeypatch):
     ("causal", {"precision": "fp16"}, 1, "not with --precision fp16: the host reads every"),
     ("causal", {"precision": "float64"}, 1, "not with --precision float64"),
     ("multiprobe", {}, 1, "not with multiprobe heads"),
-    ("causal", {"dense_steps": 9}, 1, "not with --dense-steps"),
     ("causal", {}, 2, "for one process")])
 def test_what_cannot_be_recorded(name, settings, size, why):
     world = World()

@@ -68,7 +68,7 @@ def test_shifted_keys_are_those_of_the_position_before(share_qk):
 # What a kind sees: a query (last position) with one key per token. Values are the unit vectors, so
 # that the output shows the weights; every key of a routing head is its query.
 SCALE = {"local": 1.0, "full": 1.0, "causal": 5 ** -0.5, "topk": 1.0, "random": 5 ** -0.5,
-         "multiprobe": 5 ** -0.5, "dense": 5 ** -0.5}
+         "multiprobe": 5 ** -0.5}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -85,7 +85,6 @@ def test_what_a_kind_computes(name):
     o, _, routed = kind.forward(q, k, v, {}, Context(cfg, 0, mu))
     if kind.routes:
         q, k = normalize(q)[0], normalize(k)[0]
-    if kind.routes and name != "dense":
         assert (routed.route.winner == 0).all() and routed.membership.counts.sum() in (t, 2 * t)
     else:
         assert routed is None

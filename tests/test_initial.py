@@ -14,7 +14,7 @@ from rt_scratch.layers import layer_norm, normalize, shift_right
 from rt_scratch.model import embed, project
 from rt_scratch.parameters import views
 from rt_scratch.run import initial, options
-from rt_scratch.run.checkpoint import load_model, read_state, restore
+from rt_scratch.run.checkpoint import read_state, restore
 from rt_scratch.run.initial import initial_state
 from rt_scratch.run.options import plan_run
 
@@ -133,90 +133,6 @@ def test_it_goes_on_and_resumes(source, text, tmp_path):  # noqa: F811
         np.testing.assert_array_equal(x[name], y[name])
     assert "best.npz, step" in (b / "config.json").read_text()
     assert float(rows(a)[0]["nats"]) < float(rows(source)[0]["nats"]) - 0.01
-
-
-DENSE = ["--n-clusters", "3", "--dense-steps", "3", "--log-every", "1"]
-
-
-def dense_start(text, out, *flags):  # noqa: F811
-    train.main([str(text), "--out", str(out), *TINY, *OWN_KEYS, *DENSE, "--steps", "6", *flags])
-
-
-def test_a_dense_start(text, tmp_path, capsys):  # noqa: F811
-    """The steps before its end are those of dense heads; then centroids are drawn; the best score
-    is one of the model that routes; and a run stopped before or after goes on exactly."""
-    dense_start(text, tmp_path / "whole")
-    told = capsys.readouterr().out
-    assert "dense for the first 3 steps" in told
-    assert "step 3: routing heads are multiprobe from here on; centroids: the best of 16" in told
-    train.main([str(text), "--out", str(tmp_path / "dense"), *TINY, *OWN_KEYS, "--n-clusters", "3",
-                "--routing", "dense", "--log-every", "1", "--steps", "6"])
-    logs = [[row["nats"] for row in rows(tmp_path / name)
-             if row["split"] == "train"] for name in ("whole", "dense")]
-    assert logs[0][:3] == logs[1][:3] and logs[0][3:] != logs[1][3:]
-    for stop in ("2", "3", "4"):
-        out = tmp_path / stop
-        dense_start(text, out, "--stop-after", stop)
-        drawn = np.load(out / "last.npz")["centroids.0.count"].sum(-1)
-        assert (np.isclose(drawn, 2 * 2 * 16) == (stop != "2")).all()
-        train.main(["--resume", "--out", str(out), "--device", "cpu"])
-        a, b = (np.load(folder / "last.npz") for folder in (tmp_path / "whole", out))
-        for name in ("params", "centroids.0.mu", "centroids.1.count"):
-            np.testing.assert_array_equal(a[name], b[name], f"{stop} {name}")
-
-
-def test_scores_of_a_dense_start_are_not_those_of_the_run(text, tmp_path, capsys):  # noqa: F811
-    """However low they are: the checkpoint that counts is of the model that was asked for. One from
-    before the end of the start is dense, whoever reads it."""
-    flags = ["--eval-every", "1", "--eval-windows", "2", "--lr", "1e-9"]
-    dense_start(text, tmp_path / "a", *flags, "--stop-after", "2")
-    saved = read_state(tmp_path / "a" / "best.npz")
-    assert saved.model.routing == "multiprobe" and saved.progress.best < np.inf
-    assert load_model(tmp_path / "a", np).model.routing == "dense"
-    capsys.readouterr()
-    train.main(["--out", str(tmp_path / "a"), "--evaluate", "valid", "--eval-windows", "2"])
-    assert "routing dense" in capsys.readouterr().out
-    train.main(["--resume", "--out", str(tmp_path / "a"), "--device", "cpu"])
-    best = read_state(tmp_path / "a" / "best.npz")
-    scores = {int(r["step"]): float(r["nats"]) for r in rows(tmp_path / "a")
-              if r["split"] == "valid"}
-    assert best.step >= 3 and best.progress.best == min(scores[i] for i in (3, 4, 5, 6))
-    assert load_model(tmp_path / "a", np).model.routing == "multiprobe"
-
-
-def test_from_a_dense_start(text, tmp_path, capsys):  # noqa: F811
-    """--init-from draws the centroids, which that run has not, unless it begins dense itself."""
-    dense_start(text, tmp_path / "a", "--stop-after", "2")
-    flags = [text, "--init-from", tmp_path / "a", "--out", tmp_path / "b", "--batch", "2"]
-    _, state = started(flags)
-    assert "centroids of layers 0, 1: the best of 16 draws" in capsys.readouterr().out
-    np.testing.assert_array_equal(state.centroids[0].count.sum(-1), 2 * 2 * 16)
-    started([*flags, "--dense-steps", "2"])
-    assert "k-means" not in capsys.readouterr().out
-
-
-def test_random_clusters_are_not_drawn_by_k_means(text, tmp_path, capsys):  # noqa: F811
-    train.main([str(text), "--out", str(tmp_path / "a"), *TINY, "--routing", "random", *DENSE,
-                "--steps", "6"])
-    assert "step 3: routing heads are random from here on\n" in capsys.readouterr().out
-
-
-def test_a_dense_start_longer_than_the_run(text, tmp_path):  # noqa: F811
-    assert "--dense-steps 7: more than --steps 6" in fails(
-        text, "--out", tmp_path / "a", *TINY, "--dense-steps", "7", "--steps", "6")
-
-
-@pytest.mark.parametrize("stop, dense, wrong", [
-    (2, 2, True), (2, 4, False), (3, 4, True), (4, 3, False), (4, 1, False), (4, 5, True)])
-def test_another_dense_start_on_the_way(text, tmp_path, stop, dense, wrong):  # noqa: F811
-    """Can be had while the steps done so far would have been the same."""
-    dense_start(text, tmp_path / "a", "--stop-after", str(stop))
-    flags = ["--resume", "--device", "cpu", "--out", str(tmp_path / "a"), "--dense-steps",
-             str(dense)]
-    if wrong:
-        assert f"--dense-steps {dense}: after step {stop} it is too late" in fails(*flags)
-    else:
-        train.main(flags)
 
 
 def test_other_data(source, tmp_path):

@@ -31,12 +31,11 @@ ROOT = Path(__file__).parent.parent
 KINDS = {
     "causal": [], "topk": ["--routing", "topk"], "random": ["--routing", "random"],
     "multiprobe": ["--routing", "multiprobe", "--no-share-qk"],
-    "dense start": ["--routing", "multiprobe", "--no-share-qk", "--dense-steps", "4"],
     "local": ["--attention", "local"], "full": ["--attention", "full"],
 }
 TINY = ("--device cpu --seq-len 60 --n-layers 2 --width 16 --ffn-width 8 --window 6 --block 4 "
         "--n-clusters 3 --local-max-distance 3 --routing-max-distance 3 --batch 2 --warmup 2 "
-        "--routing causal --share-qk --dense-steps 0 "
+        "--routing causal --no-shift-keys "
         "--eval-windows 3 --log-every 1 --steps 6 --eval-every 3").split()
 LINES = "".join(f"line {i}: the <b>quick</b> fox, caf\xe9 {i * i % 97}\n" for i in range(120))
 

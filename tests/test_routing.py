@@ -20,7 +20,6 @@ from rt_scratch.kmeans import nearest
 from rt_scratch.layers import normalize
 from rt_scratch.routing import (
     CAUSAL,
-    DENSE,
     MEAN_FLOOR,
     RANDOM,
     TOPK,
@@ -37,7 +36,7 @@ from rt_scratch.routing import (
 )
 
 EXACT = dict(rtol=1e-11, atol=1e-12)
-modes = st.sampled_from([CAUSAL, TOPK, RANDOM, DENSE])
+modes = st.sampled_from([CAUSAL, TOPK, RANDOM])
 windows = st.sampled_from([1, 2, 3, 8, 50])
 
 
@@ -194,20 +193,6 @@ def test_topk_against_loops(seed, t, k, window, d, reach, shared, causal):
     np.testing.assert_allclose(membership.several, several / (4 * t))
     own = [((x - mu[np.arange(2)[:, None], nearest(x, mu)]) ** 2).mean() for x in (qn, kn)]
     np.testing.assert_allclose(loss, sum(own), **EXACT)
-
-
-@given(seeds, lengths, windows, widths, reaches, st.booleans())
-def test_dense_is_causal_with_one_cluster_that_holds_all(seed, t, window, d, reach, shared):
-    """Whatever W is; but its centroids stay, and nothing pulls towards them."""
-    rng, q, key, v, mu = routing_inputs(seed, t, d, 1)
-    args, ends = (q, None if shared else key, v, *tables(rng, reach, d)), []
-    for mode, width in ((DENSE, window), (CAUSAL, t)):
-        (o, loss), cache, *_ = routing_attention(*args, mu, Rule(mode, width, 0.5))
-        ends.append((o, *routing_attention_backward(np.cos(o), 0, cache)))
-        assert (loss == 0) == (mode is DENSE)
-    for a, b in zip(*ends, strict=True):
-        if b is not None:
-            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("mode", [CAUSAL, TOPK])

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 
 TINY = ("--device cpu --seq-len 16 --n-layers 2 --width 16 --ffn-width 8 --window 4 --block 4 "
         "--n-clusters 3 --local-max-distance 3 --routing-max-distance 3 --batch 2 --warmup 2 "
-        "--routing causal --share-qk --dense-steps 0 "
+        "--routing causal --no-shift-keys "
         "--optimizer adamw --lr 3e-3 --schedule cosine --init-out-scale 1 "
         "--eval-windows 3 --log-every 1 --steps 6 --eval-every 3").split()
 

@@ -64,22 +64,6 @@ def test_the_same_bits_as_threads(three_cores, routing, batch, accumulate, parts
                 np.testing.assert_array_equal(x, y)
 
 
-def test_a_dense_start(three_cores):
-    """Workers, too, have clusters from the step on at which it ends; there are none before."""
-    m = setup(dataclasses.replace(SMALL, routing="multiprobe"), batch=3)
-    train = TrainConfig(batch=3, parts=3, lr=0.01, dense_steps=2)
-    state, told = steps(m, train, 4, train_step, *fresh(m, train))
-    dense = m._replace(cfg=dataclasses.replace(m.cfg, routing="dense"))
-    _, begun = steps(dense, train, 2, train_step, *fresh(m, train))
-    assert [nats for nats, *_ in told[:2]] == [nats for nats, *_ in begun]
-    assert [bool(memberships) for *_, memberships in told] == [False, False, True, True]
-    first, grads = fresh(m, train)
-    with workers.hired(train_step, first, m.cfg, train, np, SINGLE) as (own, step_once):
-        after, same = steps(m, train, 4, step_once, own, grads)
-    np.testing.assert_array_equal(state.flat, after.flat)
-    assert [nats for nats, *_ in told] == [nats for nats, *_ in same]
-
-
 @pytest.mark.parametrize("why, changes, world, cores", [
     ("one part", dict(parts=1), SINGLE, 3), ("one window", dict(batch=1), SINGLE, 3),
     ("one core", {}, SINGLE, 1), ("several processes", {}, None, 3)])

@@ -66,10 +66,10 @@ class Study(NamedTuple):
         print(text)
 
     def flags(self):
-        """Of train.py for the text models: the defaults, but causal routing from the first step on,
-        with queries as keys; K W = T.
+        """Of train.py for the text models: the defaults, but causal routing without shifted keys;
+        K W = T.
         """
-        paper = ["--routing", "causal", "--dense-steps", 0, "--share-qk", "--seq-len", self.seq_len]
+        paper = ["--routing", "causal", "--no-shift-keys", "--seq-len", self.seq_len]
         if self.quick:
             return [*paper, "--window", 32, "--n-clusters", self.seq_len // 32, "--width", 16,
                     "--ffn-width", 16, "--n-layers", 2]

@@ -15,19 +15,19 @@ from rt_scratch.heads import KINDS
 
 COLUMNS = ("measurement", "dataset", "kind", "round", "steps_per_s", "peak_mib", "load")
 BASE = "local"
-START = ", dense start"
+SHIFTED = ", shifted keys"
 
 
-def kind_flags(kind, steps=0):
-    """Flags of train.py for a model whose heads that can route are of this kind, of `steps` steps.
+def contenders():
+    """The kinds of head, without and, where they may see far, with shifted keys."""
+    return [*KINDS, *(name + SHIFTED for name in KINDS if KINDS[name].far)]
 
-    Dense heads have keys of their own, with which they learn faster. A dense start takes three
-    quarters of the steps.
-    """
-    name = kind.removesuffix(START)
-    own = ["--no-share-qk"] if name == "dense" or name != kind else []
-    start = ["--dense-steps", 3 * steps // 4] if name != kind else []
-    return ["--routing" if KINDS[name].routes else "--attention", name, *own, *start]
+
+def kind_flags(kind):
+    """Flags of train.py for a model whose heads that can route are of this kind."""
+    name = kind.removesuffix(SHIFTED)
+    return ["--routing" if KINDS[name].routes else "--attention", name,
+            *(["--shift-keys"] if name != kind else [])]
 
 
 def measure(flags, n_steps, n_threads, cpu_time):
@@ -44,11 +44,11 @@ def rates(study):
     log = study.log("throughput", COLUMNS)
     own = []
     for turn in range(study.rounds):
-        for kind in KINDS:
+        for kind in contenders():
             name = f"{study.dataset}/{kind}/{turn}"
             own.append(log.row(name, lambda kind=kind, turn=turn: one(study, kind, turn)))
     return {kind: statistics.median(r["steps_per_s"] for r in own if r["kind"] == kind)
-            for kind in KINDS}
+            for kind in contenders()}
 
 
 def one(study, kind, turn):
@@ -67,7 +67,7 @@ def run(study):
     text = [f"# Throughput\n\n{study.head}\n{__doc__}"]
     for dataset in dict.fromkeys(r["dataset"] for r in rows):
         of = {kind: [r for r in rows if (r["dataset"], r["kind"]) == (dataset, kind)]
-              for kind in KINDS}
+              for kind in contenders()}
         speed = {kind: statistics.median(r["steps_per_s"] for r in own)
                  for kind, own in of.items() if own}
         loads = [r["load"] for r in rows if r["dataset"] == dataset]

@@ -3,10 +3,8 @@
 Equal time: a kind trains for as many steps as it takes in the time of the `causal` run, by the
 side-by-side speeds of throughput.csv, with a schedule of its own length. Scores are of the
 validation split; `topk` is scored in one pass, which sees ahead, and token by token, the same
-windows both times. With a dense start (three quarters of the steps) and with `dense` heads, keys
-have projections of their own; without, they are queries, as in the paper. A difference is called
-one only when the means are farther apart than the larger of the two spreads (largest - smallest
-over the seeds); one seed decides nothing.
+windows both times. A difference is called one only when the means are farther apart than the larger
+of the two spreads (largest - smallest over the seeds); one seed decides nothing.
 """
 
 from common import table
@@ -14,7 +12,7 @@ from common import table
 from rt_scratch.heads import KINDS
 from studies import RUN_COLUMNS, mean_spread, score, trained, verdict
 from studies.lookahead import gap
-from studies.throughput import START, kind_flags, rates
+from studies.throughput import SHIFTED, contenders, kind_flags, rates
 
 COLUMNS = (*RUN_COLUMNS, "time", "recipe", "ahead", "ahead_error")
 BASE = "causal"
@@ -33,9 +31,6 @@ def run(study):
         one(study, log, kind, study.steps, 0, "steps", "adamw")
     write(study, log.rows)
     speed = rates(study)
-    for kind in contenders():
-        if kind not in speed:  # three quarters of its steps are those of dense heads
-            speed[kind] = 4 / (3 / speed["dense"] + 1 / speed[kind.removesuffix(START)])
     for seed in range(study.seeds):
         for kind in contenders():
             if kind != BASE:
@@ -44,20 +39,14 @@ def run(study):
         write(study, log.rows)
 
 
-def contenders():
-    """The kinds of head, and those that a dense start is tried with."""
-    return [*KINDS, *(kind + START for kind in ("causal", "topk", "multiprobe")
-                      if {kind, "dense"} <= KINDS.keys())]
-
-
 def one(study, log, kind, steps, seed, time, recipe="default"):
     """The row of one run."""
-    label = kind.replace(START, "+dense")
+    label = kind.replace(SHIFTED, "+shift")
     name = f"{study.dataset}-{label}-{recipe}-{time}{steps}-seed{seed}"
 
     def measure():
         folder = trained(study, name, [
-            study.text, *study.flags(), *kind_flags(kind, steps), "--steps", steps, "--seed", seed,
+            study.text, *study.flags(), *kind_flags(kind), "--steps", steps, "--seed", seed,
             "--seed-random", seed, "--eval-every", 0, "--eval-windows", 16,
             *(ADAMW if recipe == "adamw" else [])])
         row = {"dataset": study.dataset, "kind": kind, "steps": steps, "seed": seed, "time": time,

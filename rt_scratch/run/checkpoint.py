@@ -26,7 +26,7 @@ from rt_scratch.optim import OPTIMIZERS, LossScale
 from rt_scratch.parameters import parameter_table
 from rt_scratch.run.costs import check_memory
 from rt_scratch.run.folder import RunFolder, whole
-from rt_scratch.step import State, Step, model_at
+from rt_scratch.step import State, Step
 
 VERSION = 1
 OTHER_COPY = "copy best.npz or a backup over it, or train again"
@@ -280,8 +280,7 @@ def restore(saved: Saved, xp, for_training: bool = False) -> tuple[State, Progre
 def load_model(folder: Path, xp, name: str | None = None) -> Loaded:
     """The checkpoint of a run folder to sample from or to score: `name`, else the best."""
     saved = read_state(folder / name if name else best_checkpoint(folder))
-    return Loaded(*restore(saved, xp), saved.config, model_at(saved.step, saved.model, saved.train),
-                  saved.train)
+    return Loaded(*restore(saved, xp), saved.config, saved.model, saved.train)
 
 
 def best_checkpoint(folder: Path) -> Path:

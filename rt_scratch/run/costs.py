@@ -28,8 +28,6 @@ def describe(device: str, plan) -> str:
     if not routed:
         heads = f"{model.n_heads} heads, {mode(model)}"
     where = f", routing in {routed} of them" if 0 < routed < model.n_layers else ""
-    if routed and train.dense_steps:
-        where += f", dense for the first {train.dense_steps:,} steps"
     return (f"device: {device}\n"
             f"model: {n_parameters(model):,} parameters, {model.n_layers} layers of "
             f"{heads}{where}\n"

@@ -9,13 +9,13 @@ from rt_scratch.console import say
 from rt_scratch.data.batches import training_batch
 from rt_scratch.dispatch import array_module
 from rt_scratch.errors import UserError
-from rt_scratch.heads import KINDS, parts
+from rt_scratch.heads import parts
 from rt_scratch.kmeans import Centroids, seeded_centroids
 from rt_scratch.layers import layer_norm, normalize, shift_right
 from rt_scratch.model import block, embed, loss, mu_of, project, target_weights
 from rt_scratch.parameters import parameter_table
 from rt_scratch.run.checkpoint import Progress, Saved, restore
-from rt_scratch.step import State, model_at, new_state
+from rt_scratch.step import State, new_state
 
 DRAWS = 16  # of centroids, see `drawn_centroids`
 
@@ -26,21 +26,6 @@ def initial_state(plan, xp, for_training: bool) -> tuple[State, Progress]:
         return restore(plan.saved, xp, for_training)
     state = new_state(plan.model, plan.train, xp)
     return (state if plan.source is None else taken_over(state, plan, xp)), Progress()
-
-
-def end_dense_start(state: State, plan, ids, labels) -> str:
-    """Draw the centroids of a model whose routing heads were dense up to this step, in place.
-
-    ids (N, T) and labels (N,) are those of the step. Returns a line that says so.
-    """
-    if not KINDS[plan.model.routing].mode.learns:
-        return f"step {state.step}: routing heads are {plan.model.routing} from here on"
-    found = _draw(state, model_at(state.step - 1, plan.model, plan.train), plan, ids, labels)
-    for i, centroids in state.centroids.items():
-        for own, new in zip(centroids, found[i], strict=True):
-            own[...] = new
-    return (f"step {state.step}: routing heads are {plan.model.routing} from here on; centroids: "
-            f"the best of {DRAWS} draws of k-means")
 
 
 def check_shapes(saved: Saved, model: ModelConfig) -> None:
@@ -57,36 +42,27 @@ def check_shapes(saved: Saved, model: ModelConfig) -> None:
 def taken_over(state: State, plan, xp) -> State:
     """A fresh state with parameters and centroids of the run plan.source.
 
-    Centroids that it has not, or of another shape, as with --n-clusters, are drawn from the vectors
-    of the first batch.
+    Centroids whose shape has changed, as with --n-clusters, are drawn from the vectors of the
+    first batch.
     """
     model, train = plan.model, plan.train
     before, _ = restore(plan.source, xp)
-    earlier = model_at(before.step, plan.source.model, plan.source.train)
     state.flat[...] = before.flat.astype(state.flat.dtype)
     centroids = {i: Centroids(*(a.astype(state.flat.dtype) for a in before.centroids[i]))
                  for i, c in state.centroids.items()
-                 if i in before.centroids and before.centroids[i].mu.shape == c.mu.shape
-                 and KINDS[earlier.routing].mode.learns}
-    drawn = sorted(state.centroids.keys() - centroids.keys()) if KINDS[
-        model_at(0, model, train).routing].mode.learns else []
+                 if i in before.centroids and before.centroids[i].mu.shape == c.mu.shape}
+    drawn = sorted(state.centroids.keys() - centroids.keys())
     if drawn:
         ids, labels = training_batch(plan.dataset, model.seq_len, train.batch * train.accumulate,
                                      train.seed, 0, 0)
-        centroids = _draw(before, earlier, plan, ids, labels, centroids)
+        ids, labels = xp.asarray(ids), None if labels is None else xp.asarray(labels)
+        weights = target_weights(model, ids, train.dtype)
+        centroids = drawn_centroids(before, plan.source.model, model, ids, weights / weights.sum(),
+                                    train.seed, labels, centroids)
     say(f"parameters: {plan.source.path}, step {before.step}" + (
         f"; centroids of layers {', '.join(map(str, drawn))}: the best of {DRAWS} draws of k-means"
         if drawn else ""))
-    return state._replace(centroids=state.centroids | centroids)
-
-
-def _draw(state, before, plan, ids, labels, kept=None):
-    """`drawn_centroids` for the model of a plan, from windows of its data."""
-    xp = array_module(state.flat)
-    ids, labels = xp.asarray(ids), None if labels is None else xp.asarray(labels)
-    weights = target_weights(plan.model, ids, plan.train.dtype)
-    return drawn_centroids(state, before, plan.model, ids, weights / weights.sum(), plan.train.seed,
-                           labels, kept)
+    return state._replace(centroids=centroids)
 
 
 def drawn_centroids(state: State, before: ModelConfig, after: ModelConfig, ids, weights, seed: int,

@@ -107,10 +107,6 @@ def _new(args, given):
         source = read_state(_checkpoint(args.init_from, args.checkpoint))
         codec, seq_len = data.given_codec(source.config, args.init_from), source.model.seq_len
         values |= {f.name: getattr(source.model, f.name) for f in dataclasses.fields(ModelConfig)}
-        values["dense_steps"] = 0  # it has learnt already
-    if dense := values.get("dense_steps"):
-        usual = values.get("steps", TrainConfig.steps)
-        values["dense_steps"] = dense * given.get("steps", usual) // usual
     values |= given
     vocab_size = values.pop("vocab_size", 0)
     known = not args.dry_run or data.present(name, location)
@@ -160,9 +156,6 @@ def _saved(args, given):
                     for old in (saved.model, saved.train))
     train.validate()
     check_matches(saved.model, model, str(path))
-    if len({saved.step < t.dense_steps for t in (saved.train, train)}) > 1:
-        raise UserError(f"--dense-steps {train.dense_steps}: after step {saved.step} it is too "
-                        f"late to change from {saved.train.dense_steps}")
     for field in ("dtype",) if args.evaluate else ("dtype", "optimizer"):
         old, new = getattr(saved.train, field), getattr(train, field)
         if old != new:
