@@ -1,20 +1,15 @@
 """Can a head find, by content alone, the one earlier token that it needs?
 
     python benchmarks/recall.py                    every piece of PIECES that is not in OUT yet
-    python benchmarks/recall.py --only multiprobe  those whose names begin so
+    python benchmarks/recall.py --only shifted     those whose names begin so
     python benchmarks/recall.py --seed 1 --out runs/recall
 
 Multi-query associative recall (Arora et al. 2023): n pairs `key value`, then filler in which each
 key stands once more, followed by its value. Those values alone are scored; guessing among the
 values of the sequence gives 1 / n. Two layers of one local and one routing head, or of two heads
-without routing; C 64, V 32.
-
-`multiprobe` is trained in three phases. With one cluster on sequences of 64 tokens, until it
-recalls (mean loss of 50 steps below LEARNT), then on sequences of 256, so that attention finds the
-key among more of them. Then k-means on queries and keys of one batch splits the cluster, and
-training goes on with a fresh optimizer and a low rate at the length that is wanted. Each piece adds
-a line to OUT/results.jsonl; the phases with one cluster are kept in OUT, for all pieces. Stop it
-whenever you like: the next call begins the piece that it was at again.
+without routing; C 64, V 32. Every piece is trained from scratch, on the length that it is scored
+at. "Shifted": with --shift-keys. Each piece adds a line to OUT/results.jsonl. Stop it whenever you
+like: the next call begins the piece that it was at again.
 """
 
 import argparse
@@ -26,34 +21,32 @@ from pathlib import Path
 import numpy as np
 
 from rt_scratch import ModelConfig, TrainConfig, logits, new_state, select_device, train_step
-from rt_scratch.run.folder import whole
-from rt_scratch.run.initial import drawn_centroids
 from rt_scratch.step import Part
 from rt_scratch.threads import limit
 
-VOCAB, LEARNT = 32, 0.03
-SHORT = dict(seq_len=64, n_clusters=4, window=16)
+VOCAB = 32
 MODEL = ModelConfig(
     vocab_size=VOCAB, n_layers=2, width=64, ffn_width=64, n_local_heads=1, n_routing_heads=1,
-    block=8, lookback=1, routing_max_distance=0, init_out_scale=1.0, **SHORT)
-FIRST = TrainConfig(optimizer="adamw", lr=3e-3, schedule="constant", warmup=50, steps=1500,
-                    batch=32, parts=1)
-STRETCH = replace(FIRST, lr=1e-3, schedule="cosine", steps=120, batch=8)
-LAST = replace(STRETCH, lr=1e-4)
-STRETCHED = 256  # tokens
-OWN = dict(routing="multiprobe", share_qk=False)
-PIECES = {  # name: (fields of the model, pairs, steps of the last phase, batch)
-    **{name: (changes, 8, 1000, 32) for name, changes in {  # from scratch
+    block=8, lookback=1, routing_max_distance=0, init_out_scale=1.0, seq_len=64, n_clusters=4,
+    window=16)
+TRAIN = TrainConfig(optimizer="adamw", lr=3e-3, schedule="cosine", warmup=50, parts=1)
+SHIFTED = dict(shift_keys=True)
+MULTI = dict(routing="multiprobe")
+LONG = {256: dict(seq_len=256, n_clusters=16), 1024: dict(seq_len=1024, n_clusters=16, window=64)}
+PIECES = {  # name: (fields of the model, pairs, steps, batch)
+    **{name: (changes, 8, 1000, 32) for name, changes in {
         "full": dict(attention="full"), "local": dict(attention="local"),
         "causal": dict(routing="causal"), "causal, own keys": dict(share_qk=False),
         "topk": dict(routing="topk"), "random": dict(routing="random"),
-        "scratch multiprobe": OWN}.items()},
-    "multiprobe, T 64": (OWN | dict(seq_len=64, n_clusters=8, window=8), 8, 120, 32),
-    "multiprobe, T 256": (OWN | dict(seq_len=256, n_clusters=16, window=16), 14, 120, 8),
-    "multiprobe, T 1024": (OWN | dict(seq_len=1024, n_clusters=16, window=64), 14, 60, 8),
-    "one probe, T 256": (OWN | dict(seq_len=256, n_clusters=16, window=16, n_probes=1), 14, 120, 8),
-    "one probe, W 32, T 256": (  # as many keys as two probes read with half the window
-        OWN | dict(seq_len=256, n_clusters=16, window=32, n_probes=1), 14, 120, 8),
+        "multiprobe": MULTI, "multiprobe, own keys": MULTI | dict(share_qk=False),
+        "shifted full": SHIFTED | dict(attention="full"), "shifted topk": SHIFTED | dict(
+            routing="topk"), "shifted random": SHIFTED | dict(routing="random"),
+        "shifted multiprobe": SHIFTED | MULTI,
+        "shifted multiprobe, one probe": SHIFTED | MULTI | dict(n_probes=1),
+        "shifted multiprobe, own keys": SHIFTED | MULTI | dict(share_qk=False)}.items()},
+    **{f"shifted multiprobe{', one probe' * (r == 1)}, T {t}": (
+        SHIFTED | MULTI | LONG[t] | dict(n_probes=r), 14, steps, 2048 // t)
+       for t, steps in ((256, 1000), (1024, 1000)) for r in (2, 1)},
 }
 
 
@@ -97,72 +90,30 @@ def accuracy(state, model: ModelConfig, pairs: int, seed: int = 10 ** 6):
         for i in range(4)]
 
 
-def fit(state, model, train, pairs, rng, learnt=0.0):
-    """Train for train.steps steps, or until the mean loss of 50 is below `learnt` -> (state, loss).
-    """
-    grads, losses = np.empty_like(state.flat), []
-    while len(losses) < train.steps and not (len(losses) >= 50 and np.mean(losses[-50:]) < learnt):
-        ids, weights = batch_of(rng, train.batch, model.seq_len, pairs)
-        state, told = train_step(state, grads, [Part(ids, None, weights, 0, 1.0)], model, train)
-        losses.append(float(told.nats))
-        if len(losses) % 50 == 0:
-            print(f"  step {len(losses)}: loss {np.mean(losses[-50:]):.3f}", flush=True)
-    return state, float(np.mean(losses[-50:]))
-
-
-def one_cluster(folder: Path, seed: int):
-    """The model with one cluster after both of its phases and its state, trained now or earlier."""
-    short = replace(MODEL, n_clusters=1, window=64, **OWN).validate()
-    model = replace(short, seq_len=STRETCHED, window=STRETCHED).validate()
-    rng, file = np.random.default_rng(seed), folder / f"one-cluster-{seed}.npy"
-    train = replace(FIRST, seed=seed)
-    state = new_state(short, train, np)
-    if file.exists():
-        state.flat[...] = np.load(file, allow_pickle=False)
-        return model, state
-    state, loss = fit(state, short, train, 8, rng, LEARNT)
-    print(f"T {short.seq_len}: {state.step} steps, loss {loss:.3f}, accuracy and that of quarters: "
-          f"{accuracy(state, short, 8)}", flush=True)
-    train = replace(STRETCH, seed=seed)
-    state = new_state(model, train, np)._replace(flat=state.flat)
-    state, loss = fit(state, model, train, 14, rng)
-    print(f"T {STRETCHED}: loss {loss:.3f}, accuracy and that of quarters: "
-          f"{accuracy(state, model, 14)}", flush=True)
-    with whole(file) as kept:
-        np.save(kept, state.flat)
-    return model, state
-
-
-def piece(name: str, folder: Path, seed: int) -> dict:
+def piece(name: str, seed: int) -> dict:
     """Train and score one row of PIECES."""
     changes, pairs, steps, batch = PIECES[name]
     model = replace(MODEL, **changes).validate()
-    rng, started = np.random.default_rng([seed, 1]), time.time()
-    train = replace(LAST, steps=steps, batch=batch, seed=seed)
-    told = {"name": name, "seed": seed, "T": model.seq_len, "K": model.n_clusters,
-            "W": model.window, "pairs": pairs}
-    if name.startswith(("multiprobe", "one probe")):
-        before, first = one_cluster(folder, seed)
-        told["one cluster"], _ = accuracy(first, replace(
-            before, seq_len=model.seq_len, window=model.seq_len), pairs)
-        state = new_state(model, train, np)
-        state.flat[...] = first.flat
-        ids, weights = batch_of(rng, 2 * STRETCH.batch, STRETCHED, pairs)
-        state = state._replace(centroids=drawn_centroids(
-            first, before, replace(model, seq_len=STRETCHED, window=(
-                model.window * STRETCHED // model.seq_len)), ids, weights, seed))
-        told["after the split"], _ = accuracy(state, model, pairs)
-    else:
-        train = replace(train, lr=FIRST.lr)
-        state = new_state(model, train, np)
-    state, told["loss"] = fit(state, model, train, pairs, rng)
-    told["accuracy"], told["by distance"] = accuracy(state, model, pairs)
-    told["other pairs"] = {n: accuracy(state, model, n)[0] for n in (4, 8, 15)
-                           if n != pairs and 4 * n <= model.seq_len}
-    told["other T"] = {t: accuracy(state, replace(model, seq_len=t, window=max(
-        1, model.window * t // model.seq_len)), min(pairs, t // 4))[0]  # the same K W / T
-        for t in (64, 256, 1024) if t != model.seq_len}
-    return told | {"seconds": round(time.time() - started)}
+    train = replace(TRAIN, steps=steps, batch=batch, seed=seed).validate()
+    rng, started, losses = np.random.default_rng([seed, 1]), time.time(), []
+    state = new_state(model, train, np)
+    grads = np.empty_like(state.flat)
+    for i in range(1, steps + 1):
+        ids, weights = batch_of(rng, batch, model.seq_len, pairs)
+        state, told = train_step(state, grads, [Part(ids, None, weights, 0, 1.0)], model, train)
+        losses.append(float(told.nats))
+        if i % 50 == 0:
+            print(f"  step {i}: loss {np.mean(losses[-50:]):.3f}", flush=True)
+    right, by_distance = accuracy(state, model, pairs)
+    return {"name": name, "seed": seed, "T": model.seq_len, "K": model.n_clusters,
+            "W": model.window, "pairs": pairs, "loss": float(np.mean(losses[-50:])),
+            "accuracy": right, "by distance": by_distance,
+            "other pairs": {n: accuracy(state, model, n)[0] for n in (4, 8, 15)
+                            if n != pairs and 4 * n <= model.seq_len},
+            "other T": {t: accuracy(state, replace(model, seq_len=t, window=max(
+                1, model.window * t // model.seq_len)), min(pairs, t // 4))[0]  # the same K W / T
+                for t in (64, 256, 1024) if t != model.seq_len},
+            "seconds": round(time.time() - started)}
 
 
 def main():
@@ -181,7 +132,7 @@ def main():
     for name in PIECES:
         if name.startswith(args.only) and (name, args.seed) not in done:
             print(f"{name}, seed {args.seed}", flush=True)
-            told = piece(name, args.out, args.seed)
+            told = piece(name, args.seed)
             with file.open("a") as lines:
                 lines.write(json.dumps(told) + "\n")
             print(f"  {told}", flush=True)

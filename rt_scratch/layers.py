@@ -347,7 +347,7 @@ def shift_right(x):
 
 
 def shift_right_backward(dx):
-    """The transpose: position t gets what dx has at t + 1, the last gets 0."""
+    """Position t gets what dx has at t + 1, the last gets 0.  docs/derivations.md (72)."""
     xp = array_module(dx)
     return xp.concatenate([dx[:, 1:], xp.zeros_like(dx[:, :1])], axis=1)
 
