@@ -186,7 +186,7 @@ class TrainConfig:
     parts: int = _field(2, "parts a batch is cut into on a CPU, one core each", least=1)
     recompute: bool = _field(False, "store only block inputs and compute the rest again: less "
                                     "memory, the same numbers")
-    steps: int = _field(2600, "optimizer steps", least=1)
+    steps: int = _field(2000, "optimizer steps", least=1)
     optimizer: str = _field("muon", "optimizer", OPTIMIZERS)
     lr: float = _field(4e-3, "peak learning rate")
     schedule: str = _field("linear", "linear: linear warm-up, then to 0; cosine: the same, then to "
@@ -205,7 +205,7 @@ class TrainConfig:
     cuda_graph: bool = _field(False, "record a step as one CUDA graph and repeat it: Python then "
                                      "starts one thing per step, not a thousand or more")
     seed: int = _field(0, "seed of weights, data order and dropout", least=0)
-    eval_every: int = _field(650, "steps between evaluations; 0: only at the end", least=0)
+    eval_every: int = _field(500, "steps between evaluations; 0: only at the end", least=0)
     eval_windows: int = _field(64, "windows per evaluation, evenly spread over the "
                                    "split; 0: the whole split", least=0)
     sample_every: int = _field(0, "steps between samples, drawn at the next evaluation; 0: text at "
