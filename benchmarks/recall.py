@@ -30,23 +30,18 @@ MODEL = ModelConfig(
     block=8, lookback=1, routing_max_distance=0, init_out_scale=1.0, seq_len=64, n_clusters=4,
     window=16)
 TRAIN = TrainConfig(optimizer="adamw", lr=3e-3, schedule="cosine", warmup=50, parts=1)
-SHIFTED = dict(shift_keys=True)
-MULTI = dict(routing="multiprobe")
 LONG = {256: dict(seq_len=256, n_clusters=16), 1024: dict(seq_len=1024, n_clusters=16, window=64)}
 PIECES = {  # name: (fields of the model, pairs, steps, batch)
-    **{name: (changes, 8, 1000, 32) for name, changes in {
-        "full": dict(attention="full"), "local": dict(attention="local"),
-        "causal": dict(routing="causal"), "causal, own keys": dict(share_qk=False),
-        "topk": dict(routing="topk"), "random": dict(routing="random"),
-        "multiprobe": MULTI, "multiprobe, own keys": MULTI | dict(share_qk=False),
-        "shifted full": SHIFTED | dict(attention="full"), "shifted topk": SHIFTED | dict(
-            routing="topk"), "shifted random": SHIFTED | dict(routing="random"),
-        "shifted multiprobe": SHIFTED | MULTI,
-        "shifted multiprobe, one probe": SHIFTED | MULTI | dict(n_probes=1),
-        "shifted multiprobe, own keys": SHIFTED | MULTI | dict(share_qk=False)}.items()},
-    **{f"shifted multiprobe{', one probe' * (r == 1)}, T {t}": (
-        SHIFTED | MULTI | LONG[t] | dict(n_probes=r), 14, steps, 2048 // t)
-       for t, steps in ((256, 1000), (1024, 1000)) for r in (2, 1)},
+    **{f"{shifted}{name}": (changes | dict(shift_keys=shifted != ""), 8, 1000, 32)
+       for shifted in ("", "shifted ") for name, changes in {
+           "full": dict(attention="full"), "local": dict(attention="local"),
+           "causal": {}, "causal, two probes": dict(n_probes=2),
+           "causal, own keys": dict(share_qk=False, n_probes=2),
+           "topk": dict(routing="topk"), "random": dict(routing="random")}.items()
+       if (shifted, name) != ("shifted ", "local")},  # local keys are not shifted
+    **{f"shifted causal, {r} probe{'s' * (r > 1)}, T {t}": (
+        LONG[t] | dict(shift_keys=True, n_probes=r), 14, 1000, 2048 // t)
+       for t in LONG for r in (1, 2)},
 }
 
 

@@ -20,8 +20,8 @@ all this with eight tokens. Reading order, for an evening:
     attention   softmax attention in blocks, relative positions by a skew, local attention
     kmeans      online k-means, commitment loss
     routing     who meets whom, attention inside clusters: the paper
-    multiprobe  ours: each key in one cluster, each query in several
-    heads       the kinds of head, one row each: local, full, causal, topk, random, multiprobe
+    multiprobe  ours: each key in one cluster, each query in one or several
+    heads       the kinds of head, one row each: local, full, causal, topk, random
     model       one block, the whole model, forward and backward
     step        one optimizer step, which also moves the centroids
 

@@ -69,15 +69,14 @@ class ModelConfig:
     full_layers: tuple[int, ...] = _field(
         (), "layers in which all heads have full causal attention, among routing layers")
     routing: str = _field("causal", "causal: nothing leaks; topk: the paper, membership depends "
-                                    "on later tokens; random: control; multiprobe: causal, queries "
-                                    "look into several clusters",
+                                    "on later tokens; random: control",
                            lambda: (k for k in KINDS if KINDS[k].routes))
     share_qk: bool = _field(True, "routing heads use their queries as keys")
     shift_keys: bool = _field(False, "routing and full heads: the value of a position has the key "
                                      "of the one before, so that a query finds what followed "
                                      "tokens like its own (stdlib and own text: on)")
     n_clusters: int = _field(8, "K, centroids per routing head", least=1, most=MAX_CLUSTERS)
-    n_probes: int = _field(2, "R, clusters that a query of multiprobe heads looks into", least=1)
+    n_probes: int = _field(1, "R, clusters that a query of causal heads looks into", least=1)
     window: int = _field(64, "W, tokens that attend to each other in a cluster", least=1)
     block: int = _field(16, "S, queries per block of local attention", least=1)
     lookback: int = _field(1, "earlier blocks that a local block sees", least=0)

@@ -13,6 +13,7 @@ import contextlib
 
 from rt_scratch.config import ModelConfig, TrainConfig
 from rt_scratch.errors import UserError
+from rt_scratch.heads import sortable
 from rt_scratch.optim import learning_rate
 from rt_scratch.parallel import SINGLE, World
 
@@ -29,8 +30,9 @@ def recorded(train_step, model: ModelConfig, train: TrainConfig, xp,
              "scale", train.precision == "fp16"),
             ("not with --precision float64, which has no kernels of ours",
              train.precision == "float64"),
-            ("not with multiprobe heads, which use products and sorts of CuPy's own",
-             "multiprobe" in model.kinds()),
+            ("not with causal heads that have --shift-keys, --no-share-qk or several --n-probes, "
+             "which use products and sorts of CuPy's own",
+             "causal" in model.kinds() and not sortable(model)),
             ("for one process: sums between GPUs have not been tried in a graph", world.size > 1)):
         if wrong:
             raise UserError(f"--cuda-graph: {why}")

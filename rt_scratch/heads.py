@@ -234,13 +234,24 @@ def _fill_rows(store, p, family):
             rows[...], _ = distance_rows(table, 1 - len(rows), 0)
 
 
-# -------------------------------------------------------------- causal, topk, random, multiprobe
+# -------------------------------------------------------------------------- causal, topk, random
 
 def causal_forward(q, k, v, p, context):
-    """Ours: the nearest centroid's W most recent members; logits scaled by D^-1/2."""
+    """Ours: each key joins its nearest cluster, each query sees the W latest of its R nearest.
+
+    Logits are scaled by D^-1/2.
+    """
     cfg = context.cfg
-    return _routing_forward(q, k, v, p, context,
-                            Rule(CAUSAL, cfg.window, cfg.head_width ** -0.5))
+    return _routing_forward(q, k, v, p, context, Rule(
+        CAUSAL if sortable(cfg) else MULTIPROBE, cfg.window, cfg.head_width ** -0.5,
+        n_probes=cfg.n_probes))
+
+
+def sortable(cfg) -> bool:
+    """Whether each token of causal heads is in one cluster, as query and key: CAUSAL, which sorts
+    tokens by cluster, then gives what MULTIPROBE gives, faster.
+    """
+    return cfg.n_probes == 1 and cfg.share_qk and not cfg.shift_keys
 
 
 def topk_forward(q, k, v, p, context):
@@ -254,13 +265,6 @@ def random_forward(q, k, v, p, context):
     clusters = random_clusters(cfg, context.layer, array_module(q), q.shape[1], q.shape[2])
     return _routing_forward(q, k, v, p, context, Rule(
         RANDOM, cfg.window, cfg.head_width ** -0.5, clusters=clusters))
-
-
-def multiprobe_forward(q, k, v, p, context):
-    """Ours: each key in its nearest cluster, each query at the W latest keys of its R nearest."""
-    cfg = context.cfg
-    return _routing_forward(q, k, v, p, context, Rule(
-        MULTIPROBE, cfg.window, cfg.head_width ** -0.5, n_probes=cfg.n_probes))
 
 
 def _routing_forward(q, k, v, p, context, rule):
@@ -326,12 +330,6 @@ def _members(cfg, heads, batch, capacity, xp, dtype, guide):
 
 def causal_fill(q, k, v, p, context, store, routed):
     """Store the centroids, and every cluster's latest members of the prompt."""
-    store.guide[...] = unit_length(context.mu)
-    _fill_members(q, k, v, p, context, store, routed.route.winner, routed.route.order)
-
-
-def multiprobe_fill(q, k, v, p, context, store, routed):
-    """The same, each key in the cluster of its own vector."""
     winner = routed.route.key_winner
     store.guide[...] = unit_length(context.mu)
     _fill_members(q, k, v, p, context, store, winner, by_cluster(winner, context.cfg.n_clusters))
@@ -369,27 +367,22 @@ def _fill_members(q, k, v, p, context, store, winner, order):
 
 
 def causal_step(q, k, v, p, context, store, position):
-    """One token of `causal_forward`."""
+    """One token: O(K) to choose clusters, R W keys to read, however long the text is."""
     qn, _ = normalize(q)
-    winner = (store.guide @ qn[..., None])[..., 0].argmax(-1)        # as `kmeans.nearest`
-    return _attend_members(qn, store, _join(qn if k is None else normalize(k)[0], v, store, winner))
+    kn = qn if k is None else normalize(k)[0]
+    scores = (store.guide @ qn[..., None])[..., 0]                   # (B, H, K), as in `nearest`
+    own = scores if k is None else (store.guide @ kn[..., None])[..., 0]
+    row = _join(kn, v, store, own.argmax(-1))
+    if not sortable(context.cfg):
+        probes = best_several(scores, context.cfg.n_probes)          # (B, H, R)
+        row = store.next[store.start[..., None] + probes] - 1
+    return _attend_members(qn, store, row)
 
 
 def random_step(q, k, v, p, context, store, position):
     """One token of `random_forward`."""
     qn, winner = normalize(q)[0], store.guide[:, position % context.cfg.seq_len]
     return _attend_members(qn, store, _join(qn if k is None else normalize(k)[0], v, store, winner))
-
-
-def multiprobe_step(q, k, v, p, context, store, position):
-    """One token: O(K) to choose clusters, R W keys to read, however long the text is."""
-    qn, _ = normalize(q)
-    kn = qn if k is None else normalize(k)[0]
-    scores = (store.guide @ qn[..., None])[..., 0]                   # (B, H, K)
-    own = scores if k is None else (store.guide @ kn[..., None])[..., 0]
-    _join(kn, v, store, own.argmax(-1))
-    probes = best_several(scores, context.cfg.n_probes)              # (B, H, R)
-    return _attend_members(qn, store, store.next[store.start[..., None] + probes] - 1)
 
 
 def _join(kn, v, store, winner):
@@ -496,15 +489,12 @@ KINDS = {
         lambda cfg: cfg.seq_len),
     "causal": Kind(
         "routing", CAUSAL, causal_forward, routing_backward, causal_store, causal_fill,
-        causal_step, lambda cfg: 3 * -(-cfg.window // 2)),
+        causal_step, lambda cfg: 3 * -(-cfg.window // 2) * (
+            1 if sortable(cfg) else min(cfg.n_probes, cfg.n_clusters) + 1)),
     "topk": Kind(
         "routing", TOPK, topk_forward, routing_backward, topk_store, topk_fill, topk_step,
         lambda cfg: cfg.n_clusters * cfg.window ** 2 / cfg.seq_len),
     "random": Kind(
         "routing", RANDOM, random_forward, routing_backward, random_store, random_fill,
         random_step, lambda cfg: 3 * -(-cfg.window // 2)),
-    "multiprobe": Kind(
-        "routing", MULTIPROBE, multiprobe_forward, routing_backward, causal_store,
-        multiprobe_fill, multiprobe_step,
-        lambda cfg: 3 * -(-cfg.window // 2) * (min(cfg.n_probes, cfg.n_clusters) + 1)),
 }

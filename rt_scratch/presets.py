@@ -21,7 +21,7 @@ _RELEASED_IMAGE = dict(
     local_max_distance=0, routing_max_distance=0,
 )
 # Not defaults of config.py, because the released models do without.
-TEXT = dict(input_tokens=3, ngram_rows=6763, routing="multiprobe", n_probes=1, shift_keys=True)
+TEXT = dict(input_tokens=3, ngram_rows=6763, shift_keys=True)
 _SMALL = dict(seq_len=1024, n_clusters=16)  # and the defaults of config.py
 _SMALL_IMAGE = dict(  # a block is one row: it sees the row above
     lr=0.016, init_frequency=2.0, eval_windows=16, eval_every=250)

@@ -60,7 +60,7 @@ def test_recall_sequences(t, pairs):
 def test_recall_pieces(tmp_path, monkeypatch, capsys):
     """A second call finds a piece done, another seed does not."""
     monkeypatch.setattr(recall, "PIECES", {
-        "multiprobe, small": (recall.MULTI | dict(seq_len=32, window=8), 4, 2, 2),
+        "multiprobe, small": (dict(n_probes=2, seq_len=32, window=8), 4, 2, 2),
         "full": (dict(attention="full"), 4, 1, 2)})
     monkeypatch.setattr(recall, "limit", lambda n: None)
     monkeypatch.setattr(recall, "select_device", lambda name: None)

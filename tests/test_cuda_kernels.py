@@ -1129,7 +1129,7 @@ def whole(cfg, dtype, fixed=None, loss_scale=1.0):
 
 @pytest.mark.parametrize("changes", [
     {}, {"norm": "post"}, {"routing": "topk"}, {"share_qk": False, "norm": "post", "ffn": "relu"},
-    {"routing": "multiprobe"}, {"routing": "multiprobe", "share_qk": False},
+    {"n_probes": 2}, {"n_probes": 2, "share_qk": False}, {"shift_keys": True},
     {"timing_signal": True, "tie_embedding": True, "attention_dropout": 0.2, "ffn_dropout": 0.2},
     {"kind": "image", "image_size": 3, "seq_len": 27, "vocab_size": 256, "n_classes": 2},
 ], ids=str)

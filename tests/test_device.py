@@ -30,7 +30,8 @@ MODELS = {
     "causal": dataclasses.replace(SMALL, routing="causal", **DROPOUTS, target_dropout=0.2),
     "topk": dataclasses.replace(SMALL, routing="topk", share_qk=False, ffn="relu", pad_id=0),
     "random": dataclasses.replace(SMALL, routing="random", norm="post", timing_signal=True),
-    "multiprobe": dataclasses.replace(SMALL, routing="multiprobe", share_qk=False, **DROPOUTS),
+    "own keys": dataclasses.replace(SMALL, share_qk=False, n_probes=2, **DROPOUTS),
+    "shifted": dataclasses.replace(SMALL, shift_keys=True, **DROPOUTS),
     "hybrid": dataclasses.replace(SMALL, full_layers=(0,), ffn="swiglu"),
     "full": dataclasses.replace(SMALL, attention="full", tie_embedding=True, embed_width=6),
     "image": dataclasses.replace(SMALL, kind="image", image_size=3, seq_len=27, vocab_size=256,
@@ -146,7 +147,7 @@ def test_training_script_waits_once_per_log_line(tmp_path, monkeypatch, interval
 
     monkeypatch.setattr(train, "select_device", lambda *_: (strictxp, "strict"))
     for where, name in ((checkpoint, "check_finite"), (log, "step_row"), (log, "record"),
-                        (train, "evaluate"), (train, "end_dense_start"),
+                        (train, "evaluate"),
                         (train, "show_sample"), (checkpoint, "save_state")):
         monkeypatch.setattr(where, name, counted(getattr(where, name)))
     with redirect_stdout(io.StringIO()):

@@ -216,7 +216,7 @@ def test_all_rows_through_the_scripts(tmp_path, capsys):
 @pytest.mark.parametrize("cls, field, choices", [
     (ModelConfig, "ffn", "geglu, swiglu, relu, squared"),
     (ModelConfig, "attention", "routing, local, full, dilated"),
-    (ModelConfig, "routing", "causal, topk, random, multiprobe"),
+    (ModelConfig, "routing", "causal, topk, random"),
     (TrainConfig, "optimizer", "adamw, muon, adafactor, momentum"),
     (TrainConfig, "schedule", "linear, cosine, constant, rsqrt, quadratic")])
 def test_an_unknown_name_is_refused(cls, field, choices):

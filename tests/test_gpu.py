@@ -25,6 +25,8 @@ pytestmark = pytest.mark.gpu
 SMALL_RUN = ["--seq-len", "64", "--window", "16", "--block", "16", "--n-layers", "2", "--width",
              "32", "--ffn-width", "32", "--steps", "12", "--eval-every", "6", "--eval-windows",
              "2", "--batch", "4"]
+HEADS = [{}, {"routing": "topk"}, {"routing": "random"}, {"shift_keys": True},
+         {"n_probes": 2, "share_qk": False}]
 
 
 @pytest.fixture
@@ -44,10 +46,10 @@ def on_gpu(cupy, value):
 
 
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bf16", "fp16"])
-@pytest.mark.parametrize("routing", ["causal", "topk", "random", "multiprobe"])
-def test_gradients(cupy, routing, precision):
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_gradients(cupy, heads, precision):
     """One step: the same loss and gradient as on the CPU, within the precision; twice the same."""
-    cfg = dataclasses.replace(SMALL, width=24, routing=routing, timing_signal=True)
+    cfg = dataclasses.replace(SMALL, width=24, timing_signal=True, **heads)
     m = setup(cfg, dtype="float32")
     host = np.empty_like(m.flat)
     recipe = TrainConfig()
@@ -68,9 +70,9 @@ def test_gradients(cupy, routing, precision):
     np.testing.assert_array_equal(ends[0][1], ends[1][1])
 
 
-@pytest.mark.parametrize("routing", ["causal", "topk", "multiprobe"])
-def test_decoding(cupy, routing):
-    m = setup(dataclasses.replace(SMALL, routing=routing, timing_signal=True), dtype="float32")
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_decoding(cupy, heads):
+    m = setup(dataclasses.replace(SMALL, timing_signal=True, **heads), dtype="float32")
     logits = []
     for put in (lambda x: x, lambda x: on_gpu(cupy, x)):
         params, centroids = views(put(m.flat), m.table), put(m.centroids)
@@ -89,7 +91,7 @@ def test_cuda_graph(cupy, tmp_path, routing, flags):
     text.write_bytes(bytes(range(97, 117)) * 200)
     for name in ("--cuda-graph", "--no-cuda-graph"):
         train.main([str(text), *SMALL_RUN, "--device", "cuda", "--routing", routing, name, *flags,
-                    "--residual-dropout", "0.1", "--attention-dropout",
+                    "--no-shift-keys", "--residual-dropout", "0.1", "--attention-dropout",
                     "0.1", "--target-dropout", "0.1", "--out", str(tmp_path / name)])
     a, b = (np.load(tmp_path / x / "last.npz") for x in ("--cuda-graph", "--no-cuda-graph"))
     for key in a.files:

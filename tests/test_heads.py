@@ -67,8 +67,7 @@ def test_shifted_keys_are_those_of_the_position_before(share_qk):
 
 # What a kind sees: a query (last position) with one key per token. Values are the unit vectors, so
 # that the output shows the weights; every key of a routing head is its query.
-SCALE = {"local": 1.0, "full": 1.0, "causal": 5 ** -0.5, "topk": 1.0, "random": 5 ** -0.5,
-         "multiprobe": 5 ** -0.5}
+SCALE = {"local": 1.0, "full": 1.0, "causal": 5 ** -0.5, "topk": 1.0, "random": 5 ** -0.5}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -125,7 +124,7 @@ def test_full_layers_everywhere_are_the_full_model():
 
 
 @given(seeds, st.sampled_from([(0,), (-1,), (0, 1)]),
-       st.sampled_from(["causal", "random", "multiprobe"]), st.sampled_from([True, False]),
+       st.sampled_from(["causal", "random"]), st.sampled_from([True, False]),
        st.sampled_from([0, 5]))
 def test_hybrid(seed, full_layers, routing, share_qk, prompt):
     """Gradient of the whole model; decoding keeps everything in full layers alone."""

@@ -18,7 +18,7 @@ from rt_scratch.run.checkpoint import read_state, restore
 from rt_scratch.run.initial import initial_state
 from rt_scratch.run.options import plan_run
 
-OWN_KEYS = ["--routing", "multiprobe", "--no-share-qk"]
+OWN_KEYS = ["--no-share-qk"]
 
 
 @pytest.fixture

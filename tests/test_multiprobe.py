@@ -161,7 +161,7 @@ def test_a_second_cluster_finds_the_key_behind_the_border():
 @pytest.mark.parametrize("share_qk", [True, False])
 def test_decoding_memory_and_reads_do_not_grow(share_qk):
     """K rings of W keys, whatever the length of the text."""
-    cfg = dataclasses.replace(SMALL, routing="multiprobe", share_qk=share_qk).validate()
+    cfg = dataclasses.replace(SMALL, n_probes=2, share_qk=share_qk).validate()
     m = setup(cfg)
     sizes = [sum(a.size for layer in decode.Memory(m.params, cfg, 1, n).stores for store in layer
                  for a in store.seen) for n in (100, 100_000)]
@@ -172,7 +172,7 @@ def test_decoding_memory_and_reads_do_not_grow(share_qk):
 @pytest.mark.parametrize("prompt", [1, 12, 22])
 def test_decoding_after_a_prompt(share_qk, prompt):
     """Rings filled by a prompt hold each key in the cluster of its own vector."""
-    cfg = dataclasses.replace(SMALL, routing="multiprobe", share_qk=share_qk, window=3).validate()
+    cfg = dataclasses.replace(SMALL, n_probes=2, share_qk=share_qk, window=3).validate()
     check_decoding(setup(cfg), prompt)
 
 

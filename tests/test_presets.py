@@ -69,8 +69,7 @@ def test_where_the_paper_differs():
     with pytest.raises(UserError, match="pg19 has released, small, released-local, paper"):
         preset("pg19", "large")
     assert preset("some.txt", "small") == preset("stdlib", "small") == {
-        "input_tokens": 3, "ngram_rows": 6763, "routing": "multiprobe", "n_probes": 1,
-        "shift_keys": True}
+        "input_tokens": 3, "ngram_rows": 6763, "shift_keys": True}
 
 
 def test_a_plan_leaves_the_presets_alone(tmp_path):

@@ -30,7 +30,7 @@ from rt_scratch.step import new_state
 ROOT = Path(__file__).parent.parent
 KINDS = {
     "causal": [], "topk": ["--routing", "topk"], "random": ["--routing", "random"],
-    "multiprobe": ["--routing", "multiprobe", "--no-share-qk"],
+    "own keys": ["--no-share-qk", "--n-probes", "2"], "shifted": ["--shift-keys"],
     "local": ["--attention", "local"], "full": ["--attention", "full"],
 }
 TINY = ("--device cpu --seq-len 60 --n-layers 2 --width 16 --ffn-width 8 --window 6 --block 4 "

@@ -21,6 +21,10 @@ CHANGES = {  # label: flags; four layers of four heads, half of them local, unle
     "1 routing head of 4": ["--n-routing-heads", 1, "--n-local-heads", 3],
     "3 routing heads of 4": ["--n-routing-heads", 3, "--n-local-heads", 1],
     "4 routing heads of 4": ["--n-routing-heads", 4, "--n-local-heads", 0],
+    "keys shifted": ["--shift-keys"],
+    "keys shifted, 2 probes": ["--shift-keys", "--n-probes", 2],
+    "keys shifted, own keys": ["--shift-keys", "--no-share-qk"],
+    "keys shifted, 2 K, W / 2": ["--shift-keys", "--n-clusters", 16, "--window", 32],
 }
 
 
