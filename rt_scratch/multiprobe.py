@@ -1,11 +1,11 @@
-"""Multi-probe routing: a key joins one cluster, a query looks into several.
+"""Multi-probe routing: a key joins one cluster, a query looks into one or several.
 
-In `causal` heads a query sees its own cluster and nothing else, so the one key that it needs is
-lost whenever a border between clusters runs between the two. Here every key joins the cluster
-nearest to its own vector, and a query looks into the R clusters nearest to it, at the W latest keys
-of each: strictly causal, at most R W keys per token, one softmax over all of them. Looking into
-several cells is multi-probe search (Lv et al. 2007, for hashing; Jegou et al. 2011, for k-means).
-With keys that are queries and R = 1 it is `causal`. Not in the paper.
+Every key joins the cluster nearest to its own vector, and a query looks into the R clusters nearest
+to it, at the W latest keys of each: strictly causal, at most R W keys per token, one softmax over
+all of them. With R = 1 the one key that a query needs is lost whenever a border between clusters
+runs between the two. Looking into several cells is multi-probe search (Lv et al. 2007, for hashing;
+Jegou et al. 2011, for k-means). With keys that are queries, not shifted, and R = 1 it is CAUSAL
+(routing.py). Not in the paper.
 """
 
 from __future__ import annotations

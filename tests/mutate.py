@@ -22,7 +22,7 @@ TESTS = {  # where a bug of a file must be noticed
     "routing": "test_routing.py", "multiprobe": "test_multiprobe.py test_decode.py",
     "run/initial": "test_initial.py", "heads": "test_heads.py test_decode.py test_golden.py",
     "config": "test_config.py test_drills.py", "parameters": "test_parameters.py",
-    "model": "test_model.py test_golden.py", "step": "test_step.py test_workers.py",
+    "model": "test_model.py test_golden.py test_decode.py", "step": "test_step.py test_workers.py",
     "optim": "test_optim.py",
     "decode": "test_decode.py", "released": "test_golden.py test_released.py",
     "data/released_subwords": "test_released_subwords.py test_released.py",

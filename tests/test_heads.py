@@ -65,6 +65,26 @@ def test_shifted_keys_are_those_of_the_position_before(share_qk):
             np.testing.assert_allclose((into_k * own).sum(), (dk * keys).sum())
 
 
+@pytest.mark.parametrize("changes", [{"shift_keys": True}, {"share_qk": False}, {"n_probes": 2}])
+def test_a_causal_key_joins_the_cluster_of_its_own_vector(changes):
+    """And a query sees what is in its own clusters, whichever way they are computed."""
+    t, d = 12, 12
+    cfg = dataclasses.replace(SMALL, seq_len=t, width=3 * d, window=t, n_clusters=3, **changes)
+    rng = np.random.default_rng(0)
+    part, _ = parts(cfg, 0)
+    q, k = normal(rng, (1, cfg.n_heads, t, d)), normal(rng, (1, cfg.n_heads, t, d))
+    queries, keys = part.queries_and_keys(q, k)
+    mu = normal(rng, (queries.shape[1], 3, d))
+    o, _, routed = part.kind.forward(queries, keys, np.broadcast_to(np.eye(t), queries.shape), {},
+                                     Context(cfg, 0, mu))
+    into = normalize(queries)[0] @ mu.swapaxes(-1, -2) / np.linalg.norm(mu, axis=-1)[:, None]
+    joined = normalize(queries if keys is None else keys)[0] @ mu.swapaxes(
+        -1, -2) / np.linalg.norm(mu, axis=-1)[:, None]
+    probes = np.argsort(-into, axis=-1)[..., : cfg.n_probes]         # (1, H, T, R)
+    meet = (probes[:, :, :, None] == joined.argmax(-1)[:, :, None, :, None]).any(-1)
+    np.testing.assert_array_equal(o > 0, meet & np.tri(t, dtype=bool))
+
+
 # What a kind sees: a query (last position) with one key per token. Values are the unit vectors, so
 # that the output shows the weights; every key of a routing head is its query.
 SCALE = {"local": 1.0, "full": 1.0, "causal": 5 ** -0.5, "topk": 1.0, "random": 5 ** -0.5}

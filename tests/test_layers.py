@@ -161,6 +161,9 @@ def test_shift_right(seed, b, t):
     ids = np.random.default_rng(seed).integers(0, 9, (b, t))
     shifted = layers.shift_right(ids)
     assert (shifted[:, 0] == 0).all() and (shifted[:, 1:] == ids[:, :-1]).all()
+    x, dx = np.random.default_rng(seed).normal(size=(2, b, t, 2))
+    np.testing.assert_allclose((layers.shift_right(x) * dx).sum(),
+                               (x * layers.shift_right_backward(dx)).sum())
 
 
 @given(seeds, sizes, lengths, sizes)

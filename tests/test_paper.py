@@ -1,4 +1,4 @@
-"""README, "What routing attention is": its nine points, one test each, in the same order.
+"""README, "What routing attention is": its ten points, one test each, in the same order.
 
 Weights are seen by attending to the identity matrix in place of the values.
 """
@@ -11,9 +11,11 @@ import pytest
 
 from rt_scratch.attention import local_attention
 from rt_scratch.config import ModelConfig
+from rt_scratch.heads import KINDS, Part
 from rt_scratch.kmeans import commitment, commitment_backward, nearest, update_centroids
 from rt_scratch.layers import normalize
 from rt_scratch.model import loss, loss_backward
+from rt_scratch.multiprobe import MULTIPROBE
 from rt_scratch.parameters import init_centroids, init_parameters, views
 from rt_scratch.routing import CAUSAL, MEAN_FLOOR, TOPK, Rule, routing_attention
 
@@ -141,12 +143,23 @@ def test_9_causal(head):
         assert list(np.flatnonzero(weights[t])) == members
 
 
+def test_10_shifted_keys(head):
+    """A query finds what followed a token like its own, whatever the centroids are."""
+    q, mu = head
+    q[:, :, 40] = q[:, :, 20]
+    queries, keys = Part(KINDS["causal"], slice(1), None, shifted=True).queries_and_keys(q, None)
+    (o, _), _, _, route = routing_attention(queries, keys, np.eye(T)[None, None], None, None, mu,
+                                            Rule(MULTIPROBE, T, 0.25))
+    assert route.winner[0, 0, 40] == route.key_winner[0, 0, 21]
+    assert o[0, 0, 40].argmax() == 21 and (np.triu(o[0, 0], 1) == 0).all()
+
+
 def test_the_points_of_the_readme():
-    """README lists nine points and links here; each has its test here."""
+    """README lists ten points and links here; each has its test here."""
     root = Path(__file__).parent
     section = (root.parent / "README.md").read_text("utf-8").partition(
         "## What routing attention is")[2].partition("\n## ")[0]
     points = re.findall(r"^(\d+)\. ", section, re.M)
     tests = re.findall(r"^def test_(\d+)_", Path(__file__).read_text("utf-8"), re.M)
-    assert points == tests == [str(i) for i in range(1, 10)]
+    assert points == tests == [str(i) for i in range(1, 11)]
     assert "(tests/test_paper.py)" in section
