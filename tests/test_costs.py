@@ -15,6 +15,7 @@ import pytest
 
 from rt_scratch.config import ModelConfig, TrainConfig
 from rt_scratch.run.costs import flops_per_token, n_parameters, step_bytes
+from rt_scratch.run.evaluate import mode
 from rt_scratch.step import cut, new_state, train_step
 
 LOCAL = ModelConfig(
@@ -34,7 +35,7 @@ def but(**changes):
     (but(lookback=0), 6 * 156 + 28 * 2 * 2),
     (but(attention="full"), 6 * 156 + 28 * 2 * 8),          # all of T
     (but(attention="routing"), 6 * 148 + 28 * (3 + 4)),     # causal: 3 W / 2 = 3; and a local head
-    (but(attention="routing", share_qk=False), 6 * 156 + 28 * (3 + 4)),
+    (but(attention="routing", share_qk=False), 6 * 156 + 28 * (6 + 4)),
     (but(attention="routing", routing="random"), 6 * 148 + 28 * (3 + 4)),
     (but(attention="routing", routing="topk"), 6 * 148 + 28 * (1.5 + 4)),  # K W^2 / T = 12 / 8
     (but(attention="routing", n_layers=2, full_layers=(0,)),
@@ -131,3 +132,12 @@ def test_step_bytes_against_a_step(changes, recipe):
     finally:
         tracemalloc.stop()
     assert 0.8 < peak / step_bytes(model, train) < 2
+
+
+@pytest.mark.parametrize("cfg, told", [
+    (but(shift_keys=True), "local heads only"),
+    (but(attention="full", shift_keys=True), "full attention, shifted keys"),
+    (but(attention="routing"), "routing causal"),
+    (but(attention="routing", routing="topk", shift_keys=True), "routing topk, shifted keys")])
+def test_how_a_model_attends(cfg, told):
+    assert mode(cfg) == told

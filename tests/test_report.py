@@ -109,8 +109,8 @@ def first_window(model):
 
 @pytest.mark.parametrize("options", [
     {}, {"routing": "topk"}, {"routing": "random"}, {"attention": "local"}, {"attention": "full"},
-    {"share_qk": False}, {"routing": "topk", "share_qk": False}, {"norm": "post"},
-    {"routing_layers": (1,)},
+    {"share_qk": False}, {"shift_keys": True}, {"routing": "topk", "share_qk": False},
+    {"norm": "post"}, {"routing_layers": (1,)},
     {"kind": "image", "image_size": 3, "seq_len": 27, "n_classes": 2, "vocab_size": 256}])
 def test_maps_are_those_of_the_forward_pass(options):
     """Weights times values, and the output matrix, is what the model's own attention returns."""

@@ -23,14 +23,15 @@ def describe(device: str, plan) -> str:
     """What a run is about to do, as text. plan: an options.Plan."""
     model, train = plan.model, plan.train
     tokens = train.batch * train.accumulate * model.seq_len
-    heads = f"{model.n_local_heads} local + {model.n_routing_heads} {model.routing} routing heads"
     routed = sum(model.routing_heads(i) > 0 for i in range(model.n_layers))
-    if not routed:
-        heads = f"{model.n_heads} heads, {mode(model)}"
+    if routed:
+        heads = f"{model.n_local_heads} local + {model.n_routing_heads} routing heads"
+    else:
+        heads = f"{model.n_heads} heads"
     where = f", routing in {routed} of them" if 0 < routed < model.n_layers else ""
     return (f"device: {device}\n"
             f"model: {n_parameters(model):,} parameters, {model.n_layers} layers of "
-            f"{heads}{where}\n"
+            f"{heads}{where}: {mode(model)}\n"
             f"step: {tokens:,} tokens, about {flops_per_token(model) * tokens / 1e9:,.0f} GFLOP, "
             f"about {step_bytes(model, train) / 2**20:,.0f} MiB\n"
             f"data: {plan.dataset.protocol}")
