@@ -43,8 +43,9 @@ def best_several(scores, n: int):
     """Indices of the n highest of scores (..., K), the highest first: (..., min(n, K))."""
     xp, (*_, k), found = array_module(scores), scores.shape, []
     for _ in range(min(n, k)):
+        if found:
+            scores = xp.where(found[-1][..., None] == xp.arange(k), -math.inf, scores)
         found.append(scores.argmax(-1))
-        scores = xp.where(found[-1][..., None] == xp.arange(k), -math.inf, scores)
     return xp.stack(found, axis=-1)
 
 
