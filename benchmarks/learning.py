@@ -38,7 +38,9 @@ from rt_scratch.parallel import SINGLE
 from rt_scratch.run.evaluate import token_nats
 from rt_scratch.workers import hired
 
-NAMES = {"ours": "ours, causal", "topk": "ours, topk", "port": "port"}
+OURS = {"ours": {"shift_keys": True}, "causal": {}, "topk": {"routing": "topk"}}
+NAMES = {"ours": "ours, causal, shifted keys", "causal": "ours, causal", "topk": "ours, topk",
+         "port": "port"}
 WINDOWS = 32          # of validation text per score
 CLIP = 1.0            # largest norm of the gradient
 POSITIONS = 40        # in each of the first 8 of them, scored by their prefix
@@ -47,9 +49,9 @@ POSITIONS = 40        # in each of the first 8 of them, scored by their prefix
 # ------------------------------------------------------------------------- the two contenders
 
 class Ours:
-    def __init__(self, size, routing):
+    def __init__(self, size, changes):
         start_ours()
-        self.cfg, self.batch = size_model(size, routing=routing)
+        self.cfg, self.batch = size_model(size, **changes)
         self.recipe = dataclasses.replace(RECIPE, batch=self.batch)
         self.workers = hired(train_step, new_state(self.cfg, self.recipe, np), self.cfg,
                              self.recipe, np, SINGLE)
@@ -109,7 +111,7 @@ def bits(logits, targets):
 
 def contender(name, size, text, minutes, lr):
     """Serve the parent: a line "train S" trains S seconds more, "prefix" scores by prefixes."""
-    me = Port(size) if name == "port" else Ours(size, "causal" if name == "ours" else "topk")
+    me = Port(size) if name == "port" else Ours(size, OURS[name])
     splits, t = data.load(text or "stdlib").splits, me.cfg.seq_len
     windows = np.concatenate([ids[w.all(1)] for ids, w, _ in eval_windows(
         splits["valid"], t, 8, 0, WINDOWS) if ids.shape[1] == t]).astype(np.int64)
