@@ -18,6 +18,7 @@ from torch.nn.functional import (
     cross_entropy,
     gelu,
     layer_norm,
+    one_hot,
     pad,
     scaled_dot_product_attention,
     silu,
@@ -106,16 +107,19 @@ def attention(x, p, mu, cfg, kinds):
         routes = kind in ("causal", "topk")
         own, key = slice(first, first + n), slice(first_key, first_key + n)
         first, first_key = own.stop, key.start if routes and cfg.share_qk else key.stop
+        keys = q[:, own] if routes and cfg.share_qk else k[:, key]
+        if cfg.shift_keys and kind != "local":
+            keys = pad(keys[:, :, :-1], (0, 0, 1, 0))
+        elif routes and cfg.share_qk:
+            keys = None
         if routes:
-            o, commitment = routing(q[:, own], None if cfg.share_qk else k[:, key], v[:, own], mu,
-                                    p, cfg)
+            o, commitment = routing(q[:, own], keys, v[:, own], mu, p, cfg)
         elif kind == "full" and "local_rel_k" not in p:
-            o = scaled_dot_product_attention(q[:, own], k[:, key], v[:, own], is_causal=True,
-                                             scale=1.0)
+            o = scaled_dot_product_attention(q[:, own], keys, v[:, own], is_causal=True, scale=1.0)
         else:
             s, lookback = (t, 0) if kind == "full" else (cfg.block, cfg.lookback)
-            o = local(q[:, own], k[:, key], v[:, own], p.get("local_rel_k"), p.get("local_rel_v"),
-                      s, lookback, 1.0)
+            o = local(q[:, own], keys, v[:, own], p.get("local_rel_k"), p.get("local_rel_v"), s,
+                      lookback, 1.0)
         out.append(o)
     return torch.cat(out, 1).transpose(1, 2).reshape(b, t, -1) @ p["w_o"], commitment
 
@@ -173,7 +177,8 @@ def routing(q, k, v, mu, p, cfg):
         return ((x - nearest) ** 2).mean(), winner
 
     loss_q, winner = apart(q)
-    commitment = loss_q + (loss_q if k is None else apart(keys)[0])
+    loss_k, key_winner = (loss_q, winner) if k is None else apart(keys)
+    commitment = loss_q + loss_k
     if cfg.routing == "topk":
         w = min(cfg.window, t)
 
@@ -194,6 +199,15 @@ def routing(q, k, v, mu, p, cfg):
         total = torch.zeros_like(q).scatter_add(2, index, o)
         times = torch.zeros_like(q).scatter_add(2, index, torch.ones_like(o))
         return total / (times + 1e-2), commitment
+    if k is not None or cfg.n_probes > 1:
+        own = one_hot(key_winner, cfg.n_clusters)                      # (B, H, T, K)
+        cluster = key_winner[:, :, None].expand(-1, -1, t, -1)         # of key j, for each query
+        count = own.cumsum(2).gather(3, cluster)                       # of its keys up to query i
+        later = count - count.diagonal(dim1=2, dim2=3)[:, :, None]     # after key j
+        probes = (q @ unit.transpose(-1, -2)).topk(min(cfg.n_probes, cfg.n_clusters)).indices
+        missed = (probes[..., None] != key_winner[:, :, None, None]).all(3)
+        hidden = missed | (later >= cfg.window) | ~torch.ones(t, t, dtype=bool).tril()
+        return softmax_attention(q, keys, v, *rel, -later, hidden, d ** -0.5), commitment
     order = winner.argsort(dim=-1, stable=True)
 
     def pick(x):
@@ -243,6 +257,10 @@ def cases():
         "trigrams": change(small, input_tokens=3, ngram_rows=13),
         # In `topk` equal tokens at other positions score equally; the timing signal breaks ties.
         "topk": change(small, routing="topk", timing_signal=True),
+        "causal, shifted keys": change(small, shift_keys=True),
+        "causal, shifted keys, full attention in the first layer": change(
+            small, shift_keys=True, full_layers=(0,)),
+        "causal, two probes": change(small, n_probes=2),
         "causal, separate keys, post-norm": change(small, share_qk=False, norm="post"),
         "topk, separate keys, two lookback blocks": change(
             small, routing="topk", share_qk=False, lookback=2, timing_signal=True),
