@@ -27,6 +27,7 @@ from rt_scratch import (
     kmeans,
     layers,
     model,
+    multiprobe,
     optim,
     routing,
     select_device,
@@ -34,7 +35,8 @@ from rt_scratch import (
     threads,
 )
 
-MODULES = (layers, attention, dropout, kmeans, routing, heads, model, optim, step)
+MODULES = (layers, attention, dropout, kmeans, routing, multiprobe, heads, model, optim,
+           step)
 here, records, lock = threading.local(), defaultdict(lambda: np.zeros(3)), threading.Lock()
 
 

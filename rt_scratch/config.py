@@ -74,7 +74,7 @@ class ModelConfig:
     share_qk: bool = _field(True, "routing heads use their queries as keys")
     shift_keys: bool = _field(False, "routing and full heads: the value of a position has the key "
                                      "of the one before, so that a query finds what followed "
-                                     "tokens like its own (stdlib and own text: on)")
+                                     "tokens like its own (every small preset but that of wikitext103)")
     n_clusters: int = _field(8, "K, centroids per routing head", least=1, most=MAX_CLUSTERS)
     n_probes: int = _field(1, "R, clusters that a query of causal heads looks into", least=1)
     window: int = _field(64, "W, tokens that attend to each other in a cluster", least=1)
@@ -267,6 +267,11 @@ def from_json(cls, values: dict):
         unknown = sorted(set(values) - set(known)) if isinstance(values, dict) else values
         _fail(f"the configuration has unknown fields {unknown}: it was written by another version "
               "of rt_scratch")
+    if "share_qk" in values and "shift_keys" not in values:  # from before `causal` had probes
+        if values.get("routing") == "causal" and not values["share_qk"]:
+            _fail("the configuration has causal heads with keys of their own as an earlier version "
+                  "of rt_scratch had them: train again")
+        values = values | {"n_probes": 1}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     for name, value in values.items():
         if not _same_type(value, known[name].default):

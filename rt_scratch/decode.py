@@ -3,7 +3,8 @@
 Each kind of head keeps what its next token needs (heads.py): local heads the blocks that it may
 see, causal and random heads the W most recent members of each cluster. Both compute what
 `model.forward` computes for the whole text, up to rounding, at a cost that does not grow with it. A
-topk head must choose its members again for every token.
+topk head must choose its members again for every token. Where keys are shifted the latest is kept
+for the next token.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Store(NamedTuple):
     """What the heads of one kind in a layer keep."""
 
     seen: Any      # as the kind needs it
-    key: Any       # (B, H, D) of the latest position, where keys are shifted
+    key: Any       # (B, H, D) of the latest position where keys are shifted, else None
 
 
 class Memory:

@@ -10,7 +10,8 @@ which. A new kind is its functions and a row of `KINDS`: every choice of a kind 
     step(q, k, v, p, context, store, position) -> o for one token, which it adds to the store
 
 q, k, v are (B, H, T, D), or (B, H, D) for one token, of the heads of that kind; k is None where
-keys are queries. p holds the parameters of the layer's attention. A store is written in place.
+keys are queries and not shifted. p holds the parameters of the layer's attention. A store is
+written in place.
 """
 
 from __future__ import annotations

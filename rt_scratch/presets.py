@@ -24,7 +24,7 @@ _RELEASED_IMAGE = dict(
 TEXT = dict(input_tokens=3, ngram_rows=6763, shift_keys=True)
 _SMALL = dict(seq_len=1024, n_clusters=16)  # and the defaults of config.py
 _SMALL_IMAGE = dict(  # a block is one row: it sees the row above
-    lr=0.016, init_frequency=2.0, eval_windows=16, eval_every=250)
+    shift_keys=True, lr=0.016, init_frequency=2.0, eval_windows=16, eval_every=250)
 
 PRESETS: dict[str, dict[str, dict]] = {
     "enwik8": {
@@ -54,7 +54,8 @@ PRESETS: dict[str, dict[str, dict]] = {
             _RELEASED_TEXT, seq_len=8192, n_layers=22, width=1032, ffn_width=4096,
             n_local_heads=6, n_routing_heads=2, routing_layers=(-1,), n_clusters=16, window=512,
             block=256, lookback=1, local_max_distance=513, routing_max_distance=513),
-        "small": dict(_SMALL, vocab_size=8192, input_tokens=3, steps=1600, eval_every=400),
+        "small": dict(_SMALL, vocab_size=8192, input_tokens=3, shift_keys=True, steps=1600,
+                      eval_every=400),
     },
     "imagenet64": {
         "released": dict(

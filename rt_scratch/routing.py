@@ -218,10 +218,9 @@ def topk_attention_backward(do, cache: TopkCache, n_tokens: int):
 # ---------------------------------------------------------------- causal, random: sorted clusters
 
 def causal_route(q, k, mu, rule: Rule) -> Route:
-    """A token joins its nearest centroid. A key lives in the cluster of its token's query."""
+    """A token joins its nearest centroid, as a query and as a key."""
     winner = nearest(q, mu, equal_length=True)
-    key_winner = winner if k is q else nearest(k, mu, equal_length=True)
-    return Route(winner, key_winner, order=by_cluster(winner, mu.shape[1]))
+    return Route(winner, winner, order=by_cluster(winner, mu.shape[1]))
 
 
 def random_route(q, k, mu, rule: Rule) -> Route:

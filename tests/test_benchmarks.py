@@ -71,7 +71,7 @@ def test_recall_pieces(tmp_path, monkeypatch, capsys):
     told = json.loads(line)
     assert told["K"] == 4 and 0 <= told["accuracy"] <= 1 and set(told["other T"]) == {
         "64", "256", "1024"}
-    monkeypatch.setattr(sys, "argv", ["recall.py", "--out", str(tmp_path), "--only", "full",
+    monkeypatch.setattr(sys, "argv", ["recall.py", "--out", str(tmp_path), "--only", "multi",
                                       "--seed", "1"])
     recall.main()
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2

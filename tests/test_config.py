@@ -66,6 +66,17 @@ def test_json_round_trip():
         from_json(ModelConfig, {"wdith": 3})
 
 
+def test_configurations_from_before_probes():
+    """Whatever they say of probes, which only `multiprobe` heads had then, causal ones had one."""
+    before = to_json(ModelConfig(n_probes=2))
+    del before["shift_keys"]
+    assert from_json(ModelConfig, before) == ModelConfig()
+    with pytest.raises(UserError, match="keys of their own as an earlier version"):
+        from_json(ModelConfig, before | {"share_qk": False})
+    with pytest.raises(UserError, match="routing multiprobe: choose from"):
+        from_json(ModelConfig, before | {"routing": "multiprobe"})
+
+
 def test_every_field_is_explained():
     for cls in (ModelConfig, TrainConfig):
         assert all(f.metadata["help"] for f in dataclasses.fields(cls))

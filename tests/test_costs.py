@@ -138,6 +138,7 @@ def test_step_bytes_against_a_step(changes, recipe):
     (but(shift_keys=True), "local heads only"),
     (but(attention="full", shift_keys=True), "full attention, shifted keys"),
     (but(attention="routing"), "routing causal"),
+    (but(attention="routing", share_qk=False, n_probes=2), "routing causal, own keys, 2 probes"),
     (but(attention="routing", routing="topk", shift_keys=True), "routing topk, shifted keys")])
 def test_how_a_model_attends(cfg, told):
     assert mode(cfg) == told

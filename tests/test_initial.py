@@ -50,6 +50,20 @@ def test_everything_is_taken_over_but_the_optimizer(source, text, tmp_path, caps
     assert "best.npz, step" in told and "k-means" not in told
 
 
+def test_only_centroids_that_learn_are_taken_over_or_drawn(source, text, tmp_path,  # noqa: F811
+                                                           capsys):
+    """Those of random heads have not; random heads need none."""
+    flags = [text, "--out", tmp_path / "b", "--batch", "2", "--init-from"]
+    _, state = started([*flags, source, "--routing", "random", "--n-clusters", "3"])
+    assert "k-means" not in capsys.readouterr().out and (state.centroids[0].count == 1).all()
+    train.main([str(text), "--out", str(tmp_path / "random"), *TINY, *OWN_KEYS, "--routing",
+                "random", "--steps", "2"])
+    capsys.readouterr()
+    _, state = started([*flags, tmp_path / "random", "--routing", "causal"])
+    assert "centroids of layers 0, 1: the best of 16 draws" in capsys.readouterr().out
+    np.testing.assert_array_equal(state.centroids[0].count.sum(-1), 2 * 2 * 16)
+
+
 @pytest.mark.parametrize("flags", [[], ["--share-qk"]])
 def test_centroids_are_drawn_where_k_changes(source, text, tmp_path, capsys, flags):  # noqa: F811
     """From queries and keys of the first batch, in the model with one cluster; means of theirs."""

@@ -141,6 +141,7 @@ def test_gradients(seed, mode, t, k, window, d, reach, layout, shared, ties, dro
        st.booleans())
 def test_causal_against_loops(seed, mode, t, k, window, d, reach, shared):
     """A token sees the `window` latest members of its own cluster; distance counts members."""
+    shared |= mode is CAUSAL
     rng, q, key, v, mu = routing_inputs(seed, t, d, k)
     rel_k, rel_v = tables(rng, reach, d)
     drawn = rng.integers(0, k, (2, t)) if mode is RANDOM else None

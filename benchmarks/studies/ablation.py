@@ -1,4 +1,4 @@
-"""Causal routing against its settings, one at a time: K, W, routing layers, routing heads.
+"""Causal routing against its settings: K, W, routing layers, routing heads, the keys.
 
 One seed each, equal steps, the rest of the default recipe: which way it leans, not a difference
 (the spread over the seeds of one setting is in worth.md).
@@ -24,7 +24,6 @@ CHANGES = {  # label: flags; four layers of four heads, half of them local, unle
     "keys shifted": ["--shift-keys"],
     "keys shifted, 2 probes": ["--shift-keys", "--n-probes", 2],
     "keys shifted, own keys": ["--shift-keys", "--no-share-qk"],
-    "keys shifted, 2 K, W / 2": ["--shift-keys", "--n-clusters", 16, "--window", 32],
 }
 
 

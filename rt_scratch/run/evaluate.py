@@ -149,8 +149,9 @@ def mode(model: ModelConfig) -> str:
     """How the model attends, for the line with its score."""
     shifted = any(part.shifted for i in range(model.n_layers) for part in parts(model, i))
     if any(model.routing_heads(i) for i in range(model.n_layers)):
-        name = f"routing {model.routing}"
+        told = [f"routing {model.routing}", *["own keys"] * (not model.share_qk),
+                *[f"{model.n_probes} probes"] * (model.n_probes > 1)]
     else:
-        name = {"full": "full attention", "local": "local heads only"}.get(
-            model.attention, f"{', '.join(sorted(model.kinds()))} heads")
-    return name + ", shifted keys" * shifted
+        told = [{"full": "full attention", "local": "local heads only"}.get(
+            model.attention, f"{', '.join(sorted(model.kinds()))} heads")]
+    return ", ".join([*told, *["shifted keys"] * shifted])

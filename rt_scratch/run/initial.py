@@ -9,7 +9,7 @@ from rt_scratch.console import say
 from rt_scratch.data.batches import training_batch
 from rt_scratch.dispatch import array_module
 from rt_scratch.errors import UserError
-from rt_scratch.heads import parts
+from rt_scratch.heads import KINDS, parts
 from rt_scratch.kmeans import Centroids, seeded_centroids
 from rt_scratch.layers import layer_norm, normalize, shift_right
 from rt_scratch.model import block, embed, loss, mu_of, project, target_weights
@@ -42,16 +42,18 @@ def check_shapes(saved: Saved, model: ModelConfig) -> None:
 def taken_over(state: State, plan, xp) -> State:
     """A fresh state with parameters and centroids of the run plan.source.
 
-    Centroids whose shape has changed, as with --n-clusters, are drawn from the vectors of the
-    first batch.
+    Centroids whose shape has changed, as with --n-clusters, or that did not learn there, are drawn
+    from the vectors of the first batch.
     """
     model, train = plan.model, plan.train
     before, _ = restore(plan.source, xp)
     state.flat[...] = before.flat.astype(state.flat.dtype)
     centroids = {i: Centroids(*(a.astype(state.flat.dtype) for a in before.centroids[i]))
                  for i, c in state.centroids.items()
-                 if i in before.centroids and before.centroids[i].mu.shape == c.mu.shape}
-    drawn = sorted(state.centroids.keys() - centroids.keys())
+                 if i in before.centroids and before.centroids[i].mu.shape == c.mu.shape
+                 and KINDS[plan.source.model.routing].mode.learns}
+    drawn = sorted(state.centroids.keys() - centroids.keys()) if KINDS[
+        model.routing].mode.learns else []
     if drawn:
         ids, labels = training_batch(plan.dataset, model.seq_len, train.batch * train.accumulate,
                                      train.seed, 0, 0)
@@ -62,7 +64,7 @@ def taken_over(state: State, plan, xp) -> State:
     say(f"parameters: {plan.source.path}, step {before.step}" + (
         f"; centroids of layers {', '.join(map(str, drawn))}: the best of {DRAWS} draws of k-means"
         if drawn else ""))
-    return state._replace(centroids=centroids)
+    return state._replace(centroids=state.centroids | centroids)
 
 
 def drawn_centroids(state: State, before: ModelConfig, after: ModelConfig, ids, weights, seed: int,
@@ -84,7 +86,7 @@ def drawn_centroids(state: State, before: ModelConfig, after: ModelConfig, ids, 
         (q, k, _), _ = project(n, p["attention"], after)
         for part in parts(after, i):
             if part.kind.routes and i not in kept:
-                own = [z for z in part.queries_and_keys(q, k) if z is not None]
+                own = [q[:, part.heads]] + ([k[:, part.keys]] if part.keys else [])
                 rows = [normalize(z)[0].swapaxes(0, 1).reshape(z.shape[1], -1, z.shape[3])
                         for z in own]                                # (H, B T, D)
                 vectors[i] = array_module(x).concatenate(rows, axis=1)
