@@ -74,7 +74,8 @@ class ModelConfig:
     share_qk: bool = _field(True, "routing heads use their queries as keys")
     shift_keys: bool = _field(False, "routing and full heads: the value of a position has the key "
                                      "of the one before, so that a query finds what followed "
-                                     "tokens like its own (every small preset but that of wikitext103)")
+                                     "tokens like its own (small presets, but for wikitext103: "
+                                     "on)")
     n_clusters: int = _field(8, "K, centroids per routing head", least=1, most=MAX_CLUSTERS)
     n_probes: int = _field(1, "R, clusters that a query of causal heads looks into", least=1)
     window: int = _field(64, "W, tokens that attend to each other in a cluster", least=1)
