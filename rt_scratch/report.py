@@ -300,7 +300,8 @@ def packed(layer: int, found, of_kind: int, n_kept: int) -> list[dict]:
 
     n: entries of a row; positions, weights: of the entries, in units of 1 / UNIT of the row's sum;
     seen: keys with any weight. What n entries leave to 1 is the weight of the other keys, 0 where
-    there are none. winner: nearest centroid; members (K, W): who is in a topk cluster.
+    there are none. winner: nearest centroid of the query; apart: its key may have another; members
+    (K, W): who is in a topk cluster.
     """
     positions, weights, seen, total = strongest(found, n_kept)
     kept = positions >= 0
@@ -320,6 +321,7 @@ def packed(layer: int, found, of_kind: int, n_kept: int) -> list[dict]:
         if found.routed is not None:
             route = found.routed.route
             head["winner"] = encoded(route.winner[0, h])
+            head["apart"] = route.key_winner is not route.winner
             if route.members is not None:
                 head["members"] = encoded(route.members[0, h])
                 head["clusters"] = len(route.members[0, h])
