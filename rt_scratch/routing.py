@@ -76,9 +76,9 @@ class Route(NamedTuple):
 
 
 class Coverage(NamedTuple):
-    """Shares of tokens in no cluster and in several."""
+    """Shares of tokens that see nothing and of those in several clusters."""
 
-    uncovered: Any   # share of (batch, head, token) in no cluster
+    uncovered: Any   # share of (batch, head, token) in no cluster, or with no key to see
     several: Any     # share in more than one
 
 

@@ -45,8 +45,8 @@ def test_no_health_without_routing_heads():
 def test_cluster_line():
     row = health({0: told([[4, 0, 1, 5]], 0.5, 0.25)})
     assert cluster_line(row) == (
-        "clusters: 50.0% of tokens in none, 25.0% in several; smallest 0.0%, largest 50.0% of a "
-        "head's tokens; 1 without any\n")
+        "clusters: 50.0% of tokens see nothing, 25.0% are in several; smallest 0.0%, largest 50.0% "
+        "of a head's tokens; 1 without any\n")
 
 
 @pytest.mark.parametrize("share_qk", [True, False])
@@ -68,7 +68,11 @@ def test_health_of_a_step(routing, share_qk):
             if routing == "topk":
                 inside += [(r.members[b, h] == t).any(-1).sum() for r in routes
                            for b in range(len(r.winner)) for t in range(cfg.seq_len)]
-    inside = np.array(inside if routing == "topk" else [1])
+            else:  # a query may see no key: none has joined its cluster yet
+                inside += [int((r.key_winner[b, h, : t + 1] == r.winner[b, h, t]).any())
+                           for r in routes for b in range(len(r.winner))
+                           for t in range(cfg.seq_len)]
+    inside = np.array(inside)
     got = health(result.memberships)
     assert got["dead"] == dead and dead > 0
     for name, want in (("smallest", min(shares)), ("largest", max(shares)),

@@ -204,14 +204,16 @@ def test_crossover(part, monkeypatch, capsys):
 
 
 def test_worth_and_throughput(part):
-    """Three runs at equal steps, AdamW's three, two at equal time; nothing twice."""
+    """Five runs at equal steps, two of them with shifted keys, AdamW's three, four at equal time;
+    nothing twice.
+    """
     table = part("worth", "--seeds", 1, "--cpu-time")
     rows = list(csv.DictReader(table.splitlines()))
     assert [sum(r["time"] == "steps" and r["recipe"] == recipe for r in rows)
-            for recipe in ("default", "adamw")] == [3, 3]
-    assert sum(r["time"] == "time" for r in rows) == 2
+            for recipe in ("default", "adamw")] == [5, 3]
+    assert sum(r["time"] == "time" for r in rows) == 4
     speed = part("throughput")  # measured by `worth`, read here
-    assert len(speed.splitlines()) == 4
+    assert len(speed.splitlines()) == 6
     assert part("worth", "--seeds", 1) == table
     with pytest.raises(UserError, match="--threads 1"):
         study.main(["throughput", "--cpu-time", "--threads", "2"])

@@ -210,6 +210,6 @@ def cluster_line(row: dict) -> str:
     """The cluster health of a log row in words; nothing for a model without routing heads."""
     if "dead" not in row:
         return ""
-    return (f"clusters: {row['uncovered']:.1%} of tokens in none, {row['several']:.1%} in several; "
-            f"smallest {row['smallest']:.1%}, largest {row['largest']:.1%} of a head's tokens; "
-            f"{row['dead']} without any\n")
+    return (f"clusters: {row['uncovered']:.1%} of tokens see nothing, {row['several']:.1%} are in "
+            f"several; smallest {row['smallest']:.1%}, largest {row['largest']:.1%} of a head's "
+            f"tokens; {row['dead']} without any\n")
