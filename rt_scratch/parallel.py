@@ -137,6 +137,7 @@ class MpiWorld(World):
 
     def _abort(self, code):
         sys.stderr.flush()
+        time.sleep(0.3)  # mpiexec drops what it has not read when it hears of the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI libraries would add lines to ours
         self._world.Abort(code)
 
