@@ -35,8 +35,7 @@ from rt_scratch import (
     threads,
 )
 
-MODULES = (layers, attention, dropout, kmeans, routing, multiprobe, heads, model, optim,
-           step)
+MODULES = (layers, attention, dropout, kmeans, routing, multiprobe, heads, model, optim, step)
 here, records, lock = threading.local(), defaultdict(lambda: np.zeros(3)), threading.Lock()
 
 

@@ -181,7 +181,7 @@ def test_every_kind_of_head(runs, kind):
         if route is None:
             assert "winner" not in head and (n > 0).all()
             continue
-            assert head["apart"] == (kind in ("own keys", "shifted"))
+        assert head["apart"] == (kind in ("own keys", "shifted"))
         np.testing.assert_array_equal(numbers(head["winner"]), route.winner[0, h])
         if kind == "topk":
             members = numbers(head["members"]).reshape(head["clusters"], -1)

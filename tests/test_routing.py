@@ -162,7 +162,7 @@ def test_causal_against_loops(seed, mode, t, k, window, d, reach, shared):
                 and rank[i] - window < rank[j] <= rank[i],
                 0.5, rel and (lambda i, j, rank=rank, rel=rel: rel(rank[i], rank[j])))
             np.testing.assert_allclose(o[b, h], want, **EXACT)
-    assert membership.counts.sum() == 2 * 2 * t * (1 if shared or mode is RANDOM else 2)
+    assert membership.counts.sum() == 2 * 2 * t
 
 
 @given(seeds, lengths, clusters, windows, widths, reaches, st.booleans(), st.booleans())
