@@ -30,8 +30,8 @@ def recorded(train_step, model: ModelConfig, train: TrainConfig, xp,
              "scale", train.precision == "fp16"),
             ("not with --precision float64, which has no kernels of ours",
              train.precision == "float64"),
-            ("not with causal heads that have --shift-keys, --no-share-qk or several --n-probes, "
-             "which use products and sorts of CuPy's own",
+            ("not with causal heads that have --no-share-qk or several --n-probes, which use "
+             "products and sorts of CuPy's own",
              "causal" in model.kinds() and not sortable(model)),
             ("for one process: sums between GPUs have not been tried in a graph", world.size > 1)):
         if wrong:

@@ -32,6 +32,7 @@ from rt_scratch.routing import (
     CAUSAL,
     MEAN_FLOOR,
     RANDOM,
+    SHIFTED,
     TOPK,
     Membership,
     Mode,
@@ -243,16 +244,16 @@ def causal_forward(q, k, v, p, context):
     Logits are scaled by D^-1/2.
     """
     cfg = context.cfg
+    mode = MULTIPROBE if not sortable(cfg) else SHIFTED if cfg.shift_keys else CAUSAL
     return _routing_forward(q, k, v, p, context, Rule(
-        CAUSAL if sortable(cfg) else MULTIPROBE, cfg.window, cfg.head_width ** -0.5,
-        n_probes=cfg.n_probes))
+        mode, cfg.window, cfg.head_width ** -0.5, n_probes=cfg.n_probes))
 
 
 def sortable(cfg) -> bool:
-    """Whether each token of causal heads is in one cluster, as query and key: CAUSAL, which sorts
-    tokens by cluster, then gives what MULTIPROBE gives, faster.
+    """Whether each vector of causal heads is in one cluster, as query and key: CAUSAL or SHIFTED,
+    which sort vectors by cluster, then give what MULTIPROBE gives, faster.
     """
-    return cfg.n_probes == 1 and cfg.share_qk and not cfg.shift_keys
+    return cfg.n_probes == 1 and cfg.share_qk
 
 
 def topk_forward(q, k, v, p, context):
@@ -374,7 +375,7 @@ def causal_step(q, k, v, p, context, store, position):
     scores = (store.guide @ qn[..., None])[..., 0]                   # (B, H, K), as in `nearest`
     own = scores if k is None else (store.guide @ kn[..., None])[..., 0]
     row = _join(kn, v, store, own.argmax(-1))
-    if not sortable(context.cfg):
+    if k is not None or context.cfg.n_probes > 1:
         probes = best_several(scores, context.cfg.n_probes)          # (B, H, R)
         row = store.next[store.start[..., None] + probes] - 1
     return _attend_members(qn, store, row)

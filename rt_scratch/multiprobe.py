@@ -4,8 +4,8 @@ Every key joins the cluster nearest to its own vector, and a query looks into th
 to it, at the W latest keys of each: strictly causal, at most R W keys per token, one softmax over
 all of them. With R = 1 the one key that a query needs is lost whenever a border between clusters
 runs between the two. Looking into several cells is multi-probe search (Lv et al. 2007, for hashing;
-Jegou et al. 2011, for k-means). With keys that are queries, not shifted, and R = 1 it is CAUSAL
-(routing.py). Not in the paper.
+Jegou et al. 2011, for k-means). With keys that are queries and R = 1 it is CAUSAL or, with
+shifted keys, SHIFTED (routing.py). Not in the paper.
 """
 
 from __future__ import annotations

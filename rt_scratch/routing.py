@@ -11,7 +11,8 @@ Three modes form clusters. TOPK is the paper: each centroid takes the W tokens o
 nearest to it, so *whether an early token is a member depends on later tokens*: the mask inside the
 cluster hides their content, not their influence on membership. The mode leaks the future. CAUSAL is
 ours: each token joins its nearest centroid and sees the W most recent members, itself included;
-nothing depends on later tokens. RANDOM is CAUSAL with clusters drawn at random.
+nothing depends on later tokens. RANDOM is CAUSAL with clusters drawn at random, SHIFTED is CAUSAL
+where the key of a position is the query of the one before.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ class Route(NamedTuple):
 
     winner: Any            # (B, H, T) cluster of each query
     key_winner: Any        # the same of each key; is `winner` when keys are queries
-    order: Any = None      # CAUSAL, RANDOM: (B, H, T) positions sorted by cluster, then time
+    order: Any = None      # CAUSAL, RANDOM: (B, H, T) positions sorted by cluster, then time;
+    #                        SHIFTED: (B, H, T + 1) of the keys and, as position T, the last query
     members: Any = None    # TOPK: (B, H, K, W) positions of each cluster's queries, by time
     key_members: Any = None  # TOPK: of its keys; is `members` when keys are queries
     probes: Any = None     # MULTIPROBE: (B, H, T, R) clusters that each query looks into
@@ -273,8 +275,54 @@ def inverse(order):
     return array_module(order).argsort(order, axis=-1)
 
 
+# ----------------------------------------------------------------- shifted: sorted clusters as well
+
+def shifted_route(q, k, mu, rule: Rule) -> Route:
+    """The key of position t is the query of t - 1, in its cluster; the first is zeros, in 0."""
+    xp, (b, h, t) = array_module(q), q.shape[:3]
+    winner = nearest(q, mu, equal_length=True)
+    both = xp.concatenate([xp.zeros((b, h, 1), winner.dtype), winner], axis=-1)
+    return Route(winner, both[..., :t], order=by_cluster(both, mu.shape[1]))
+
+
+ShiftedCache = namedtuple("ShiftedCache", "local order slot seen")
+
+
+def shifted_attention(q, k, v, rel_k, rel_v, route: Route, rule: Rule, dropped=None):
+    """`sorted_attention` where the key of position t + 1 is the query of t: one vector for both.
+
+    The T + 1 vectors are sorted by (cluster, time). A query sees the keys before its own vector, so
+    it goes to the slot of the latest of them: as queries the vectors from the second on, as keys
+    all but the last. The first of a cluster sees nothing and gets 0. docs/derivations.md (73).
+    """
+    xp, t = array_module(q), q.shape[2]
+    winners = xp.concatenate([route.key_winner, route.winner[..., -1:]], axis=-1)
+    segments = gather(winners[..., None], route.order)[..., 0]       # (B, H, T + 1)
+    vectors = gather(xp.concatenate([k, q[:, :, -1:]], axis=2), route.order)
+    values = gather(v, xp.minimum(route.order[..., :-1], t - 1))     # nothing sees that of T
+    o, cache = local_attention(vectors[:, :, 1:], vectors[:, :, :-1], values, rel_k, rel_v,
+                               -(-rule.window // 2), 2, rule.scale, segments[..., :-1],
+                               rule.window, dropped)
+    first = segments[..., 1:] != segments[..., :-1]                  # of its cluster
+    seen = (~first)[..., None].astype(q.dtype)
+    slot = inverse(route.order)
+    return (gather(o * seen, slot[..., 1:] - 1), ShiftedCache(cache, route.order, slot, seen),
+            Coverage(first.mean(dtype=cache.lse.dtype), xp.zeros((), cache.lse.dtype)))
+
+
+def shifted_attention_backward(do, cache: ShiftedCache, n_tokens: int):
+    """Gradients of q, k, v, rel_k, rel_v. docs/derivations.md (73)."""
+    xp = array_module(do)
+    do = gather(do, cache.order[..., 1:] - 1) * cache.seen
+    dq, dk, dv, drel_k, drel_v = local_attention_backward(do, cache.local)
+    dk, dv = (gather(xp.concatenate([x, xp.zeros_like(x[:, :, :1])], axis=2), cache.slot[..., :-1])
+              for x in (dk, dv))  # nothing sees the last slot
+    return gather(dq, cache.slot[..., 1:] - 1), dk, dv, drel_k, drel_v
+
+
 TOPK = Mode(topk_route, topk_attention, topk_attention_backward, learns=True)
 CAUSAL = Mode(causal_route, sorted_attention, sorted_attention_backward, learns=True)
+SHIFTED = Mode(shifted_route, shifted_attention, shifted_attention_backward, learns=True)
 RANDOM = Mode(random_route, sorted_attention, sorted_attention_backward, learns=False)
 
 

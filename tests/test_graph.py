@@ -40,7 +40,7 @@ def kernels(monkeypatch):
 
 
 @pytest.mark.parametrize("name, optimizer, dtype", [
-    *((name, "adafactor", "float16") for name in MODELS if name not in ("own keys", "shifted")),
+    *((name, "adafactor", "float16") for name in MODELS if name != "own keys"),
     *(("causal", optimizer, None) for optimizer in OPTIMIZERS)])
 def test_a_step_holds_nothing_that_a_graph_refuses(kernels, name, optimizer, dtype):
     """The second of two steps, its rate and number in arrays: no wait, no copy from the host, no
@@ -183,7 +183,6 @@ def test_an_error_while_recording_is_told(monkeypatch):
     ("causal", {"precision": "fp16"}, 1, "not with --precision fp16: the host reads every"),
     ("causal", {"precision": "float64"}, 1, "not with --precision float64"),
     ("own keys", {}, 1, "not with causal heads that have"),
-    ("shifted", {}, 1, "not with causal heads that have"),
     ("causal", {}, 2, "for one process")])
 def test_what_cannot_be_recorded(name, settings, size, why):
     world = World()

@@ -15,9 +15,8 @@ from rt_scratch.heads import KINDS, Part
 from rt_scratch.kmeans import commitment, commitment_backward, nearest, update_centroids
 from rt_scratch.layers import normalize
 from rt_scratch.model import loss, loss_backward
-from rt_scratch.multiprobe import MULTIPROBE
 from rt_scratch.parameters import init_centroids, init_parameters, views
-from rt_scratch.routing import CAUSAL, MEAN_FLOOR, TOPK, Rule, routing_attention
+from rt_scratch.routing import CAUSAL, MEAN_FLOOR, SHIFTED, TOPK, Rule, routing_attention
 
 T, D, K, W = 64, 16, 8, 8  # K = W = sqrt(T)
 
@@ -149,7 +148,7 @@ def test_10_shifted_keys(head):
     q[:, :, 40] = q[:, :, 20]
     queries, keys = Part(KINDS["causal"], slice(1), None, shifted=True).queries_and_keys(q, None)
     (o, _), _, _, route = routing_attention(queries, keys, np.eye(T)[None, None], None, None, mu,
-                                            Rule(MULTIPROBE, T, 0.25))
+                                            Rule(SHIFTED, T, 0.25))
     assert route.winner[0, 0, 40] == route.key_winner[0, 0, 21]
     assert o[0, 0, 40].argmax() == 21 and (np.triu(o[0, 0], 1) == 0).all()
 

@@ -16,12 +16,14 @@ from helpers.strategies import layouts, lengths, normal, seeds, sizes, widths
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rt_scratch.heads import KINDS, Part
 from rt_scratch.kmeans import nearest
 from rt_scratch.layers import normalize
 from rt_scratch.routing import (
     CAUSAL,
     MEAN_FLOOR,
     RANDOM,
+    SHIFTED,
     TOPK,
     Rule,
     by_cluster,
@@ -36,8 +38,9 @@ from rt_scratch.routing import (
 )
 
 EXACT = dict(rtol=1e-11, atol=1e-12)
-modes = st.sampled_from([CAUSAL, TOPK, RANDOM])
+modes = st.sampled_from([CAUSAL, TOPK, RANDOM, SHIFTED])
 windows = st.sampled_from([1, 2, 3, 8, 50])
+part = Part(KINDS["causal"], slice(None), None, shifted=True)  # shifts the keys of SHIFTED
 
 
 # ------------------------------------------------------------------------------------ integers
@@ -124,17 +127,46 @@ def test_gather_and_scatter(seed, t, k, w):
 def test_gradients(seed, mode, t, k, window, d, reach, layout, shared, ties, dropped):
     """Every mode, keys shared or not, empty clusters, ties, tokens in none and in several."""
     rng, q, key, v, mu = routing_inputs(seed, t, d, k, layout, ties)
-    args = (q, None if shared else key, v, *tables(rng, reach, d))
+    args = (q, None if shared or mode is SHIFTED else key, v, *tables(rng, reach, d))
     drawn = rng.integers(0, k, (2, t)) if mode is RANDOM else None
     rule = Rule(mode, window, 0.5, clusters=drawn)
-    route = routing_attention(*args, mu, rule)[3]
 
-    def forward(*args):
-        return routing_attention(*args, mu, rule, route, dropped)[:2]
+    def forward(q, key, *others, route=None):
+        own = part.queries_and_keys(q, key) if mode is SHIFTED else (q, key)
+        return routing_attention(*own, *others, mu, rule, route, dropped)
 
+    def backward(do, dloss, cache):
+        dq, dk, *others = routing_attention_backward(do, dloss, cache)
+        return *(part.unshifted(dq, dk) if mode is SHIFTED else (dq, dk)), *others
+
+    route = forward(*args)[3]
     spread = min(x.std(-1).min() for x in (q, key))
-    check_gradients(forward, routing_attention_backward, args, rng,
+    check_gradients(lambda *args: forward(*args, route=route)[:2], backward, args, rng,
                     step=1e-4 * min(1, spread / 3))
+
+
+@given(seeds, lengths, clusters, windows, widths, reaches)
+def test_shifted_against_loops(seed, t, k, window, d, reach):
+    """The key of a position is the query of the one before it; distance counts from the latest."""
+    rng, q, _, v, mu = routing_inputs(seed, t, d, k)
+    rel_k, rel_v = tables(rng, reach, d)
+    _, key = part.queries_and_keys(q, None)
+    (o, _), _, membership, route = routing_attention(
+        q, key, v, rel_k, rel_v, mu, Rule(SHIFTED, window, 0.5))
+    qn, kn, nothing = normalize(q)[0], normalize(key)[0], 0
+    np.testing.assert_array_equal(route.winner, nearest(qn, mu, equal_length=True))
+    np.testing.assert_array_equal(route.key_winner, nearest(kn, mu, equal_length=True))
+    for b, h in np.ndindex(2, 2):
+        seen = [[j for j in range(i + 1) if route.key_winner[b, h, j] == c][-window:]
+                for i, c in enumerate(route.winner[b, h])]
+        nothing += sum(not keys for keys in seen)
+        rel = clipped(rel_k, rel_v, reach)
+        want = loop_attention(
+            qn[b, h], kn[b, h], v[b, h], lambda i, j, seen=seen: j in seen[i], 0.5,
+            rel and (lambda i, j, seen=seen, rel=rel: rel(len(seen[i]) - 1, seen[i].index(j))))
+        np.testing.assert_allclose(o[b, h], want, **EXACT)
+    np.testing.assert_allclose(membership.uncovered, nothing / (4 * t))
+    assert membership.counts.sum() == 8 * t
 
 
 @given(seeds, st.sampled_from([CAUSAL, RANDOM]), lengths, clusters, windows, widths, reaches,
