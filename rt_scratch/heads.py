@@ -370,15 +370,14 @@ def _fill_members(q, k, v, p, context, store, winner, order):
 
 def causal_step(q, k, v, p, context, store, position):
     """One token: O(K) to choose clusters, R W keys to read, however long the text is."""
-    qn, _ = normalize(q)
-    kn = qn if k is None else normalize(k)[0]
-    scores = (store.guide @ qn[..., None])[..., 0]                   # (B, H, K), as in `nearest`
-    own = scores if k is None else (store.guide @ kn[..., None])[..., 0]
-    row = _join(kn, v, store, own.argmax(-1))
+    xp = array_module(q)
+    both, _ = normalize(q[None] if k is None else xp.stack([q, k]))  # few operations on more rows
+    scores = (store.guide @ both[..., None])[..., 0]                 # (1 or 2, B, H, K)
+    row = _join(both[-1], v, store, scores[-1].argmax(-1))           # as in `nearest`
     if k is not None or context.cfg.n_probes > 1:
-        probes = best_several(scores, context.cfg.n_probes)          # (B, H, R)
+        probes = best_several(scores[0], context.cfg.n_probes)       # (B, H, R)
         row = store.next[store.start[..., None] + probes] - 1
-    return _attend_members(qn, store, row)
+    return _attend_members(both[0], store, row)
 
 
 def random_step(q, k, v, p, context, store, position):
