@@ -133,15 +133,16 @@ def test_finished_pieces_are_not_measured_again(tmp_path):
 
 
 def test_groups():
-    """Token by token is one pass and what looking ahead was worth; causal stands in both tables."""
+    """Token by token is one pass and what looking ahead was worth; BASE stands in both tables."""
     rows = [dict(kind=kind, recipe="default", time=time, score=score, ahead=ahead)
             for kind, time, score, ahead in (
-                ("causal", "steps", 1.5, ""), ("topk", "steps", 1.25, 0.5),
+                (worth.BASE, "steps", 1.5, ""), ("topk", "steps", 1.25, 0.5),
                 ("topk", "time", 1.75, 0.25), ("local", "time", 2.0, ""))]
     one, token = "topk, one pass (sees ahead)", "topk, token by token"
-    assert worth.groups(rows, "default", "steps") == {"causal": [1.5], one: [1.25], token: [1.75]}
+    assert worth.groups(rows, "default", "steps") == {
+        worth.BASE: [1.5], one: [1.25], token: [1.75]}
     assert worth.groups(rows, "default", "time") == {
-        "causal": [1.5], one: [1.75], token: [2.0], "local": [2.0]}
+        worth.BASE: [1.5], one: [1.75], token: [2.0], "local": [2.0]}
     assert worth.groups(rows, "adamw", "steps") == {}
 
 
@@ -163,8 +164,7 @@ def text(tmp_path_factory):
 @pytest.fixture
 def part(tmp_path, text, monkeypatch):
     """Runs a part of the study in seconds and returns the text of its csv."""
-    for module in (throughput, worth):
-        monkeypatch.setattr(module, "KINDS", {k: KINDS[k] for k in ("local", "causal", "topk")})
+    monkeypatch.setattr(throughput, "KINDS", {k: KINDS[k] for k in ("local", "causal", "topk")})
     monkeypatch.setattr(lookahead, "CAPACITIES", (1,))
 
     def one(name, *flags):
@@ -204,13 +204,13 @@ def test_crossover(part, monkeypatch, capsys):
 
 
 def test_worth_and_throughput(part):
-    """Five runs at equal steps, two of them with shifted keys, AdamW's three, four at equal time;
+    """Five runs at equal steps, two of them with shifted keys, AdamW's five, four at equal time;
     nothing twice.
     """
     table = part("worth", "--seeds", 1, "--cpu-time")
     rows = list(csv.DictReader(table.splitlines()))
     assert [sum(r["time"] == "steps" and r["recipe"] == recipe for r in rows)
-            for recipe in ("default", "adamw")] == [5, 3]
+            for recipe in ("default", "adamw")] == [5, 5]
     assert sum(r["time"] == "time" for r in rows) == 4
     speed = part("throughput")  # measured by `worth`, read here
     assert len(speed.splitlines()) == 6
@@ -274,10 +274,13 @@ def test_images(part, tmp_path, monkeypatch):
 
 def test_small_rows_of_the_papers_table():
     """Half of the layers and heads of the row, routing in the last layers of both."""
-    assert len(images.ROWS) == 15
-    for name in images.ROWS:
+    assert len(images.ROWS) == 16
+    assert [images.small_flags(name)[2] for name in ("paper-4x8", "paper-4x8, shifted keys")] == [
+        "--no-shift-keys", "--shift-keys"]
+    for row in images.ROWS:
+        name = row.partition(",")[0]
         full, small = PRESETS["cifar10"][name], common.planned(
-            ["cifar10", "--data-dir", "nowhere", *images.small_flags(name)])[0]
+            ["cifar10", "--data-dir", "nowhere", *images.small_flags(row)])[0]
         assert (small.n_layers, small.n_heads) == (6, 4)
         big = common.planned(["cifar10", "--data-dir", "nowhere", "--preset", name])[0]
         assert small.kinds() == big.kinds() and (big.n_layers, big.n_heads) == (12, 8)

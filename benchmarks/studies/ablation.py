@@ -1,4 +1,4 @@
-"""Causal routing against its settings: K, W, routing layers, routing heads, the keys.
+"""The default run's heads against their settings: K, W, routing layers, routing heads, the keys.
 
 One seed each, equal steps, the rest of the default recipe: which way it leans, not a difference
 (the spread over the seeds of one setting is in worth.md).
@@ -21,9 +21,9 @@ CHANGES = {  # label: flags; four layers of four heads, half of them local, unle
     "1 routing head of 4": ["--n-routing-heads", 1, "--n-local-heads", 3],
     "3 routing heads of 4": ["--n-routing-heads", 3, "--n-local-heads", 1],
     "4 routing heads of 4": ["--n-routing-heads", 4, "--n-local-heads", 0],
-    "keys shifted": ["--shift-keys"],
-    "keys shifted, 2 probes": ["--shift-keys", "--n-probes", 2],
-    "keys shifted, own keys": ["--shift-keys", "--no-share-qk"],
+    "keys not shifted": ["--no-shift-keys"],
+    "2 probes": ["--n-probes", 2],
+    "keys of their own": ["--no-share-qk"],
 }
 
 
@@ -37,21 +37,21 @@ def flags_of(base, change):
 
 def run(study):
     """ablation.csv and ablation.md."""
-    log = study.log("ablation", COLUMNS)
+    log, base = study.log("ablation", COLUMNS), [*study.flags(), "--shift-keys"]
     for label, change in CHANGES.items():
         name = f"{study.dataset}-{study.steps}-{label.replace(' ', '').replace('/', 'by')}"
-        flags = [study.text, *flags_of(study.flags(), change), "--steps", study.steps,
-                 "--eval-every", 0, "--eval-windows", 16]
+        flags = [study.text, *flags_of(base, change), "--steps", study.steps, "--eval-every", 0,
+                 "--eval-windows", 16]
         log.row(name, lambda name=name, label=label, flags=flags: {
-            "dataset": study.dataset, "kind": "causal", "steps": study.steps, "seed": 0,
-            "changed": label} | score(study, trained(study, name, flags)))
+            "dataset": study.dataset, "kind": "causal, shifted keys", "steps": study.steps,
+            "seed": 0, "changed": label} | score(study, trained(study, name, flags)))
     text = [f"# Ablation\n\n{study.head}\n{__doc__}"]
     for dataset, steps in dict.fromkeys((r["dataset"], r["steps"]) for r in log.rows):
         own = [r for r in log.rows if (r["dataset"], r["steps"]) == (dataset, steps)]
-        base = next((r["score"] for r in own if r["changed"] == "nothing"), None)
+        same = next((r["score"] for r in own if r["changed"] == "nothing"), None)
         text += [f"## {dataset}, {steps:,} steps\n", table(
             ["changed", own[0]["unit"], "minus unchanged", "tokens/s"],
             [[r["changed"], f"{r['score']:.4f}",
-              "" if base is None else f"{r['score'] - base:+.4f}",
+              "" if same is None else f"{r['score'] - same:+.4f}",
               f"{r['tokens_per_s']:,.0f}"] for r in own])]
     study.report("ablation", "\n".join(text))

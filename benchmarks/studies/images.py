@@ -2,7 +2,8 @@
 
 At full size every row is one command, `train.py cifar10 --preset paper-4x8`. Here each row has half
 of its layers and heads, in the widths and the recipe of the `small` preset: of 6 layers of 4 heads,
-H/2 routing heads in the last L/2 layers. Equal steps, one seed. The marginal histogram of the
+H/2 routing heads in the last L/2 layers. Keys are the paper's, not shifted, unless a row says so.
+Equal steps, one seed. The marginal histogram of the
 values, which a model without any attention can learn, is the mark to beat.
 """
 
@@ -14,15 +15,18 @@ from common import table
 from rt_scratch import UserError, data
 from rt_scratch.presets import PRESETS
 from studies import RUN_COLUMNS, score, trained
+from studies.throughput import SHIFTED
 
 COLUMNS = (*RUN_COLUMNS, "preset")
-ROWS = [name for name in PRESETS["cifar10"] if name.startswith("paper-")]
+ROWS = [*(name for name in PRESETS["cifar10"] if name.startswith("paper-")),
+        "paper-4x8" + SHIFTED]
 
 
 def small_flags(name):
     """The row `name` of the table with half of its layers and heads, as flags of train.py."""
-    full = PRESETS["cifar10"][name]
-    flags = ["--preset", "small", "--n-layers", full["n_layers"] // 2,
+    full = PRESETS["cifar10"][name.removesuffix(SHIFTED)]
+    keys = "--shift-keys" if name.endswith(SHIFTED) else "--no-shift-keys"
+    flags = ["--preset", "small", keys, "--n-layers", full["n_layers"] // 2,
              "--n-local-heads", full["n_local_heads"] // 2,
              "--n-routing-heads", full["n_routing_heads"] // 2]
     if full.get("attention"):
@@ -40,7 +44,7 @@ def run(study):
     dataset = data.load("cifar10", study.cifar10)
     narrow = ["--width", 16, "--ffn-width", 16, "--batch", 1] if study.quick else []
     for preset in ROWS[:2] if study.quick else ROWS:
-        name = f"cifar10-{preset}-{study.steps}"
+        name = f"cifar10-{preset.replace(SHIFTED, '+shift')}-{study.steps}"
         flags = ["cifar10", "--data-dir", study.cifar10, *small_flags(preset), *narrow,
                  "--steps", study.steps, "--eval-every", 0, "--eval-windows", study.windows or 16]
         log.row(name, lambda preset=preset, name=name, flags=flags: {

@@ -1,21 +1,21 @@
 """What every kind of head is worth: the same model, data and seeds, at equal steps and equal time.
 
-Equal time: a kind trains for as many steps as it takes in the time of the `causal` run, by the
-side-by-side speeds of throughput.csv, with a schedule of its own length. Scores are of the
-validation split; `topk` is scored in one pass, which sees ahead, and token by token, the same
-windows both times. A difference is called one only when the means are farther apart than the larger
-of the two spreads (largest - smallest over the seeds); one seed decides nothing.
+Equal time: a kind trains for as many steps as it takes in the time of the default run's heads,
+`causal` with shifted keys, by the side-by-side speeds of throughput.csv, with a schedule of its own
+length. Scores are of the validation split; `topk` is scored in one pass, which sees ahead, and
+token by token, the same windows both times. A difference is called one only when the means are
+farther apart than the larger of the two spreads (largest - smallest over the seeds); one seed
+decides nothing.
 """
 
 from common import table
 
-from rt_scratch.heads import KINDS
 from studies import RUN_COLUMNS, mean_spread, score, trained, verdict
 from studies.lookahead import gap
 from studies.throughput import SHIFTED, contenders, kind_flags, rates
 
 COLUMNS = (*RUN_COLUMNS, "time", "recipe", "ahead", "ahead_error")
-BASE = "causal"
+BASE = "causal" + SHIFTED  # the default run's
 ADAMW = ["--optimizer", "adamw", "--lr", 3e-3, "--schedule", "cosine", "--warmup", 50,
          "--init-out-scale", 1]
 
@@ -27,7 +27,7 @@ def run(study):
         for kind in contenders():
             one(study, log, kind, study.steps, seed, "steps")
         write(study, log.rows)
-    for kind in KINDS:  # so that nobody takes an optimizer's effect for routing's
+    for kind in contenders():  # so that nobody takes an optimizer's effect for routing's
         one(study, log, kind, study.steps, 0, "steps", "adamw")
     write(study, log.rows)
     speed = rates(study)
@@ -59,7 +59,7 @@ def one(study, log, kind, steps, seed, time, recipe="default"):
 
 
 def groups(rows, recipe, time):
-    """{line of the table: scores by seed}. Causal's own steps are those of equal time too."""
+    """{line of the table: scores by seed}. BASE's own steps are those of equal time too."""
     found = {}
     for r in rows:
         if r["recipe"] != recipe or r["time"] != time and not (
