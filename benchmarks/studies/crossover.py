@@ -31,6 +31,7 @@ from studies import pyplot
 
 CONTENDERS = {  # name: (whose, what changes in the configuration)
     "ours, causal": ("ours", {"routing": "causal"}),
+    "ours, causal, shifted keys": ("ours", {"routing": "causal", "shift_keys": True}),
     "ours, topk": ("ours", {}),
     "ours, local": ("ours", {"attention": "local"}),
     "ours, full": ("ours", {"attention": "full"}),
