@@ -150,8 +150,10 @@ def topk_step_seconds(position=8100, steps=20):
 
     heads, d = config.n_routing_heads, config.head_width
     store = topk_store(config, heads, 1, config.seq_len, np, "float32")
-    for array in store:
+    for array in (store.members, store.rows_k, store.rows_v):
         array[...] = draw(*array.shape)
+    window = store.scores.shape[1]  # a cluster has the best of so many tokens
+    store.scores[...] = d ** 0.5 * np.sort(draw(len(store.scores), position))[:, -window:]
     context = Context(config, config.n_layers - 1, draw(heads, config.n_clusters, d))
     tables = {f"routing_rel_{x}": draw(2 * config.routing_max_distance + 1, d) for x in "kv"}
     seconds = []

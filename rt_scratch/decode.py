@@ -1,10 +1,10 @@
 """Incremental decoding: one token at a time, and sampling.
 
 Each kind of head keeps what its next token needs (heads.py): local heads the blocks that it may
-see, causal and random heads the W most recent members of each cluster. Both compute what
-`model.forward` computes for the whole text, up to rounding, at a cost that does not grow with it. A
-topk head must choose its members again for every token. Where keys are shifted the latest is kept
-for the next token.
+see, causal and random heads the W most recent members of each cluster, topk heads the W with the
+highest scores. The cost does not grow with the text, but for full attention. All but topk heads
+compute what `model.forward` computes for the whole text, up to rounding; there later tokens take
+part in the choice of members. Where keys are shifted the latest is kept for the next token.
 """
 
 from __future__ import annotations

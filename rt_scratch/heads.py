@@ -42,7 +42,6 @@ from rt_scratch.routing import (
     gather,
     routing_attention,
     routing_attention_backward,
-    top_members,
 )
 
 
@@ -406,56 +405,86 @@ def _attend_members(qn, store, row):
     return _attend_one(qn * d ** -0.5, seen[..., :d], seen[..., d : 2 * d], hidden=seen[..., 2 * d])
 
 
-class Everything(NamedTuple):
-    """What topk heads must keep: any token may become a member again."""
+class Best(NamedTuple):
+    """The W members of each cluster that score highest so far, those of all B H K clusters.
 
-    k: Any             # (B, H, capacity, D)
-    v: Any
-    scores: Any        # (B, H, K, capacity) of the queries
-    key_scores: Any    # of the keys
+    A token that has left does not come back: scores stay, and others only join. So nothing else
+    need be kept. Members stand in order of time, the newest last, and move up when one leaves.
+    """
+
+    members: Any       # (B H K, W, 2 D) key and value
+    scores: Any        # (B H K, W) of the members' keys; -inf where there is none yet
+    query_scores: Any  # (B H K, W) the W highest of the queries; None where keys are queries
     rows_k: Any        # (W, D) of Shaw's tables for the distances 1 - W .. 0; None without
     rows_v: Any
 
 
 def topk_store(cfg, heads, batch, capacity, xp, dtype):
-    """An empty store for all keys, values and scores."""
-    kept = batch, heads, capacity, cfg.head_width
-    scores = batch, heads, cfg.n_clusters, capacity
-    return Everything(*(xp.zeros(shape, dtype) for shape in (kept, kept, scores, scores)),
-                      *_empty_rows(cfg.routing_max_distance, cfg.window, cfg, xp, dtype))
+    """An empty store of topk heads."""
+    shape = batch * heads * cfg.n_clusters, min(cfg.window, capacity)
+    own = cfg.shift_keys or not cfg.share_qk
+    return Best(xp.zeros((*shape, 2 * cfg.head_width), dtype), xp.zeros(shape, dtype),
+                xp.zeros(shape, dtype) if own else None,
+                *_empty_rows(cfg.routing_max_distance, shape[1], cfg, xp, dtype))
 
 
 def topk_fill(q, k, v, p, context, store, routed):
-    """Store the whole prompt."""
-    t, mu = q.shape[2], context.mu
+    """Store the members that the whole prompt gives every cluster."""
+    xp, mu, route = array_module(q), context.mu, routed.route
+    w, d = route.members.shape[-1], q.shape[-1]
     qn, _ = normalize(q)
     kn = qn if k is None else normalize(k)[0]
-    store.k[:, :, :t], store.v[:, :, :t] = kn, v
-    store.scores[..., :t] = mu @ qn.swapaxes(-1, -2)
-    store.key_scores[..., :t] = mu @ kn.swapaxes(-1, -2)
+    store.members[:, -w:] = gather(xp.concatenate([kn, v], axis=-1), route.key_members).reshape(
+        -1, w, 2 * d)
+    for kept, x, members in ((store.scores, kn, route.key_members),
+                             (store.query_scores, qn, route.members)):
+        if kept is not None:
+            kept[...] = -math.inf
+            scores = mu @ x.swapaxes(-1, -2)                         # (B, H, K, T)
+            kept[:, -w:] = xp.take_along_axis(scores, members, -1).reshape(-1, w)
     _fill_rows(store, p, "routing")
 
 
 def topk_step(q, k, v, p, context, store, position):
-    """One token: members are chosen among the tokens so far; the newest, if a member, is the last.
+    """One token: of the tokens so far the best are members, and the newest, if it is one, the last.
 
     The released code does the same when it decodes, while training and scoring in one pass let
-    later tokens take part.
+    later tokens take part. O(K) to find out where the token is a member, W keys to read for each.
     """
-    mu, n = context.mu, position + 1
-    w = min(context.cfg.window, n)
-    qn, _ = normalize(q)
-    kn = qn if k is None else normalize(k)[0]
-    store.k[:, :, position], store.v[:, :, position] = kn, v
-    store.scores[..., position] = (mu @ qn[..., None])[..., 0]       # (B, H, K)
-    index = key_index = top_members(store.scores[..., :n], w)        # (B, H, K, W)
-    if k is not None:
-        store.key_scores[..., position] = (mu @ kn[..., None])[..., 0]
-        key_index = top_members(store.key_scores[..., :n], w)
-    member = (index[..., -1] == position).astype(q.dtype)            # (B, H, K)
-    o = _attend_one(qn[:, :, None], gather(store.k, key_index), gather(store.v, key_index),
+    xp, (b, h, d), n_clusters = array_module(q), q.shape, context.cfg.n_clusters
+    both, _ = normalize(q[None] if k is None else xp.stack([q, k]))
+    scores = (context.mu @ both[..., None])[..., 0].reshape(len(both), -1)   # (1 or 2, B H K)
+    newest = xp.concatenate([both[-1], v], axis=-1).reshape(b * h, 2 * d)
+    joined, left = _outscored(store.scores, scores[-1])
+    _replace(store.scores, joined, left, scores[-1][joined])
+    _replace(store.members, joined, left, newest[joined // n_clusters])
+    if k is not None:  # the query's own clusters
+        joined, left = _outscored(store.query_scores, scores[0])
+        _replace(store.query_scores, joined, left, scores[0][joined])
+    head, w = joined // n_clusters, min(store.scores.shape[1], position + 1)
+    seen = store.members[joined, -w:]                                # (J, W, 2 D)
+    o = _attend_one(both[0].reshape(b * h, d)[head], seen[..., :d], seen[..., d:],
                     *_newest_rows(store, w))
-    return (member[..., None] * o).sum(2) / (member.sum(2) + MEAN_FLOOR)[..., None]
+    own = (xp.arange(b * h)[:, None] == head).astype(q.dtype)        # (B H, J)
+    return ((own @ o) / (own.sum(-1, keepdims=True) + MEAN_FLOOR)).reshape(b, h, d)
+
+
+def _outscored(ranked, new):
+    """Where a new score is among the W highest: the clusters (J,), and who leaves each (J,).
+
+    The lowest leaves; among equals the latest, the new one first of all.
+    """
+    xp, (n, w) = array_module(ranked), ranked.shape
+    lowest = w - 1 - ranked[:, ::-1].argmin(-1)
+    joined = xp.flatnonzero(new > ranked[xp.arange(n), lowest])
+    return joined, lowest[joined]
+
+
+def _replace(kept, joined, left, new):
+    """In the clusters `joined` of kept (B H K, W, ...) those behind the one that leaves move up."""
+    slot = array_module(kept).arange(kept.shape[1] - 1)
+    kept[joined, :-1] = kept[joined[:, None], slot + (slot >= left[:, None])]
+    kept[joined, -1] = new
 
 
 def _attend_one(q, k, v, rows_k=None, rows_v=None, hidden=None):
