@@ -64,14 +64,16 @@ class Bench:
 
 
 def sizes(dry):
-    """(name, ModelConfig, batch): the enwik8 released model and two smaller ones."""
+    """(name, ModelConfig, batch): the enwik8 released model and smaller ones."""
     if dry:
         return [("tiny", size_model("1.1M", seq_len=128, width=32, ffn_width=64)[0], 2)]
     fields = {k: v for k, v in preset("enwik8", "released").items()
               if k in ModelConfig.__dataclass_fields__}
     released = ModelConfig(**fields | {"vocab_size": 256}).validate()
+    small, _ = size_model("4.2M")
     return [("enwik8 released, T 8192", released, 1), ("24.7M", *size_model("24.7M")),
-            ("4.2M", *size_model("4.2M")[:1], 16)]
+            ("4.2M", small, 16),
+            ("4.2M, shifted keys", dataclasses.replace(small, shift_keys=True), 16)]
 
 
 def trainer(bench, cfg, batch, precision, recompute=False, graph=False):
