@@ -93,8 +93,8 @@ def test_cuda_graph(cupy, tmp_path, routing, keys, flags):
     text.write_bytes(bytes(range(97, 117)) * 200)
     for name in ("--cuda-graph", "--no-cuda-graph"):
         train.main([str(text), *SMALL_RUN, "--device", "cuda", "--routing", routing, keys, name,
-                    *flags, "--residual-dropout", "0.1", "--attention-dropout", "0.1", "--target-dropout",
-                    "0.1", "--out", str(tmp_path / name)])
+                    *flags, "--residual-dropout", "0.1", "--attention-dropout", "0.1",
+                    "--target-dropout", "0.1", "--out", str(tmp_path / name)])
     a, b = (np.load(tmp_path / x / "last.npz") for x in ("--cuda-graph", "--no-cuda-graph"))
     for key in a.files:
         if key != "__meta__":
