@@ -2,9 +2,9 @@
 
 Each kind of head keeps what its next token needs (heads.py): local heads the blocks that it may
 see, causal and random heads the W most recent members of each cluster, topk heads the W with the
-highest scores. The cost does not grow with the text, but for full attention. All but topk heads
-compute what `model.forward` computes for the whole text, up to rounding; there later tokens take
-part in the choice of members. Where keys are shifted the latest is kept for the next token.
+highest scores. Only the cost of full attention grows with the text. All compute what
+`model.forward` computes for the whole text, up to rounding, but for topk heads, whose members in
+one pass depend on later tokens too. Where keys are shifted the latest is kept for the next token.
 """
 
 from __future__ import annotations
