@@ -274,7 +274,7 @@ def test_images(part, tmp_path, monkeypatch):
 
 def test_small_rows_of_the_papers_table():
     """Half of the layers and heads of the row, routing in the last layers of both."""
-    assert len(images.ROWS) == 16
+    assert len(images.ROWS) == 18
     assert [images.small_flags(name)[2] for name in ("paper-4x8", "paper-4x8, shifted keys")] == [
         "--no-shift-keys", "--shift-keys"]
     for row in images.ROWS:

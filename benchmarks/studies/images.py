@@ -19,7 +19,7 @@ from studies.throughput import SHIFTED
 
 COLUMNS = (*RUN_COLUMNS, "preset")
 ROWS = [*(name for name in PRESETS["cifar10"] if name.startswith("paper-")),
-        "paper-4x8" + SHIFTED]
+        *(name + SHIFTED for name in ("paper-4x8", "paper-8x12", "paper-random"))]
 
 
 def small_flags(name):
