@@ -47,10 +47,10 @@ class ModelConfig:
     width: int = _field(128, "C, width of the residual stream", least=1)
     embed_width: int = _field(0, "E, width of the token table; 0: same as width (text)", least=0)
     input_tokens: int = _field(1, "tokens whose embeddings the input layer sees at each position "
-                                  "(text; stdlib and own text: 3)", least=1, most=64)
+                                  "(text; stdlib, own text, enwik8, pg19: 3)", least=1, most=64)
     ngram_rows: int = _field(0, "rows, best a prime number, of a table that the n-gram of the "
-                                "input tokens is looked up in; 0: none (text; stdlib and "
-                                "own text: 6763)", least=0)
+                                "input tokens is looked up in; 0: none (text; stdlib, own "
+                                "text, enwik8: 6763)", least=0)
     ffn: str = _field("geglu", "feed-forward layer", FEED_FORWARDS)
     ffn_width: int = _field(384, "M, hidden width of the feed-forward layer", least=1)
     norm: str = _field("pre", "where LayerNorm stands: x + f(LN(x)) or LN(x + f(x))",
@@ -164,6 +164,8 @@ class ModelConfig:
         if self.window > self.seq_len and "topk" in self.kinds():
             _fail(f"--window {self.window}: larger than --seq-len {self.seq_len}; each cluster "
                   "takes W of the T tokens")
+        if self.n_probes > 1 and "causal" not in self.kinds():
+            _fail(f"--n-probes {self.n_probes}: is for causal heads")
         if self.kind == "image":
             if self.seq_len != 3 * self.image_size ** 2:
                 _fail(f"--image-size {self.image_size}: --seq-len must be 3 x size x size = "

@@ -399,7 +399,7 @@ def _join(kn, v, store, winner):
 def _attend_members(qn, store, row):
     """Attention to all members of the clusters whose newest stands in `row` (B, H[, R])."""
     d = qn.shape[-1]
-    seen = store.members.take(row[..., None] + store.window, axis=0)  # (B, H, W, 2 D + 1)
+    seen = store.members.take(row[..., None] + store.window, axis=0)  # (B, H[, R], W, 2 D + 1)
     seen += store.rows
     seen = seen.reshape(*qn.shape[:2], -1, 2 * d + 1)
     return _attend_one(qn * d ** -0.5, seen[..., :d], seen[..., d : 2 * d], hidden=seen[..., 2 * d])

@@ -7,12 +7,13 @@ Four verbs, in the order of use:
     attend          attention inside clusters (attention.py)
     scatter_mean    bring the results back to their tokens
 
-Three modes form clusters. TOPK is the paper: each centroid takes the W tokens of the whole sequence
+Five modes form clusters. TOPK is the paper: each centroid takes the W tokens of the whole sequence
 nearest to it, so *whether an early token is a member depends on later tokens*: the mask inside the
 cluster hides their content, not their influence on membership. The mode leaks the future. CAUSAL is
-ours: each token joins its nearest centroid and sees the W most recent members, itself included;
-nothing depends on later tokens. RANDOM is CAUSAL with clusters drawn at random, SHIFTED is CAUSAL
-where the key of a position is the query of the one before.
+ours: each token joins its nearest centroid and sees the W latest members up to itself; nothing
+depends on later tokens. RANDOM is CAUSAL with clusters drawn at random, SHIFTED is CAUSAL where the
+key of a position is the query of the one before. MULTIPROBE (multiprobe.py) is CAUSAL with any keys
+and with several clusters per query.
 """
 
 from __future__ import annotations
@@ -220,7 +221,7 @@ def topk_attention_backward(do, cache: TopkCache, n_tokens: int):
 # ---------------------------------------------------------------- causal, random: sorted clusters
 
 def causal_route(q, k, mu, rule: Rule) -> Route:
-    """A token joins its nearest centroid, as a query and as a key."""
+    """A token joins its nearest centroid; keys are queries."""
     winner = nearest(q, mu, equal_length=True)
     return Route(winner, winner, order=by_cluster(winner, mu.shape[1]))
 

@@ -20,6 +20,7 @@ IMAGE = dict(kind="image", image_size=2, seq_len=12)
     (dict(width=130), "multiple of the 4 heads"),
     (dict(n_local_heads=0, n_routing_heads=0), "at least one head"),
     (dict(routing="topk", window=513), "larger than --seq-len"),
+    (dict(routing="topk", n_probes=2), "--n-probes 2: is for causal heads"),
     (dict(routing_layers=(4,)), "layers are 0 to 3"),
     (dict(routing_layers=(-5,)), "layers are 0 to 3"),
     (dict(full_layers=(4,)), "--full-layers 4: the layers are 0 to 3"),

@@ -1,5 +1,7 @@
 """What hypothesis draws: awkward sizes, seeds, and arrays that are not always contiguous."""
 
+import dataclasses
+
 from hypothesis import strategies as st
 
 from rt_scratch.config import ModelConfig
@@ -40,7 +42,7 @@ def configs(draw, kinds=("text", "image"), routings=ROUTING, dropout=True):
              for site in ("embed", "attention", "ffn", "residual")}
     if not image:
         rates["target_dropout"] = draw(st.sampled_from([0.0, 0.2])) if dropout else 0.0
-    return ModelConfig(
+    cfg = ModelConfig(
         kind="image" if image else "text", image_size=side, seq_len=t,
         vocab_size=256 if image else 11, n_classes=draw(st.sampled_from([0, 3])) if image else 0,
         pad_id=draw(st.sampled_from([-1, 0])), n_layers=2, width=4 * sum(heads),
@@ -55,8 +57,11 @@ def configs(draw, kinds=("text", "image"), routings=ROUTING, dropout=True):
         n_local_heads=heads[0], n_routing_heads=heads[1],
         routing_layers=routing_layers, full_layers=full_layers, routing=routing,
         share_qk=draw(st.booleans()), shift_keys=draw(st.booleans()),
-        n_clusters=draw(st.sampled_from([1, 3])), n_probes=draw(st.sampled_from([1, 2])),
+        n_clusters=draw(st.sampled_from([1, 3])),
         window=draw(st.sampled_from([1, 4, 30])) if routing != "topk" else min(4, t),
         block=draw(st.sampled_from([1, 4, 30])), lookback=draw(st.sampled_from([0, 1, 2])),
         local_max_distance=draw(st.sampled_from([0, 3])),
         routing_max_distance=draw(st.sampled_from([0, 3])), commitment=0.3, **rates).validate()
+    if "causal" in cfg.kinds():
+        cfg = dataclasses.replace(cfg, n_probes=draw(st.sampled_from([1, 2])))
+    return cfg
