@@ -47,7 +47,7 @@ class ModelConfig:
     width: int = _field(128, "C, width of the residual stream", least=1)
     embed_width: int = _field(0, "E, width of the token table; 0: same as width (text)", least=0)
     input_tokens: int = _field(1, "tokens whose embeddings the input layer sees at each position "
-                                  "(text; stdlib, own text, enwik8, pg19: 3)", least=1, most=64)
+                                  "(text; small presets: 3)", least=1, most=64)
     ngram_rows: int = _field(0, "rows, best a prime number, of a table that the n-gram of the "
                                 "input tokens is looked up in; 0: none (text; stdlib, own "
                                 "text, enwik8: 6763)", least=0)
@@ -74,8 +74,7 @@ class ModelConfig:
     share_qk: bool = _field(True, "routing heads use their queries as keys")
     shift_keys: bool = _field(False, "routing and full heads: the value of a position has the key "
                                      "of the one before, so that a query finds what followed "
-                                     "tokens like its own (small presets, but for wikitext103: "
-                                     "on)")
+                                     "tokens like its own (small presets: on)")
     n_clusters: int = _field(8, "K, centroids per routing head", least=1, most=MAX_CLUSTERS)
     n_probes: int = _field(1, "R, clusters that a query of causal heads looks into", least=1)
     window: int = _field(64, "W, tokens that attend to each other in a cluster", least=1)

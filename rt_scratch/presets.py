@@ -45,9 +45,8 @@ PRESETS: dict[str, dict[str, dict]] = {
             block=256, lookback=1, local_max_distance=513, routing_max_distance=513,
             embed_dropout=0.4, attention_dropout=0.4, ffn_dropout=0.4, target_dropout=0.25,
             weight_decay=2e-5),
-        "small": dict(  # the recipe that its recorded result was trained with
-            _SMALL, embed_width=64, steps=1200, init_out_scale=1.0, optimizer="adamw", lr=3e-3,
-            schedule="cosine", warmup=50, eval_every=600),
+        "small": dict(_SMALL, embed_width=64, input_tokens=3, shift_keys=True, steps=1200,
+                      eval_every=600),
     },
     "pg19": {
         "released": dict(
