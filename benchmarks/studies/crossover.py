@@ -247,6 +247,8 @@ def draw(panels, path):
     n = min(2, len(panels))
     figure, axes = plt.subplots(-(-len(panels) // n), n, squeeze=False, layout="constrained",
                                 figsize=(5.4 * n, 4.2 * -(-len(panels) // n)))
+    for axis in axes.flat[len(panels):]:
+        axis.remove()
     colours = dict(zip(CONTENDERS, plt.get_cmap("tab10").colors, strict=False))
     for axis, (level, width, found) in zip(axes.flat, panels, strict=False):
         for contender, points in found.items():
