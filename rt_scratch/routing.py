@@ -246,20 +246,27 @@ SortedCache = namedtuple("SortedCache", "local order back shared")
 
 
 def sorted_attention(q, k, v, rel_k, rel_v, route: Route, rule: Rule, dropped=None):
-    """Local attention over the sequence sorted by (cluster, time).
+    """Attention within clusters over the sequence sorted by (cluster, time).
 
-    With blocks of W / 2 and two blocks of lookback, a query's block window holds the W members of
-    its cluster up to and including itself; the mask keeps the same cluster and rank distances < W.
     docs/derivations.md (44), (45).
     """
     order = route.order                                              # (B, H, T)
     segments = gather(route.winner[..., None], order)[..., 0]
     queries = gather(q, order)
-    o, cache = local_attention(queries, queries if k is q else gather(k, order), gather(v, order),
-                               rel_k, rel_v, -(-rule.window // 2), 2, rule.scale, segments,
-                               rule.window, dropped)
+    o, cache = _within_clusters(queries, queries if k is q else gather(k, order), gather(v, order),
+                                rel_k, rel_v, segments, rule, dropped)
     back, none = inverse(order), array_module(q).zeros((), q.dtype)
     return gather(o, back), SortedCache(cache, order, back, k is q), Coverage(none, none)
+
+
+def _within_clusters(q, k, v, rel_k, rel_v, segments, rule: Rule, dropped):
+    """Local attention of sorted slots (B, H, T, D) whose clusters are segments (B, H, T).
+
+    With blocks of W / 2 and two blocks of lookback, a query's block window holds the W members of
+    its cluster up to its slot; the mask keeps the same cluster and rank distances < W.
+    """
+    return local_attention(q, k, v, rel_k, rel_v, -(-rule.window // 2), 2, rule.scale, segments,
+                           rule.window, dropped)
 
 
 def sorted_attention_backward(do, cache: SortedCache, n_tokens: int):
@@ -301,9 +308,8 @@ def shifted_attention(q, k, v, rel_k, rel_v, route: Route, rule: Rule, dropped=N
     segments = gather(winners[..., None], route.order)[..., 0]       # (B, H, T + 1)
     vectors = gather(xp.concatenate([k, q[:, :, -1:]], axis=2), route.order)
     values = gather(v, xp.minimum(route.order[..., :-1], t - 1))     # nothing sees that of T
-    o, cache = local_attention(vectors[:, :, 1:], vectors[:, :, :-1], values, rel_k, rel_v,
-                               -(-rule.window // 2), 2, rule.scale, segments[..., :-1],
-                               rule.window, dropped)
+    o, cache = _within_clusters(vectors[:, :, 1:], vectors[:, :, :-1], values, rel_k, rel_v,
+                                segments[..., :-1], rule, dropped)
     first = segments[..., 1:] != segments[..., :-1]                  # of its cluster
     seen = (~first)[..., None].astype(q.dtype)
     slot = inverse(route.order)
