@@ -35,7 +35,9 @@ from rt_scratch import select_device, threads
 from rt_scratch.run.costs import flops_per_token, n_parameters
 
 THREADS = 2
+SHIFTED = {"shift_keys": True}  # the default run's heads
 CONTENDERS = {  # name: (kind, what changes in the configuration)
+    "ours, causal, shifted keys + Shaw": ("ours", SHIFTED),
     "ours, causal + Shaw": ("ours", {}),
     "ours, topk": ("ours", PORT_WORK),
     "port": ("port", PORT_WORK),
@@ -201,7 +203,8 @@ def race_steps(sizes, n_rounds, n_steps, record):
 def race_generation(size, n_rounds, record):
     rows = []
     for context in CONTEXTS:
-        jobs = {"ours, causal": ("generate ours", size, {}, context),
+        jobs = {"ours, causal, shifted keys": ("generate ours", size, SHIFTED, context),
+                "ours, causal": ("generate ours", size, {}, context),
                 "ours, topk": ("generate ours", size, {"routing": "topk"}, context),
                 "port": ("generate port", size, {}, context)} | {
             f"ours, causal, {n} texts at once": ("generate ours", size, {}, context, n)

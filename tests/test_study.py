@@ -18,6 +18,7 @@ import study  # noqa: E402
 from studies import crossover, images, lookahead, throughput, worth  # noqa: E402
 
 import train  # noqa: E402
+from rt_scratch import select_device  # noqa: E402
 from rt_scratch.data import cifar10  # noqa: E402
 from rt_scratch.errors import UserError  # noqa: E402
 from rt_scratch.heads import KINDS  # noqa: E402
@@ -166,6 +167,8 @@ def part(tmp_path, text, monkeypatch):
     """Runs a part of the study in seconds and returns the text of its csv."""
     monkeypatch.setattr(throughput, "KINDS", {k: KINDS[k] for k in ("local", "causal", "topk")})
     monkeypatch.setattr(lookahead, "CAPACITIES", (1,))
+    # It takes cores away from the process, which would not come back for the tests after these.
+    monkeypatch.setattr(study, "start_ours", lambda n_threads: select_device("cpu"))
 
     def one(name, *flags):
         study.main([name, "--quick", "--text", str(text), "--steps", "2", "--threads", "1",
