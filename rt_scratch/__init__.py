@@ -26,10 +26,11 @@ all this with eight tokens. Reading order, for an evening:
     step        one optimizer step, which also moves the centroids
 
 then train.py. Around them: config (what a model and a run are), parameters, optim, decode (one
-token at a time), dropout, dispatch (NumPy or CuPy, plain or twin), device, graph (a step as one
-CUDA graph), released (the authors' checkpoint, read by tf_checkpoint, becomes a run folder),
-presets, run/ (a run folder), report (a run as one HTML page), data/ (one file per dataset),
-kernels/ (faster twins of plain functions; the plain ones are the specification).
+token at a time, with the stores of each kind of head), dropout, dispatch (NumPy or CuPy, plain or
+twin), device, graph (a step as one CUDA graph), released (the authors' checkpoint, read by
+tf_checkpoint, becomes a run folder), presets, run/ (a run folder), report (a run as one HTML page),
+data/ (one file per dataset), kernels/ (faster twins of plain functions; the plain ones are the
+specification).
 """
 
 from rt_scratch.config import ModelConfig, TrainConfig

@@ -22,6 +22,13 @@ from rt_scratch.dropout import dropout_mask
 # S x N x D entries. Instead all S x P products "query i, distance d" come from one matrix product,
 # and a skew moves row i so that column d lands under key i + d.
 
+def relative_tables(p, family: str):
+    """Shaw's tables for keys and values among the parameters of a layer's attention.
+
+    family: 'local' or 'routing'. None twice without relative positions.
+    """
+    return p.get(f"{family}_rel_k"), p.get(f"{family}_rel_v")
+
 
 DistanceRowsCache = namedtuple("DistanceRowsCache", "table first last")
 

@@ -1,6 +1,6 @@
 """Incremental decoding: one token at a time, and sampling.
 
-Each kind of head keeps what its next token needs (heads.py): local heads the blocks that it may
+Each kind of head keeps what its next token needs (stores.py): local heads the blocks that it may
 see, causal and random heads the W most recent members of each cluster, topk heads the W with the
 highest scores. Only the cost of full attention grows with the text. All compute what
 `model.forward` computes for the whole text, up to rounding, but for topk heads, whose members in
@@ -46,7 +46,7 @@ class Memory:
                             for i in range(cfg.n_layers)]
         self.parts = [parts(cfg, i) for i in range(cfg.n_layers)]
         self.stores = [
-            [Store(part.kind.store(cfg, n, batch, capacity, xp, table.dtype),
+            [Store(part.kind.decoding.store(cfg, n, batch, capacity, xp, table.dtype),
                    xp.zeros((batch, n, cfg.head_width), table.dtype) if part.shifted else None)
              for part in layer for n in [part.heads.stop - part.heads.start]]
             for layer in self.parts]
@@ -114,8 +114,8 @@ def _attention(x, p, context, memory):
         if part.shifted:
             latest, key = own if key is None else key, store.key.copy()
             store.key[...] = latest
-        o[:, part.heads] = part.kind.step(own, key, v[:, part.heads], p, context, store.seen,
-                                          memory.position)
+        o[:, part.heads] = part.kind.decoding.step(
+            own, key, v[:, part.heads], p, context, store.seen, memory.position)
     return o.reshape(b, -1) @ p["w_o"]
 
 

@@ -321,7 +321,7 @@ def attention(x, p, cfg: ModelConfig, layer: int, mu=None, noise=None, fixed=Non
         caches.append(cache)
         routed = told or routed
         if stores:
-            part.kind.fill(*own, p, context, stores[i].seen, told)
+            part.kind.decoding.fill(*own, p, context, stores[i].seen, told)
             if part.shifted:
                 stores[i].key[...] = (k[:, part.keys] if part.keys else own[0])[:, :, -1]
     y, cache_o = linear(o.reshape(x.shape), p["w_o"])

@@ -18,9 +18,12 @@ and with several clusters per query.
 
 from __future__ import annotations
 
+import functools
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from numpy.random import Generator, Philox
 
 from rt_scratch.attention import (
     attend,
@@ -230,6 +233,19 @@ def random_route(q, k, mu, rule: Rule) -> Route:
     """The clusters are those of the rule, whatever the tokens are."""
     winner = array_module(q).broadcast_to(rule.clusters[None], q.shape[:3])
     return Route(winner, winner, order=by_cluster(winner, mu.shape[1]))
+
+
+def random_clusters(cfg, layer: int, xp, heads: int, n_tokens: int):
+    """The cluster (H, T) of each position, the same in training and decoding."""
+    drawn = _drawn_clusters(cfg, layer, xp, heads)
+    return drawn[:, xp.arange(n_tokens) % cfg.seq_len]
+
+
+@functools.lru_cache(maxsize=64)
+def _drawn_clusters(cfg, layer, xp, heads):
+    """(H, seq_len), drawn on the host and moved to the device once."""
+    rng = Generator(Philox(key=[cfg.seed_random, layer]))
+    return xp.asarray(rng.integers(cfg.n_clusters, size=(cfg.seq_len, heads)).T)
 
 
 @accelerated

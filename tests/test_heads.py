@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rt_scratch.decode import Memory
-from rt_scratch.heads import KINDS, Context, key_heads, parts, random_clusters
+from rt_scratch.heads import KINDS, Context, key_heads, parts
 from rt_scratch.layers import normalize
 from rt_scratch.parameters import init_centroids
 
@@ -112,20 +112,6 @@ def test_what_a_kind_computes(name):
     if name == "topk":
         want /= 1.01  # members of one cluster: sum / (1 + 1e-2)
     np.testing.assert_allclose(o[0, 0], want, rtol=1e-10, atol=1e-12)
-
-
-def test_random_clusters():
-    """Drawn once per position and head, by seed and layer, whatever the text; all are used."""
-    cfg = dataclasses.replace(SMALL, seq_len=200, n_clusters=4)
-    drawn = random_clusters(cfg, 1, np, 3, 200)
-    assert drawn.shape == (3, 200) and set(drawn.flat) == {0, 1, 2, 3}
-    assert np.bincount(drawn.ravel()).min() > 100
-    assert (drawn[0] != drawn[1]).any()
-    np.testing.assert_array_equal(random_clusters(cfg, 1, np, 3, 7), drawn[:, :7])
-    np.testing.assert_array_equal(random_clusters(cfg, 1, np, 3, 203)[:, 200:], drawn[:, :3])
-    for other in (random_clusters(cfg, 0, np, 3, 200), random_clusters(
-            dataclasses.replace(cfg, seed_random=1), 1, np, 3, 200)):
-        assert (drawn != other).any()
 
 
 # ---------------------------------------------------------------------------------- full layers

@@ -20,6 +20,7 @@ FLOORS = [floor.split() for floor in (  # a module imports from lower floors, or
     "attention kmeans",
     "routing",
     "multiprobe",
+    "stores",
     "heads",
     "config",
     "parameters",

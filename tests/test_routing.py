@@ -16,6 +16,7 @@ from helpers.strategies import layouts, lengths, normal, seeds, sizes, widths
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rt_scratch.config import ModelConfig
 from rt_scratch.heads import KINDS, Part
 from rt_scratch.kmeans import nearest
 from rt_scratch.layers import normalize
@@ -29,6 +30,7 @@ from rt_scratch.routing import (
     by_cluster,
     gather,
     inverse,
+    random_clusters,
     routing_attention,
     routing_attention_backward,
     scatter_mean,
@@ -95,6 +97,20 @@ def test_topk_membership_leaks_the_future():
     rule = Rule(TOPK, 1, 1.0)
     assert TOPK.choose(q, q, mu, rule).members.item() == 0
     assert TOPK.choose(louder, louder, mu, rule).members.item() == 1
+
+
+def test_random_clusters():
+    """Drawn once per position and head, by seed and layer, whatever the text; all are used."""
+    cfg = ModelConfig(seq_len=200, n_clusters=4)
+    drawn = random_clusters(cfg, 1, np, 3, 200)
+    assert drawn.shape == (3, 200) and set(drawn.flat) == {0, 1, 2, 3}
+    assert np.bincount(drawn.ravel()).min() > 100
+    assert (drawn[0] != drawn[1]).any()
+    np.testing.assert_array_equal(random_clusters(cfg, 1, np, 3, 7), drawn[:, :7])
+    np.testing.assert_array_equal(random_clusters(cfg, 1, np, 3, 203)[:, 200:], drawn[:, :3])
+    for other in (random_clusters(cfg, 0, np, 3, 200), random_clusters(
+            ModelConfig(seq_len=200, n_clusters=4, seed_random=1), 1, np, 3, 200)):
+        assert (drawn != other).any()
 
 
 # ------------------------------------------------------------------------------ gather, scatter

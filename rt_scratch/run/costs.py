@@ -108,8 +108,9 @@ def decode_bytes(model: ModelConfig, n: int, prompt: int, capacity: int) -> int:
     """Rough memory of drawing n texts: what decoding keeps, logits, a pass over the prompt, tokens.
     """
     stores = sum(array.nbytes for i in range(model.n_layers) for part in parts(model, i)
-                 for array in part.kind.store(model, part.heads.stop - part.heads.start, n,
-                                              capacity, _Unallocated, "float32")
+                 for array in part.kind.decoding.store(
+                     model, part.heads.stop - part.heads.start, n, capacity, _Unallocated,
+                     "float32")
                  if array is not None)
     per_token = 10 * model.width + 3 * model.ffn_width + 4 * model.n_heads * model.n_clusters
     projections = 3 * model.n_layers * model.width ** 2
