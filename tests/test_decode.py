@@ -21,6 +21,15 @@ def test_decoding_is_the_forward_pass(cfg, seed, prompt):
     check_decoding(setup(cfg, seed), prompt)
 
 
+@pytest.mark.parametrize("changes", [
+    dict(shift_keys=True), dict(share_qk=False), dict(shift_keys=True, share_qk=False),
+    dict(shift_keys=True, n_probes=2), dict(routing="random", shift_keys=True),
+    dict(routing="random", share_qk=False)], ids=str)
+def test_keys_that_are_not_the_queries(changes):
+    """A prompt's keys are kept in the clusters of the keys."""
+    check_decoding(setup(dataclasses.replace(SMALL, **changes)), 8)
+
+
 def test_centroids_of_several_lengths():
     m = setup(SMALL)
     for i, c in m.centroids.items():
