@@ -15,7 +15,7 @@ try:
     import numpy as np
 
     from rt_scratch.config import ModelConfig
-    from rt_scratch.console import Parser, script, show, warn
+    from rt_scratch.console import Parser, a_path, script, show, warn
     from rt_scratch.decode import generate
     from rt_scratch.device import select_device
     from rt_scratch.errors import UserError
@@ -25,8 +25,8 @@ try:
     from rt_scratch.run.folder import newest_run, run_codec
     from rt_scratch.run.pictures import picture, read_picture
     from rt_scratch.run.samples import Text, draw
-except KeyboardInterrupt:  # it takes a second
-    raise SystemExit("interrupted") from None
+except (KeyboardInterrupt, ModuleNotFoundError) as error:  # it takes a second
+    raise SystemExit(f"error: {error}: pip install -e ." if str(error) else "interrupted") from None
 
 
 def main(argv=None):
@@ -104,10 +104,10 @@ def parse(argv=None):
     parser = Parser(prog="sample.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("run", nargs="?", type=Path, help="run folder (default: the newest)")
+    add("run", nargs="?", type=a_path, help="run folder (default: the newest)")
     add("--checkpoint", choices=("last", "best"), help="(default: best)")
     add("--prompt", default="", help="text to continue")
-    add("--prompt-file", type=Path, help="file with the text to continue")
+    add("--prompt-file", type=a_path, help="file with the text to continue")
     add("--tokens", type=int, default=400, help="tokens to draw (default 400)")
     add("--temperature", type=float, default=0.8,
         help="0: always the likeliest token (default 0.8)")
@@ -119,8 +119,8 @@ def parse(argv=None):
     add("--num", type=int, default=1, help="samples (default 1)")
     add("--seed", type=int, default=0, help="seed of the draws (default 0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--out", type=Path, help="PNG file, for images")
-    add("--complete", type=Path, help="image whose top half to complete")
+    add("--out", type=a_path, help="PNG file, for images")
+    add("--complete", type=a_path, help="image whose top half to complete")
     add("--label", type=int, help="class of the images to draw")
     args = parser.parse_args(argv)
     if args.prompt and args.prompt_file:

@@ -12,10 +12,9 @@ try:
     import argparse
     import contextlib
     import math
-    from pathlib import Path
     from shlex import quote
 
-    from rt_scratch.console import Parser, StopRequest, harmless, say, script
+    from rt_scratch.console import Parser, StopRequest, a_path, a_text, harmless, say, script
     from rt_scratch.data import DATASETS
     from rt_scratch.data.batches import training_batch
     from rt_scratch.device import select_device, select_precision
@@ -31,8 +30,8 @@ try:
     from rt_scratch.run.samples import show_sample, wanted
     from rt_scratch.step import cut, train_step
     from rt_scratch.workers import hired
-except KeyboardInterrupt:  # it takes a second
-    raise SystemExit("interrupted") from None
+except (KeyboardInterrupt, ModuleNotFoundError) as error:  # it takes a second
+    raise SystemExit(f"error: {error}: pip install -e ." if str(error) else "interrupted") from None
 
 
 def main(argv=None):
@@ -65,7 +64,8 @@ def work(args, world):
         raise UserError(
             f"out of memory at --batch {train.batch} x {model.seq_len} tokens, precision "
             f"{train.precision} ({error}); {checkpoint.kept(plan.folder)}; try --recompute, a "
-            "smaller --batch with --accumulate, or on a GPU --precision bf16") from error
+            "smaller --batch with --accumulate, a smaller --window or --block, or on a GPU "
+            "--precision bf16") from error
 
 
 def fit(plan, run, state, progress, last, xp, world, step_once):
@@ -167,17 +167,17 @@ def parse(argv=None):
     parser = Parser(prog="train.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("dataset", nargs="*",
+    add("dataset", nargs="*", type=a_text,
         help=f"{', '.join(DATASETS)}, or text: a file, or several and folders of them, of which "
              "whole files are held out (default: stdlib)")
     add("--preset", help="small (default), released, paper: see presets.py")
     add("--data-dir", help="folder with the dataset's official files")
     add("--download", action="store_true", help="get the dataset first")
-    add("--out", type=Path, help="run folder (default: runs/DATASET)")
+    add("--out", type=a_path, help="run folder (default: runs/DATASET)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU, if any")
     add("--resume", action="store_true", help="continue a run exactly")
-    add("--init-from", type=Path, metavar="RUN", help="start with model, parameters and centroids "
-        "of this run; --n-clusters may differ: centroids are then drawn by k-means")
+    add("--init-from", type=a_path, metavar="RUN", help="start with model, parameters and "
+        "centroids of this run; --n-clusters may differ: centroids are then drawn by k-means")
     add("--stop-after", type=int, default=0, metavar="STEP",
         help="stop and save after this step of the schedule")
     add("--evaluate", choices=("train", "valid", "test"), metavar="SPLIT",

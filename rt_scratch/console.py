@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import warnings
+from pathlib import Path
 
 from rt_scratch.errors import UserError
 
@@ -26,6 +27,18 @@ class Parser(argparse.ArgumentParser):
             name = message.split()[1].rstrip(":")
             message += f" (one that begins with a dash is written {name}=VALUE)"
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+def a_text(text: str) -> str:
+    """An argument that must not be empty, as a shell variable that is not set would make it."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
+def a_path(text: str) -> Path:
+    """A path among the arguments: an empty one would be the current folder."""
+    return Path(a_text(text))
 
 
 def script(main) -> None:

@@ -171,7 +171,7 @@ def sortable(cfg) -> bool:
     """Whether each vector of causal heads is in one cluster, as query and key: CAUSAL or SHIFTED,
     which sort vectors by cluster, then give what MULTIPROBE gives, faster.
     """
-    return cfg.n_probes == 1 and cfg.share_qk
+    return min(cfg.n_probes, cfg.n_clusters) == 1 and cfg.share_qk
 
 
 def topk_forward(q, k, v, p, context):

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rt_scratch.config import ModelConfig, TrainConfig, to_json
-from rt_scratch.console import Parser, script
+from rt_scratch.console import Parser, a_path, script
 from rt_scratch.data import open_codec
 from rt_scratch.data.download import Source, fetch, with_size
 from rt_scratch.data.files import digest_of
@@ -475,11 +475,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags of the command."""
     parser = Parser(prog="python -m rt_scratch.released", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", type=Path,
+    parser.add_argument("checkpoint", nargs="?", type=a_path,
                         help="folder, path without .index, or zip; with --download the folder "
                              f"that both files go to (default: {DOWNLOADS})")
-    parser.add_argument("--vocab", type=Path, help="vocabulary, one subword a line")
-    parser.add_argument("--out", type=Path, default=Path("runs") / "released",
+    parser.add_argument("--vocab", type=a_path, help="vocabulary, one subword a line")
+    parser.add_argument("--out", type=a_path, default=Path("runs") / "released",
                         help="run folder to write (default: runs/released)")
     parser.add_argument("--download", action="store_true",
                         help="get the authors' checkpoint and vocabulary first")

@@ -24,7 +24,7 @@ import numpy as np
 
 from rt_scratch import data
 from rt_scratch.config import ModelConfig, flag
-from rt_scratch.console import Parser, say, script
+from rt_scratch.console import Parser, a_path, say, script
 from rt_scratch.errors import UserError
 from rt_scratch.run import costs, log
 from rt_scratch.run.attention_maps import attention_maps, strongest
@@ -190,6 +190,8 @@ def chosen_window(args, loaded):
         if len(ids) > model.seq_len:
             source += f", its first {model.seq_len:,} of {len(ids):,} tokens"
             ids = ids[: model.seq_len]
+    if model.seq_len < 2:
+        raise UserError("the model sees one token at a time (T = 1): there is nothing to show")
     if len(ids) < 2:
         raise UserError("the text has fewer than 2 tokens: give a longer --prompt")
     if model.n_classes and not 0 <= label < model.n_classes:
@@ -342,13 +344,13 @@ def parse(argv=None):
     parser = Parser(prog="python -m rt_scratch.report", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("run", type=Path, help="run folder")
-    add("--out", type=Path, help="page to write (default: report.html in the run folder)")
+    add("run", type=a_path, help="run folder")
+    add("--out", type=a_path, help="page to write (default: report.html in the run folder)")
     add("--window", type=int,
         help="which window or picture of the validation split to explore (default 0)")
     add("--prompt", help="explore this text instead")
-    add("--prompt-file", type=Path, help="explore the text of this file instead")
-    add("--image", type=Path, help="explore this picture instead")
+    add("--prompt-file", type=a_path, help="explore the text of this file instead")
+    add("--image", type=a_path, help="explore this picture instead")
     add("--label", type=int, help="with --image: its class, where the model knows classes")
     add("--layers", type=layer_list, metavar="I,J,...",
         help="layers to explore (default: as many as fit in 5 MB)")

@@ -168,7 +168,7 @@ BUGS = [
     ("heads", "mode, cfg.window, cfg.head_width ** -0.5,", "mode, cfg.window, 1.0,"),
     ("heads", "SHIFTED if cfg.shift_keys else CAUSAL", "CAUSAL"),
     ("stores", "if k is not None or context.cfg.n_probes > 1:", "if context.cfg.n_probes > 1:"),
-    ("heads", "return cfg.n_probes == 1 and cfg.share_qk", "return cfg.n_probes == 1"),
+    ("heads", "cfg.n_clusters) == 1 and cfg.share_qk", "cfg.n_clusters) == 1"),
     ("routing", "return (gather(o * seen, slot", "return (gather(o, slot"),
     ("routing", "gather(do, cache.order[..., 1:] - 1) * cache.seen",
      "gather(do, cache.order[..., 1:] - 1)"),

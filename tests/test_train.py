@@ -275,7 +275,11 @@ def test_bad_flags(text, tmp_path):
             (["--stop-after", "-1"], "must not be negative"),
             (["--stride", "4"], "--stride: needs --evaluate"),
             (["--kind", "image"], "--kind image: "),
-            (["--routing-layers", "a"], "layer_list"),
+            (["--routing-layers", "a"], "layers are whole numbers"),
+            (["--accumulate", "1000000000"], "does not fit in memory"),
+            (["--resume", "--evaluate", "test"], "--resume: not used with --evaluate"),
+            (["--init-from", ""], "--init-from: is empty"),
+            ([""], "dataset: is empty"),
             (["--device", "cuda"], "no usable GPU")):
         if flags == ["--device", "cuda"]:
             if select_device("auto")[0] is not np:
@@ -291,6 +295,49 @@ def test_bad_files(text, tmp_path):
     assert "missing.txt" in fails(tmp_path / "missing.txt", *flags)
     assert "no checkpoint" in fails("--resume", *flags)
     assert not (tmp_path / "run").exists()
+
+
+def test_where_a_run_cannot_be_written(text, tmp_path):
+    """Said before the first step, not after the last."""
+    assert "--out: is empty" in fails(text, *TINY, "--out", "")
+    for out in (text, text / "below"):
+        assert "a file is in the way" in fails(text, *TINY, "--out", out)
+    out = tmp_path / "run"
+    run(text, out, "--steps", "3")
+    (out / "last.npz").unlink()
+    (out / "last.npz").mkdir()
+    assert "last.npz is a folder" in fails("--resume", "--steps", "6", "--out", out)
+    assert rows(out)[-1]["step"] == "3"
+
+
+@pytest.mark.parametrize("left", [None, 0, 1000])
+def test_a_lost_best_checkpoint_is_made_again(text, tmp_path, capsys, left):
+    """Also where no step is left to train."""
+    out = tmp_path / "run"
+    run(text, out, "--steps", "3")
+    best = out / "best.npz"
+    content, scores = best.read_bytes(), rows(out)
+    best.unlink()
+    if left is not None:
+        best.write_bytes(content[:left])
+        assert "copy last.npz or a backup over it" in fails(
+            "--evaluate", "valid", "--out", out, "--device", "cpu")
+    train.main(["--resume", "--out", str(out), "--device", "cpu"])
+    assert "best.npz is missing or damaged" in capsys.readouterr().out
+    assert checkpoint.read_state(best).step == 3
+    assert [r["score"] for r in rows(out)] == [r["score"] for r in scores]
+    train.main(["--resume", "--out", str(out), "--device", "cpu"])
+    assert "note" not in capsys.readouterr().out
+
+
+def test_a_missing_package_is_said(tmp_path):
+    for script in ("train.py", "sample.py"):
+        code = f"import sys, runpy; sys.modules['tqdm'] = None; runpy.run_path({script!r})"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                                cwd=ROOT)
+        assert result.returncode == 1, result.stderr
+        assert result.stderr.startswith("error: ") and "pip install -e ." in result.stderr
+        assert len(result.stderr.splitlines()) == 1
 
 
 def test_bad_resumes(text, tmp_path):

@@ -29,7 +29,6 @@ from rt_scratch.run.folder import RunFolder, whole
 from rt_scratch.step import State, Step
 
 VERSION = 1
-OTHER_COPY = "copy best.npz or a backup over it, or train again"
 _META = "__meta__"
 META_BYTES = 1 << 20  # settings take a few thousand
 
@@ -75,10 +74,15 @@ def load(path, expected=None) -> tuple[dict[str, np.ndarray], dict]:
     except MemoryError:
         raise
     except Exception as error:  # a damaged zip or array header raises nearly anything
-        raise UserError(f"{path} is damaged ({type(error).__name__}); {OTHER_COPY}") from error
+        raise UserError(f"{path} is damaged ({type(error).__name__}); {_instead(path)}") from error
     if header.get("sha256") != _digest(arrays, header.get("meta")):
-        raise UserError(f"{path} is damaged (checksum); {OTHER_COPY}")
+        raise UserError(f"{path} is damaged (checksum); {_instead(path)}")
     return arrays, header["meta"]
+
+
+def _instead(path):
+    other = "last" if path.name == "best.npz" else "best"
+    return f"copy {other}.npz or a backup over it, or train again"
 
 
 def _header(path, file, member):
@@ -263,7 +267,7 @@ def restore(saved: Saved, xp, for_training: bool = False) -> tuple[State, Progre
     arrays, (needed, optional) = saved.arrays, _shapes(saved)
     if not all(np.isfinite(arrays[name]).all() for name in needed):
         raise UserError(f"{saved.path}: its parameters are not finite, the run diverged; "
-                        f"{OTHER_COPY} with a lower --lr")
+                        f"{_instead(saved.path)} with a lower --lr")
     if for_training and not optional.keys() <= arrays.keys():
         raise UserError(f"{saved.path} has no state of the optimizer: it can be scored and sampled "
                         "from, but not trained on")

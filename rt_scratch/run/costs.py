@@ -16,6 +16,7 @@ from rt_scratch.optim import OPTIMIZERS
 from rt_scratch.parameters import parameter_table
 from rt_scratch.run.evaluate import mode
 
+DRAWN = 16  # bytes per token of the windows of a step: int32, their cut and what draws them
 LOOKED_UP = ("embed.table", "embed.ngrams", "embed.classes")  # rows are taken from them, no product
 
 
@@ -85,10 +86,11 @@ def check_memory(model: ModelConfig, train: TrainConfig, who: str = "", xp=np,
             raise UserError(f"--batch {train.batch}: {processes} processes need at least one "
                             "window each per step")
         own = {name: -(-getattr(train, name) // processes) for name in ("batch", "parts")}
-        needed = step_bytes(model, replace(train, **own))
-        check_fits(needed, f"a step of --batch {train.batch} x {model.seq_len} "
-                   "tokens does not fit in memory", "try --recompute, or a smaller --batch with "
-                   "--accumulate", xp)
+        needed = step_bytes(model, replace(train, **own)) + (  # and the windows of all processes
+            DRAWN * train.batch * train.accumulate * model.seq_len)
+        check_fits(needed, f"a step of --batch {train.batch} x --accumulate {train.accumulate} x "
+                   f"{model.seq_len} tokens does not fit in memory",
+                   "try --recompute, a smaller --batch with --accumulate, or fewer tokens", xp)
 
 
 def check_fits(needed: int, problem: str, advice: str, xp=np) -> None:

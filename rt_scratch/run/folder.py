@@ -97,7 +97,11 @@ class RunFolder:
         if not self.writes:
             return
         self.close()
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{self.path}: a file is in the way of the run folder; choose another "
+                            "--out") from None
         self._lock = _locked(self.path)
         try:
             self._fill()
@@ -106,6 +110,10 @@ class RunFolder:
             raise
 
     def _fill(self):
+        for name in ("last.npz", "best.npz"):
+            if (self.path / name).is_dir():
+                raise UserError(f"{self.path / name} is a folder, where a checkpoint is to be "
+                                "written: move it away")
         for old in self.path.iterdir():
             if TEMPORARY.fullmatch(old.name):
                 with contextlib.suppress(OSError):

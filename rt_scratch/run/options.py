@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +55,7 @@ def check_flags(args) -> None:
             ("evaluate_causally", not args.evaluate, "needs --evaluate"),
             ("checkpoint", not (args.evaluate or args.init_from),
              "needs --evaluate or --init-from"),
+            ("resume", args.evaluate, "not used with --evaluate"),
             ("init_from", saved, "not used with --resume or --evaluate"),
             ("preset", args.init_from, "not used with --init-from, which takes the run's model"),
             ("stop_after", args.evaluate, "not used with --evaluate"),
@@ -77,7 +79,11 @@ def _settings(f):
 
 def layer_list(text: str) -> tuple[int, ...]:
     """Whole numbers separated by commas."""
-    return tuple(int(x) for x in text.split(",") if x)
+    try:
+        return tuple(int(x) for x in text.split(",") if x)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: layers are whole numbers, such as 0,2 or -1"
+                                         ) from None
 
 
 def plan_run(args) -> Plan:
@@ -173,11 +179,11 @@ def _saved(args, given):
             raise UserError(f"the run was {changed}; now there is: {dataset.protocol}")
         say(f"note: what is scored now may be in part what was trained on; {changed}")
     if args.resume:
-        saved = _resumed(args, saved, train)
+        saved = _resumed(args, saved, train, folder / "best.npz")
     return Plan(folder, dataset, model, train, config, saved)
 
 
-def _resumed(args, saved, train):
+def _resumed(args, saved, train, best):
     """The checkpoint to go on from, and a line on what goes on otherwise than before."""
     for name, last in (("steps", train.steps), ("stop-after", args.stop_after or train.steps)):
         if last < saved.step:
@@ -191,6 +197,10 @@ def _resumed(args, saved, train):
         say(f"note: scores on {saved.train.eval_windows} windows do not compare with those on "
             f"{train.eval_windows} (0: all): the best checkpoint is chosen anew")
         saved = saved._replace(progress=saved.progress._replace(best=math.inf))
+    if saved.progress.best < math.inf and not zipfile.is_zipfile(best):
+        say(f"note: {best} is missing or damaged: the best checkpoint is chosen anew")
+        saved = saved._replace(progress=saved.progress._replace(
+            best=math.inf, scored=min(saved.progress.scored, saved.step - 1)))
     return saved
 
 
