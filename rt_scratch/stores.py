@@ -184,10 +184,13 @@ def causal_step(q, k, v, p, context, store, position):
     xp = array_module(q)
     both, _ = normalize(q[None] if k is None else xp.stack([q, k]))  # few operations on more rows
     scores = (store.guide @ both[..., None])[..., 0]                 # (1 or 2, B, H, K)
-    row = _join(both[-1], v, store, scores[-1].argmax(-1))           # as in `nearest`
-    if k is not None or context.cfg.n_probes > 1:
+    winner = scores.argmax(-1)                                       # as in `nearest`
+    row = _join(both[-1], v, store, winner[-1])
+    if context.cfg.n_probes > 1:
         probes = best_several(scores[0], context.cfg.n_probes)       # (B, H, R)
         row = store.next[store.start[..., None] + probes] - 1
+    elif k is not None:
+        row = store.next[store.start + winner[0]] - 1
     return _attend_members(both[0], store, row)
 
 
