@@ -4,22 +4,24 @@ Letters, used in every shape comment:
 
     B batch          T tokens           C model width       H heads         D head width
     K clusters       W routing window   S local block       L layers        M feed-forward width
-    V vocabulary     E embedding width
+    V vocabulary     E embedding width  R clusters per query
+    N keys that a block sees            P distances between those and its queries
 
 Weights are (in, out), so code reads `x @ w`. The gradient of `x` is `dx`. Two conventions:
 
     y, cache = f(x, w)          dx, dw = f_backward(dy, cache)
 
-holds for every plain function: one gradient per differentiable argument, in their order, no state
-but what is passed. The parts of the model take a tree of parameters instead; their backward adds
-the parameters' gradients to an identical tree and returns the gradient of the input. Caches are
-NamedTuples. Docstrings cite the equations of docs/derivations.md; docs/walkthrough.md runs through
-all this with eight tokens. Reading order, for an evening:
+holds for every plain function: one gradient per differentiable argument, in their order (alone, it
+is returned bare), no state but what is passed. Routing adds results after the cache, and what is
+called add_... or replace_... works in place. The parts of the model take a tree of parameters
+instead; their backward adds the parameters' gradients to an identical tree and returns the gradient
+of the input. Caches are NamedTuples. Docstrings cite the equations of docs/derivations.md;
+docs/walkthrough.md runs through all this with eight tokens. Reading order, for an evening:
 
     layers      linear, LayerNorm, feed-forward, embeddings, output layer with its loss
     attention   softmax attention in blocks, relative positions by a skew, local attention
     kmeans      online k-means, commitment loss
-    routing     who meets whom, attention inside clusters: the paper
+    routing     who meets whom, attention inside clusters: topk, the paper's; sorted ones
     multiprobe  ours: each key in one cluster, each query in one or several
     heads       the kinds of head, one row each: local, full, causal, topk, random
     model       one block, the whole model, forward and backward

@@ -17,10 +17,11 @@ from rt_scratch.dropout import dropout_mask
 
 # ------------------------------------------------------------------------- relative positions
 #
-# Shaw et al. 2018: a learned vector per distance d = key position - query position, clipped to
-# [-m, m], is added to the key, another to the value. Gathering a vector for every pair would take
-# S x N x D entries. Instead all S x P products "query i, distance d" come from one matrix product,
-# and a skew moves row i so that column d lands under key i + d.
+# Shaw et al. 2018 ("Shaw's tables" below): a learned vector per distance d = key position - query
+# position, clipped to [-m, m], is added to the key, another to the value. Gathering a vector for
+# every pair would take S x N x D entries. Instead all S x P products "query i, distance d" come
+# from one matrix product, and a skew moves row i so that column d lands under key i + d.
+
 
 def relative_tables(p, family: str):
     """Shaw's tables for keys and values among the parameters of a layer's attention.
@@ -209,7 +210,7 @@ class Reach(NamedTuple):
     block: int        # S
     lookback: int     # blocks before its own
     segments: Any     # (B, H, T), None: one segment
-    window: Any       # largest distance + 1, None: no bound
+    window: Any       # how many latest positions it sees, its own included; None: no bound
 
 
 LocalCache = namedtuple("LocalCache", "q k v rel_k rel_v reach scale dropped lse")
@@ -222,8 +223,8 @@ def local_attention(q, k, v, rel_k, rel_v, block, lookback, scale, segments=None
 
     q, k, v (B, H, T, D), tables rel_k, rel_v (2 m + 1, D) or None -> (B, H, T, D). T need not be a
     multiple of S = block. With `segments` (B, H, T) a query sees only keys of its own segment, and
-    with `window` only those at a distance below it (routing attention in `causal` mode is this, on
-    the sequence sorted by cluster). Released code: attention_nd in one dimension, masked.
+    with `window` only the `window` latest, its own included (routing attention in `causal` mode is
+    this, on the sequence sorted by cluster). Released code: attention_nd in one dimension, masked.
     Cache: the inputs, the Reach, and lse (B, H, n, S, 1); blocks and windows are cut again.
     docs/derivations.md (39).
     """

@@ -81,7 +81,8 @@ class ModelConfig:
     block: int = _field(16, "S, queries per block of local attention", least=1)
     lookback: int = _field(1, "earlier blocks that a local block sees", least=0)
     local_max_distance: int = _field(
-        17, "Shaw relative positions of local heads, clipped at this distance; 0: none", least=0)
+        17, "relative positions (Shaw et al. 2018) of local heads, clipped at this distance; 0: "
+        "none", least=0)
     routing_max_distance: int = _field(
         65, "the same for routing heads, where distance is the rank in the cluster; 0: none",
         least=0)

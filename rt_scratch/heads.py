@@ -62,7 +62,7 @@ class Kind(NamedTuple):
     """One kind of head."""
 
     family: str            # 'local' or 'routing': whose settings and relative tables it takes
-    mode: Mode | None      # how it forms clusters; None: it does not route
+    mode: Mode | None      # how it forms clusters, or a variant of that; None: it does not route
     forward: Callable
     backward: Callable
     decoding: stores.Decoding
@@ -101,7 +101,7 @@ class Part(NamedTuple):
         return q, k
 
     def unshifted(self, dq, dk):
-        """The gradients of the projections, from those of `queries_and_keys`."""
+        """The gradients of the projections, from those of `queries_and_keys`: (72) backward."""
         if not self.shifted:
             return dq, dk
         dk = shift_right_backward(dk.swapaxes(1, 2)).swapaxes(1, 2)
@@ -157,7 +157,7 @@ def local_backward(do, dcommitment, cache):
 # -------------------------------------------------------------------------- causal, topk, random
 
 def causal_forward(q, k, v, p, context):
-    """Ours: each key joins its nearest cluster, each query sees the W latest of its R nearest.
+    """Ours: a key joins its nearest cluster, a query sees the W latest keys of its R nearest.
 
     Logits are scaled by D^-1/2.
     """
@@ -168,8 +168,8 @@ def causal_forward(q, k, v, p, context):
 
 
 def sortable(cfg) -> bool:
-    """Whether each vector of causal heads is in one cluster, as query and key: CAUSAL or SHIFTED,
-    which sort vectors by cluster, then give what MULTIPROBE gives, faster.
+    """Whether queries of causal heads look into one cluster, and keys are queries, shifted or not:
+    then CAUSAL and SHIFTED, which sort vectors by cluster, give what MULTIPROBE gives, faster.
     """
     return min(cfg.n_probes, cfg.n_clusters) == 1 and cfg.share_qk
 

@@ -53,7 +53,10 @@ def unit_length(mu):
 
 @accelerated
 def cluster_statistics(x, winner, n_clusters: int):
-    """Counts (H, K) and sums (H, K, D) of the tokens x (B, H, T, D) that each centroid won."""
+    """Counts (H, K) and sums (H, K, D) of the tokens x (B, H, T, D) that each centroid won.
+
+    |W_k| and the sum over W_k in docs/derivations.md (50).
+    """
     xp = array_module(x)
     hot = (winner[:, :, None, :] == xp.arange(n_clusters)[:, None]).astype(x.dtype)  # (B, H, K, T)
     return hot.sum((0, 3)), (hot @ x).sum(0)
@@ -65,9 +68,9 @@ def update_centroids(state: Centroids, counts, sums, decay: float) -> Centroids:
     c <- c + (1 - decay) (counts - c),   m <- m + (1 - decay) (sums - m),
     mu = m / c',   c' = n (c + 1e-5) / (n + 1e-5 K),  n = sum_k c.
 
-    Paper section 4.1 and the released code, with two repairs: the released averages start at 0
-    counts but non-zero sums, so its first means are hundreds of times too long (ours start at
-    count 1), and a centroid that won no token stays where it is. docs/derivations.md (50) to (52).
+    The released code (the paper's section 4.1 prints an update without a division). Ours differs: a
+    centroid that won no token stays where it is, counts are per head, and the averages start at
+    count 1, see docs/differences.md. docs/derivations.md (50) to (52).
     """
     xp = array_module(state.mu)
     count = state.count + (1 - decay) * (counts - state.count)

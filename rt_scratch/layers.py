@@ -4,7 +4,9 @@
 
 A backward returns one gradient per differentiable argument, in argument order; `dy` is the gradient
 of the loss with respect to y. Caches are read-only NamedTuples of inputs and row statistics; wide
-arrays are computed again rather than stored where that is cheap.
+arrays are computed again rather than stored where that is cheap. `@accelerated` marks a function
+that may have a faster version in kernels/, its twin (dispatch.py): what stands here defines it, and
+`f.reference` calls this body where a twin is in use.
 """
 
 from __future__ import annotations
@@ -86,8 +88,8 @@ LayerNormCache = namedtuple("LayerNormCache", "x gain mean rstd")
 def normalize(x):
     """n = (x - mean) / sqrt(variance + 1e-6) over the last axis: LayerNorm without parameters.
 
-    Routing heads apply it to queries and keys, so that q . mu compares directions. Cache: x and the
-    row statistics mean and rstd = 1 / sqrt(variance + 1e-6), each (..., 1).
+    Routing heads apply it to queries and keys, so that all of them have one length, sqrt(C). Cache:
+    x and the row statistics mean and rstd = 1 / sqrt(variance + 1e-6), each (..., 1).
     docs/derivations.md (9).
     """
     xp = array_module(x)
@@ -148,7 +150,7 @@ def residual(x, f, dropped, gain=None, bias=None):
 
 @accelerated
 def residual_backward(dy, cache):
-    """(dx, df), and dgain and dbias after a LayerNorm:  dx = dy or LN^T dy,  df = dx keep.
+    """(dx, df), after a LayerNorm dgain, dbias:  dx = dy or LN^T dy,  df = dx keep / (1 - rate).
 
     Without a LayerNorm dx is dy, without dropout df is dx. docs/derivations.md (8), (54).
     """
@@ -221,9 +223,9 @@ GatedCache = namedtuple("GatedCache", "x w_gate w_value w_out a b dropped")
 
 @accelerated
 def geglu_ffn(x, w_gate, w_value, w_out, dropped=None):
-    """y = dropout(gelu(x w_gate) * (x w_value)) w_out: no biases.  x (..., C), (C, M), (M, C).
+    """y = dropout(gelu(x w_gate) * (x w_value)) w_out: no biases.
 
-    docs/derivations.md (14).
+    x (..., C), w_gate and w_value (C, M), w_out (M, C). Shazeer 2020. docs/derivations.md (14).
     """
     return _gated(geglu, x, w_gate, w_value, w_out, dropped)
 
@@ -235,8 +237,9 @@ def geglu_ffn_backward(dy, cache):
 
 
 def swiglu_ffn(x, w_gate, w_value, w_out, dropped=None):
-    """y = dropout(silu(x w_gate) * (x w_value)) w_out: no biases.  x (..., C), (C, M), (M, C).
+    """y = dropout(silu(x w_gate) * (x w_value)) w_out: no biases.
 
+    x (..., C), w_gate and w_value (C, M), w_out (M, C). Shazeer 2020.
     docs/derivations.md (14), (19).
     """
     return _gated(swiglu, x, w_gate, w_value, w_out, dropped)
@@ -276,7 +279,7 @@ ReluCache = namedtuple("ReluCache", "hidden dropped out")
 def relu_ffn(x, w_in, b_in, w_out, b_out, dropped=None):
     """y = dropout(max(x w_in + b_in, 0)) w_out + b_out.  x (..., C), w_in (C, M), w_out (M, C).
 
-    docs/derivations.md (20).
+    b_in (M,), b_out (C,). Vaswani et al. 2017. docs/derivations.md (20).
     """
     h, hidden = linear(x, w_in, b_in)
     h, dropped = dropout(array_module(x).maximum(h, 0), dropped)
@@ -288,7 +291,7 @@ def relu_ffn(x, w_in, b_in, w_out, b_out, dropped=None):
 def relu_ffn_backward(dy, cache):
     """Gradients of x, w_in, b_in, w_out, b_out. docs/derivations.md (20)."""
     dh, dw_out, db_out = linear_backward(dy, cache.out)
-    positive = cache.out.x > 0  # before dropout too, but for entries whose dh it makes 0
+    positive = cache.out.x > 0  # after dropout: where that gave 0, dh is 0 as well
     dh = dropout_backward(dh, cache.dropped) * positive
     dx, dw_in, db_in = linear_backward(dh, cache.hidden)
     return dx, dw_in, db_in, dw_out, db_out

@@ -1,7 +1,8 @@
 """The Routing Transformer: one block, the whole model, forward and backward.
 
 Data flow, text:   ids -> shift right -> embeddings -> dense -> blocks -> [LayerNorm] -> output
-           image:  values -> shift right -> channel table + positions -> blocks -> output
+           image:  values -> shift right -> channel table + positions -> blocks -> [LayerNorm]
+                   -> output
 
 Two conventions meet here. Plain functions (layers, attention, routing) return gradients. The parts
 of the model below take the parameter tree and add the gradients of their parameters to an identical
@@ -164,7 +165,7 @@ def embed(params, cfg: ModelConfig, shifted, start: int, labels=None, noise=None
     text: x_t = [embedding(id_t), embedding(id_(t - 1)), ..., row of the n-gram] w + b over the last
     input_tokens ids: a causal convolution. Released code: one id, no n-gram. `before`: see
     layers.recent.
-    docs/derivations.md (3) to (5).
+    docs/derivations.md (2), (4); images (6), plus the vector of the class.
     """
     p = params["embed"]
     drop = _dropped(cfg.embed_dropout, noise, "embed")

@@ -92,8 +92,8 @@ def tiles(probes, key_winner, window: int) -> Tiles:
 
     Cut the slots of `runs` into blocks of S = W / 2: a run ends in one block and reaches two back.
     Rows are sorted by the slot where their run ends, and each block's rows are cut into tiles of S:
-    at most R T / S + T / S of them, a number known without asking a GPU. docs/derivations.md (67),
-    (68).
+    at most (R T + (S - 1) ceil(T / S)) / S of them, a number known without asking a GPU.
+    docs/derivations.md (67), (68).
     """
     xp = array_module(probes)
     b, h, t, r = probes.shape

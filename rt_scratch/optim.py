@@ -61,7 +61,7 @@ def cosine(step: int, lr: float, warmup: int, total: int) -> float:
 
 
 def linear(step: int, lr: float, warmup: int, total: int) -> float:
-    """Linear warm-up over w steps, then lr (1 - x): to zero at the last step."""
+    """Linear warm-up over w steps, then lr (1 - x), x as in `cosine`, below 1."""
     return constant(step, lr, warmup, total) * (1 - _progress(step, warmup, total))
 
 

@@ -5,7 +5,8 @@ Four verbs, in the order of use:
     choose          which token belongs to which cluster: a Route. Integers, no gradient
     gather          bring the members of each cluster together
     attend          attention inside clusters (attention.py)
-    scatter_mean    bring the results back to their tokens
+    scatter_mean    bring the results back to their tokens (topk); where clusters are sorted a
+                    `gather` by the inverse order does
 
 Five modes form clusters. TOPK is the paper: each centroid takes the W tokens of the whole sequence
 nearest to it, so *whether an early token is a member depends on later tokens*: the mask inside the
@@ -64,7 +65,8 @@ class Rule(NamedTuple):
     mode: Mode
     window: int            # W
     scale: float           # of the logits; 1 in the released code, whose q and k have length sqrt D
-    causal: bool = True    # False, with TOPK only: members see each other whatever their time
+    causal: bool = True    # False, with TOPK only and used by no kind of head: all members see
+    #                        each other, whatever their time
     clusters: Any = None   # (H, T) with RANDOM: the cluster of each position
     n_probes: int = 1      # R, with MULTIPROBE (multiprobe.py)
 
@@ -105,7 +107,8 @@ def routing_attention(q, k, v, rel_k, rel_v, mu, rule: Rule, fixed=None, dropped
     """Attention inside clusters.  q, k, v (B, H, T, D) -> (B, H, T, D) and the commitment loss.
 
     q and k are normalised (no gain, no bias); k = None means that keys are queries. rel_k, rel_v
-    (2 m + 1, D) or None; distance is the difference of ranks inside the cluster. mu (H, K, D). A
+    (2 m + 1, D) or None; distance is the difference of ranks inside the cluster (where a query of
+    sorted or multi-probe clusters is no member, the latest key that it sees has 0). mu (H, K, D). A
     `fixed` Route is used as it is (gradient checks, recomputation). Returns (o, loss), cache,
     Membership, Route. The loss is the commitment of q plus that of k, so twice the same when keys
     are queries (released code); 0 where centroids do not follow the tokens. Released code:
@@ -151,7 +154,10 @@ def routing_attention_backward(do, dloss, cache: RoutingCache):
 # --------------------------------------------------------------------- topk: the paper's clusters
 
 def topk_route(q, k, mu, rule: Rule) -> Route:
-    """Each centroid takes the W queries, and the W keys, that score highest with it."""
+    """Each centroid takes the W queries, and the W keys, that score highest with it.
+
+    q, k (B, H, T, D), mu (H, K, D) -> members (B, H, K, W). Paper section 4.1.
+    """
     window = min(rule.window, q.shape[2])
     winner, scores = compare(q, mu)
     members = top_members(scores, window)
@@ -179,7 +185,7 @@ def topk_attention(q, k, v, rel_k, rel_v, route: Route, rule: Rule, dropped=None
     """Each cluster is one block of W queries and W keys; a token gets the mean over its clusters.
 
     When causal, a query sees members that are not later than itself; where keys are queries, that
-    order of time is the order in the cluster.
+    order of time is the order in the cluster. docs/derivations.md (26), (27) in each cluster, (42).
     """
     shared, window = route.key_members is route.members, route.members.shape[-1]
     mask = None  # causal by order
@@ -208,7 +214,7 @@ def coverage(times) -> Coverage:
 
 
 def topk_attention_backward(do, cache: TopkCache, n_tokens: int):
-    """Gradients of q, k, v, rel_k, rel_v. docs/derivations.md (43)."""
+    """Gradients of q, k, v, rel_k, rel_v. docs/derivations.md (43), (28) to (30), (32), (41)."""
     dq, dk, dv, drel_k, drel_v = attend_backward(scatter_mean_backward(do, cache.mean),
                                                  cache.attend)
     if drel_k is not None:
@@ -224,7 +230,10 @@ def topk_attention_backward(do, cache: TopkCache, n_tokens: int):
 # ---------------------------------------------------------------- causal, random: sorted clusters
 
 def causal_route(q, k, mu, rule: Rule) -> Route:
-    """A token joins its nearest centroid; keys are queries."""
+    """A token joins its nearest centroid; keys are queries. docs/derivations.md (47), mu / |mu|.
+
+    q (B, H, T, D), mu (H, K, D) -> winner and order (B, H, T).
+    """
     winner = nearest(q, mu, equal_length=True)
     return Route(winner, winner, order=by_cluster(winner, mu.shape[1]))
 
@@ -302,7 +311,10 @@ def inverse(order):
 # ----------------------------------------------------------------- shifted: sorted clusters as well
 
 def shifted_route(q, k, mu, rule: Rule) -> Route:
-    """The key of position t is the query of t - 1, in its cluster; the first is zeros, in 0."""
+    """Key t is query t - 1, in the cluster of that; key 0, a vector of zeros, is in cluster 0.
+
+    Winners are (B, H, T), order (B, H, T + 1). docs/derivations.md (72), (73).
+    """
     xp, (b, h, t) = array_module(q), q.shape[:3]
     winner = nearest(q, mu, equal_length=True)
     both = xp.concatenate([xp.zeros((b, h, 1), winner.dtype), winner], axis=-1)
