@@ -140,7 +140,8 @@ def encoded(data, vocabulary):
 def topk_step_seconds(position=8100, steps=20):
     """Median seconds of `topk_step` for one token of the released routing layer."""
     from rt_scratch.config import ModelConfig
-    from rt_scratch.heads import Context, topk_step, topk_store
+    from rt_scratch.heads import Context
+    from rt_scratch.stores import topk_step, topk_store
 
     config = ModelConfig(**fields_of(ModelConfig))
     rng = np.random.default_rng(0)

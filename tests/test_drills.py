@@ -26,7 +26,7 @@ from rt_scratch.config import ModelConfig, TrainConfig
 from rt_scratch.dispatch import array_module
 from rt_scratch.dropout import dropout, dropout_backward
 from rt_scratch.errors import UserError
-from rt_scratch.heads import KINDS, Context, Kind, full_fill, full_store
+from rt_scratch.heads import KINDS, Context, Kind
 from rt_scratch.layers import (
     FEED_FORWARDS,
     FeedForward,
@@ -37,6 +37,7 @@ from rt_scratch.layers import (
 from rt_scratch.optim import OPTIMIZERS, SCHEDULES, Optimizer, learning_rate
 from rt_scratch.parameters import init_parameters, parameter_table
 from rt_scratch.run.costs import flops_per_token
+from rt_scratch.stores import Decoding, full_fill, full_store
 
 # ------------------------------------------------------------------------ a feed-forward layer
 
@@ -107,8 +108,8 @@ def dilated_step(q, k, v, p, context, store, position):
     return attend(q[:, :, None], keys, values, *rows, seen, 1.0)[0][:, :, 0]
 
 
-DILATED = Kind("local", None, dilated_forward, dilated_backward, full_store, full_fill,
-               dilated_step, KINDS["local"].keys)
+DILATED = Kind("local", None, dilated_forward, dilated_backward,
+               Decoding(full_store, full_fill, dilated_step), KINDS["local"].keys)
 
 
 # ---------------------------------------------------------------------- an optimizer, a schedule
