@@ -16,7 +16,7 @@ import numpy as np
 
 from rt_scratch.config import ModelConfig
 from rt_scratch.dispatch import array_module, to_host
-from rt_scratch.heads import Context, parts
+from rt_scratch.heads import Context, head_groups
 from rt_scratch.layers import FEED_FORWARDS, layer_norm
 from rt_scratch.model import block, embed, mu_of, next_logits
 
@@ -44,12 +44,12 @@ class Memory:
         self.recent = xp.zeros((batch, cfg.input_tokens - 1), "int64")
         self.projections = [_projection(params["layers"][i]["attention"], cfg)
                             for i in range(cfg.n_layers)]
-        self.parts = [parts(cfg, i) for i in range(cfg.n_layers)]
+        self.groups = [head_groups(cfg, i) for i in range(cfg.n_layers)]
         self.stores = [
-            [Store(part.kind.decoding.store(cfg, n, batch, capacity, xp, table.dtype),
-                   xp.zeros((batch, n, cfg.head_width), table.dtype) if part.shifted else None)
-             for part in layer for n in [part.heads.stop - part.heads.start]]
-            for layer in self.parts]
+            [Store(group.kind.decoding.store(cfg, n, batch, capacity, xp, table.dtype),
+                   xp.zeros((batch, n, cfg.head_width), table.dtype) if group.shifted else None)
+             for group in layer for n in [group.heads.stop - group.heads.start]]
+            for layer in self.groups]
 
     def advance(self, ids):
         """Go on to the position after ids (B, n), already shifted."""
@@ -109,13 +109,14 @@ def _attention(x, p, context, memory):
     qkv = (x @ memory.projections[context.layer]).reshape(b, -1, d)  # (B, 2 H + heads of keys, D)
     q, k, v = qkv[:, :h], qkv[:, h:-h], qkv[:, -h:]
     o = array_module(x).empty(v.shape, x.dtype)
-    for part, store in zip(memory.parts[context.layer], memory.stores[context.layer], strict=True):
-        own, key = q[:, part.heads], k[:, part.keys] if part.keys else None
-        if part.shifted:
+    groups, stores = memory.groups[context.layer], memory.stores[context.layer]
+    for group, store in zip(groups, stores, strict=True):
+        own, key = q[:, group.heads], k[:, group.keys] if group.keys else None
+        if group.shifted:
             latest, key = own if key is None else key, store.key.copy()
             store.key[...] = latest
-        o[:, part.heads] = part.kind.decoding.step(
-            own, key, v[:, part.heads], p, context, store.seen, memory.position)
+        o[:, group.heads] = group.kind.decoding.step(
+            own, key, v[:, group.heads], p, context, store.seen, memory.position)
     return o.reshape(b, -1) @ p["w_o"]
 
 

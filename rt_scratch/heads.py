@@ -1,7 +1,8 @@
 """The kinds of attention head, one row each: forward, backward, decoding, cost.
 
-A layer is a list of (kind, number of heads); `parts` says which queries, keys and values belong to
-which. A new kind is its functions and a row of `KINDS`: every choice of a kind reads that table.
+A layer is a list of (kind, number of heads); `head_groups` says which queries, keys and values
+belong to which. A new kind is its functions and a row of `KINDS`: every choice of a kind reads that
+table.
 
     forward(q, k, v, p, context) -> o, cache, Routed or None
     backward(do, dcommitment, cache) -> dq, dk, dv, {name: gradient} of its own parameters
@@ -81,7 +82,7 @@ class Kind(NamedTuple):
         return {f"{self.family}_rel_{x}": shape for x in "kv"} if reach else {}
 
 
-class Part(NamedTuple):
+class HeadGroup(NamedTuple):
     """The heads of one kind in a layer."""
 
     kind: Kind
@@ -109,13 +110,13 @@ class Part(NamedTuple):
 
 
 @functools.lru_cache
-def parts(cfg, layer: int) -> list[Part]:
+def head_groups(cfg, layer: int) -> list[HeadGroup]:
     """How the heads of a layer are divided among its kinds, in the order of the projections."""
     found, head, key = [], 0, 0
     for name, n in cfg.layer_heads(layer):
         kind = KINDS[name]
         own = not (kind.routes and cfg.share_qk)
-        found.append(Part(kind, slice(head, head + n), slice(key, key + n) if own else None,
+        found.append(HeadGroup(kind, slice(head, head + n), slice(key, key + n) if own else None,
                           cfg.shift_keys and kind.far))
         head, key = head + n, key + n * own
     return found
@@ -123,7 +124,7 @@ def parts(cfg, layer: int) -> list[Part]:
 
 def key_heads(cfg, layer: int) -> int:
     """How many heads of a layer have keys of their own."""
-    return max((part.keys.stop for part in parts(cfg, layer) if part.keys), default=0)
+    return max((group.keys.stop for group in head_groups(cfg, layer) if group.keys), default=0)
 
 
 def _table_gradients(family, drel_k, drel_v):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from rt_scratch.config import ModelConfig
 from rt_scratch.dispatch import array_module
 from rt_scratch.dropout import Dropped, dropout, dropout_backward
-from rt_scratch.heads import Context, parts
+from rt_scratch.heads import Context, head_groups
 from rt_scratch.layers import (
     FEED_FORWARDS,
     add_gradients,
@@ -300,7 +300,7 @@ def _leaves(tree):
     return tuple(tree.values())
 
 
-AttentionCache = namedtuple("AttentionCache", "cfg parts q k v heads out")
+AttentionCache = namedtuple("AttentionCache", "cfg groups q k v heads out")
 
 
 def attention(x, p, cfg: ModelConfig, layer: int, mu=None, noise=None, fixed=None, stores=None):
@@ -314,19 +314,19 @@ def attention(x, p, cfg: ModelConfig, layer: int, mu=None, noise=None, fixed=Non
     o = xp.empty((*x.shape[:2], cfg.n_heads, cfg.head_width), x.dtype)
     heads = o.swapaxes(1, 2)                                         # a view (B, H, T, D)
     caches, routed = [], None
-    for i, part in enumerate(parts(cfg, layer)):
-        own = *part.queries_and_keys(q, k), v[:, part.heads]
+    for i, group in enumerate(head_groups(cfg, layer)):
+        own = *group.queries_and_keys(q, k), v[:, group.heads]
         context = Context(cfg, layer, mu, fixed,
-                          _dropped(cfg.attention_dropout, noise, part.kind.family, layer))
-        heads[:, part.heads], cache, told = part.kind.forward(*own, p, context)
+                          _dropped(cfg.attention_dropout, noise, group.kind.family, layer))
+        heads[:, group.heads], cache, told = group.kind.forward(*own, p, context)
         caches.append(cache)
         routed = told or routed
         if stores:
-            part.kind.decoding.fill(*own, p, context, stores[i].seen, told)
-            if part.shifted:
-                stores[i].key[...] = (k[:, part.keys] if part.keys else own[0])[:, :, -1]
+            group.kind.decoding.fill(*own, p, context, stores[i].seen, told)
+            if group.shifted:
+                stores[i].key[...] = (k[:, group.keys] if group.keys else own[0])[:, :, -1]
     y, cache_o = linear(o.reshape(x.shape), p["w_o"])
-    return y, AttentionCache(cfg, parts(cfg, layer), cache_q, cache_k, cache_v, caches,
+    return y, AttentionCache(cfg, head_groups(cfg, layer), cache_q, cache_k, cache_v, caches,
                              cache_o), routed
 
 
@@ -339,15 +339,15 @@ def attention_backward(dy, dcommitment, cache: AttentionCache, g, dx=None):
     do = add_gradients(linear_backward, dy, cache.out, (g["w_o"],))
     do = split_heads(do, cfg)                                        # (B, H, T, D)
     b, h, t, d = do.shape
-    n_keys = sum(part.keys.stop - part.keys.start for part in cache.parts if part.keys)
+    n_keys = sum(group.keys.stop - group.keys.start for group in cache.groups if group.keys)
     dq, dk, dv = (array_module(dy).empty((b, t, n, d), dy.dtype) for n in (h, n_keys, h))
     dqh, dkh, dvh = dq.swapaxes(1, 2), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
-    for part, stored in zip(cache.parts, cache.heads, strict=True):
-        dq_own, dk_own, dvh[:, part.heads], gradients = part.kind.backward(
-            do[:, part.heads], dcommitment, stored)
-        dqh[:, part.heads], dk_own = part.unshifted(dq_own, dk_own)
-        if part.keys:
-            dkh[:, part.keys] = dk_own
+    for group, stored in zip(cache.groups, cache.heads, strict=True):
+        dq_own, dk_own, dvh[:, group.heads], gradients = group.kind.backward(
+            do[:, group.heads], dcommitment, stored)
+        dqh[:, group.heads], dk_own = group.unshifted(dq_own, dk_own)
+        if group.keys:
+            dkh[:, group.keys] = dk_own
         for name, gradient in gradients.items():
             g[name] += gradient
     dx = add_gradients(linear_backward, dq.reshape(b, t, h * d), cache.q, (g["w_q"],), dx)

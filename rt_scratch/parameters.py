@@ -16,7 +16,7 @@ from numpy.random import Generator, Philox
 
 from rt_scratch.config import ModelConfig
 from rt_scratch.dispatch import accelerated, array_module
-from rt_scratch.heads import key_heads, parts
+from rt_scratch.heads import head_groups, key_heads
 from rt_scratch.kmeans import Centroids
 from rt_scratch.layers import FEED_FORWARDS, normalize
 
@@ -65,8 +65,8 @@ def parameter_table(cfg: ModelConfig) -> list[Leaf]:
         add(f"layers.{i}.attention.w_v", c, c)
         add(f"layers.{i}.attention.w_o", c, c)
         own = {}
-        for part in reversed(parts(cfg, i)):
-            own |= part.kind.parameters(cfg)
+        for group in reversed(head_groups(cfg, i)):
+            own |= group.kind.parameters(cfg)
         for name, shape in own.items():
             add(f"layers.{i}.attention.{name}", *shape)
         add_norm(f"layers.{i}.norm_ffn")

@@ -285,7 +285,7 @@ def head_health(layer: int, found, n_clusters: int) -> list[dict]:
     health = []
     for head, winner in enumerate(found.routed.route.winner[0]):
         counts = np.bincount(winner, minlength=n_clusters)
-        told = {"layer": layer, "head": found.part.heads.start + head, "dead": int((counts == 0)
+        told = {"layer": layer, "head": found.group.heads.start + head, "dead": int((counts == 0)
                 .sum()), "shares": (counts / len(winner)).round(4)}
         told["largest"] = float(told["shares"].max())
         told["shares"] = told["shares"].tolist() if n_clusters <= SHOWN else None
@@ -317,7 +317,7 @@ def packed(layer: int, found, of_kind: int, n_kept: int) -> list[dict]:
     np.put_along_axis(units, best, np.take_along_axis(units, best, -1) + left[..., None], -1)
     heads = []
     for h in range(min(of_kind, len(n))):
-        head = {"layer": layer, "head": found.part.heads.start + h,
+        head = {"layer": layer, "head": found.group.heads.start + h,
                 "kind": found.name, "n": encoded(n[h]), "positions": encoded(positions[h][kept[h]]),
                 "weights": encoded(units[h][kept[h]]), "seen": encoded(seen[h])}
         if found.routed is not None:

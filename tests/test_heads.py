@@ -11,35 +11,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rt_scratch.decode import Memory
-from rt_scratch.heads import KINDS, Context, key_heads, parts
+from rt_scratch.heads import KINDS, Context, head_groups, key_heads
 from rt_scratch.layers import normalize
 from rt_scratch.parameters import init_centroids
 
 
 @given(configs())
-def test_parts_divide_the_heads(cfg):
+def test_groups_divide_the_heads(cfg):
     """Every query, value and key column belongs to one kind; shared keys have no columns."""
     for i in range(cfg.n_layers):
-        divided = parts(cfg, i)
-        queries = [h for part in divided for h in range(part.heads.start, part.heads.stop)]
-        keys = [h for part in divided if part.keys
-                for h in range(part.keys.start, part.keys.stop)]
+        divided = head_groups(cfg, i)
+        queries = [h for group in divided for h in range(group.heads.start, group.heads.stop)]
+        keys = [h for group in divided if group.keys
+                for h in range(group.keys.start, group.keys.stop)]
         assert queries == list(range(cfg.n_heads))
         assert keys == list(range(key_heads(cfg, i)))
-        for part, (name, n) in zip(divided, cfg.layer_heads(i), strict=True):
-            assert part.kind is KINDS[name] and part.heads.stop - part.heads.start == n
-            if part.kind.routes and cfg.share_qk:
-                assert part.keys is None
+        for group, (name, n) in zip(divided, cfg.layer_heads(i), strict=True):
+            assert group.kind is KINDS[name] and group.heads.stop - group.heads.start == n
+            if group.kind.routes and cfg.share_qk:
+                assert group.keys is None
             else:
-                assert part.keys.stop - part.keys.start == n
+                assert group.keys.stop - group.keys.start == n
 
 
-def test_parts_of_a_mixed_layer():
+def test_groups_of_a_mixed_layer():
     cfg = dataclasses.replace(SMALL, n_routing_heads=2, n_local_heads=1)
-    assert [part[1:] for part in parts(cfg, 0)] == [
+    assert [group[1:] for group in head_groups(cfg, 0)] == [
         (slice(0, 2), None, False), (slice(2, 3), slice(0, 1), False)]
     apart = dataclasses.replace(cfg, share_qk=False)
-    assert [part[1:3] for part in parts(apart, 0)] == [(slice(0, 2),) * 2, (slice(2, 3),) * 2]
+    assert [group[1:3] for group in head_groups(apart, 0)] == [
+        (slice(0, 2),) * 2, (slice(2, 3),) * 2]
 
 
 @pytest.mark.parametrize("share_qk", [True, False])
@@ -50,17 +51,17 @@ def test_shifted_keys_are_those_of_the_position_before(share_qk):
     rng = np.random.default_rng(0)
     for layer in range(2):
         q, k = normal(rng, (2, 3, 6, 4)), normal(rng, (2, key_heads(cfg, layer), 6, 4))
-        for part in parts(cfg, layer):
-            queries, keys = part.queries_and_keys(q, k)
-            own = k[:, part.keys] if part.keys else q[:, part.heads]
-            assert (queries == q[:, part.heads]).all()
-            if part.kind is KINDS["local"]:
+        for group in head_groups(cfg, layer):
+            queries, keys = group.queries_and_keys(q, k)
+            own = k[:, group.keys] if group.keys else q[:, group.heads]
+            assert (queries == q[:, group.heads]).all()
+            if group.kind is KINDS["local"]:
                 assert (keys == own).all()
                 continue
             assert (keys[:, :, 1:] == own[:, :, :-1]).all() and not keys[:, :, 0].any()
             dq, dk = normal(rng, queries.shape), normal(rng, keys.shape)
-            back, back_k = part.unshifted(dq, dk)
-            assert (back_k is None) == (part.keys is None)
+            back, back_k = group.unshifted(dq, dk)
+            assert (back_k is None) == (group.keys is None)
             into_k = back - dq if back_k is None else back_k
             np.testing.assert_allclose((into_k * own).sum(), (dk * keys).sum())
 
@@ -71,11 +72,11 @@ def test_a_causal_key_joins_the_cluster_of_its_own_vector(changes):
     t, d = 12, 12
     cfg = dataclasses.replace(SMALL, seq_len=t, width=3 * d, window=t, n_clusters=3, **changes)
     rng = np.random.default_rng(0)
-    part, _ = parts(cfg, 0)
+    group, _ = head_groups(cfg, 0)
     q, k = normal(rng, (1, cfg.n_heads, t, d)), normal(rng, (1, cfg.n_heads, t, d))
-    queries, keys = part.queries_and_keys(q, k)
+    queries, keys = group.queries_and_keys(q, k)
     mu = normal(rng, (queries.shape[1], 3, d))
-    o, _, routed = part.kind.forward(queries, keys, np.broadcast_to(np.eye(t), queries.shape), {},
+    o, _, routed = group.kind.forward(queries, keys, np.broadcast_to(np.eye(t), queries.shape), {},
                                      Context(cfg, 0, mu))
     into = normalize(queries)[0] @ mu.swapaxes(-1, -2) / np.linalg.norm(mu, axis=-1)[:, None]
     joined = normalize(queries if keys is None else keys)[0] @ mu.swapaxes(

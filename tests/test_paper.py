@@ -11,7 +11,7 @@ import pytest
 
 from rt_scratch.attention import local_attention
 from rt_scratch.config import ModelConfig
-from rt_scratch.heads import KINDS, Part
+from rt_scratch.heads import KINDS, HeadGroup
 from rt_scratch.kmeans import commitment, commitment_backward, nearest, update_centroids
 from rt_scratch.layers import normalize
 from rt_scratch.model import loss, loss_backward
@@ -146,7 +146,8 @@ def test_10_shifted_keys(head):
     """A query finds what followed a token like its own, whatever the centroids are."""
     q, mu = head
     q[:, :, 40] = q[:, :, 20]
-    queries, keys = Part(KINDS["causal"], slice(1), None, shifted=True).queries_and_keys(q, None)
+    group = HeadGroup(KINDS["causal"], slice(1), None, shifted=True)
+    queries, keys = group.queries_and_keys(q, None)
     (o, _), _, _, route = routing_attention(queries, keys, np.eye(T)[None, None], None, None, mu,
                                             Rule(SHIFTED, T, 0.25))
     assert route.winner[0, 0, 40] == route.key_winner[0, 0, 21]

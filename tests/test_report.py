@@ -95,7 +95,7 @@ def maps_of(folder, ids, label=None):
                                                 loaded.model, ids, label)):
         for m in maps:
             for h, weights in enumerate(m.columns(0, ids.shape[1])):
-                found[layer, m.part.heads.start + h] = (
+                found[layer, m.group.heads.start + h] = (
                     m.name, weights, m.routed and m.routed.route, h)
     return found
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rt_scratch.config import ModelConfig
-from rt_scratch.heads import KINDS, Part
+from rt_scratch.heads import KINDS, HeadGroup
 from rt_scratch.kmeans import nearest
 from rt_scratch.layers import normalize
 from rt_scratch.routing import (
@@ -42,7 +42,7 @@ from rt_scratch.routing import (
 EXACT = dict(rtol=1e-11, atol=1e-12)
 modes = st.sampled_from([CAUSAL, TOPK, RANDOM, SHIFTED])
 windows = st.sampled_from([1, 2, 3, 8, 50])
-part = Part(KINDS["causal"], slice(None), None, shifted=True)  # shifts the keys of SHIFTED
+group = HeadGroup(KINDS["causal"], slice(None), None, shifted=True)  # shifts the keys of SHIFTED
 
 
 # ------------------------------------------------------------------------------------ integers
@@ -148,12 +148,12 @@ def test_gradients(seed, mode, t, k, window, d, reach, layout, shared, ties, dro
     rule = Rule(mode, window, 0.5, clusters=drawn)
 
     def forward(q, key, *others, route=None):
-        own = part.queries_and_keys(q, key) if mode is SHIFTED else (q, key)
+        own = group.queries_and_keys(q, key) if mode is SHIFTED else (q, key)
         return routing_attention(*own, *others, mu, rule, route, dropped)
 
     def backward(do, dloss, cache):
         dq, dk, *others = routing_attention_backward(do, dloss, cache)
-        return *(part.unshifted(dq, dk) if mode is SHIFTED else (dq, dk)), *others
+        return *(group.unshifted(dq, dk) if mode is SHIFTED else (dq, dk)), *others
 
     route = forward(*args)[3]
     spread = min(x.std(-1).min() for x in (q, key))
@@ -166,7 +166,7 @@ def test_shifted_against_loops(seed, t, k, window, d, reach):
     """The key of a position is the query of the one before it; distance counts from the latest."""
     rng, q, _, v, mu = routing_inputs(seed, t, d, k)
     rel_k, rel_v = tables(rng, reach, d)
-    _, key = part.queries_and_keys(q, None)
+    _, key = group.queries_and_keys(q, None)
     (o, _), _, membership, route = routing_attention(
         q, key, v, rel_k, rel_v, mu, Rule(SHIFTED, window, 0.5))
     qn, kn, nothing = normalize(q)[0], normalize(key)[0], 0

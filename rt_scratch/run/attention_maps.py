@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rt_scratch.config import ModelConfig
-from rt_scratch.heads import Context, Part, Routed, parts
+from rt_scratch.heads import Context, HeadGroup, Routed, head_groups
 from rt_scratch.layers import layer_norm, normalize, shift_right
 from rt_scratch.model import block, embed, mu_of, project
 
@@ -19,7 +19,7 @@ class Map(NamedTuple):
     """The heads of one kind in a layer, as they attend in one window."""
 
     name: str                # of the kind
-    part: Part
+    group: HeadGroup
     queries: Any             # (H, T, D), normalised
     routed: Routed | None    # what routing heads report
     arguments: tuple         # of the heads' forward, without the values
@@ -39,7 +39,7 @@ class Map(NamedTuple):
         values = np.broadcast_to(identity, (*q.shape[:2], *identity.shape))
         tables = {name: np.zeros((len(a), last - first), a.dtype) if name.endswith("rel_v") else a
                   for name, a in p.items()}
-        return self.part.kind.forward(q, k, values, tables, context)[0][0]
+        return self.group.kind.forward(q, k, values, tables, context)[0][0]
 
 
 def attention_maps(params, centroids, cfg: ModelConfig, ids, labels=None) -> Iterator[list[Map]]:
@@ -55,10 +55,10 @@ def attention_maps(params, centroids, cfg: ModelConfig, ids, labels=None) -> Ite
         x, _, routed = block(x, p, cfg, layer, mu)
         context = Context(cfg, layer, mu, routed and routed.route)
         found = []
-        for (name, _), part in zip(cfg.layer_heads(layer), parts(cfg, layer), strict=True):
-            own = part.queries_and_keys(q, k)
-            found.append(Map(name, part, normalize(own[0])[0][0],
-                             routed if part.kind.routes else None,
+        for (name, _), group in zip(cfg.layer_heads(layer), head_groups(cfg, layer), strict=True):
+            own = group.queries_and_keys(q, k)
+            found.append(Map(name, group, normalize(own[0])[0][0],
+                             routed if group.kind.routes else None,
                              (*own, p["attention"], context)))
         yield found
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from rt_scratch.config import ModelConfig, TrainConfig
 from rt_scratch.errors import UserError
-from rt_scratch.heads import KINDS, parts
+from rt_scratch.heads import KINDS, head_groups
 from rt_scratch.optim import OPTIMIZERS
 from rt_scratch.parameters import parameter_table
 from rt_scratch.run.evaluate import mode
@@ -109,9 +109,9 @@ def check_fits(needed: int, problem: str, advice: str, xp=np) -> None:
 def decode_bytes(model: ModelConfig, n: int, prompt: int, capacity: int) -> int:
     """Rough memory of drawing n texts: what decoding keeps, logits, a pass over the prompt, tokens.
     """
-    stores = sum(array.nbytes for i in range(model.n_layers) for part in parts(model, i)
-                 for array in part.kind.decoding.store(
-                     model, part.heads.stop - part.heads.start, n, capacity, _Unallocated,
+    stores = sum(array.nbytes for i in range(model.n_layers) for group in head_groups(model, i)
+                 for array in group.kind.decoding.store(
+                     model, group.heads.stop - group.heads.start, n, capacity, _Unallocated,
                      "float32")
                  if array is not None)
     per_token = 10 * model.width + 3 * model.ffn_width + 4 * model.n_heads * model.n_clusters

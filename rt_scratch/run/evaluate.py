@@ -15,7 +15,7 @@ from rt_scratch.data.dataset import words_scored
 from rt_scratch.device import Precision
 from rt_scratch.dispatch import array_module, to_host
 from rt_scratch.errors import UserError
-from rt_scratch.heads import parts
+from rt_scratch.heads import head_groups
 from rt_scratch.model import loss
 from rt_scratch.parallel import SINGLE, World
 from rt_scratch.parameters import compute_copy
@@ -147,7 +147,7 @@ def _count(dataset, model, split, stride=0):
 
 def mode(model: ModelConfig) -> str:
     """How the model attends, for the line with its score."""
-    shifted = any(part.shifted for i in range(model.n_layers) for part in parts(model, i))
+    shifted = any(group.shifted for i in range(model.n_layers) for group in head_groups(model, i))
     if any(model.routing_heads(i) for i in range(model.n_layers)):
         told = [f"routing {model.routing}", *["own keys"] * (not model.share_qk),
                 *[f"{model.n_probes} probes"] * (model.n_probes > 1)]

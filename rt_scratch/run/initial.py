@@ -9,7 +9,7 @@ from rt_scratch.console import say
 from rt_scratch.data.batches import training_batch
 from rt_scratch.dispatch import array_module
 from rt_scratch.errors import UserError
-from rt_scratch.heads import KINDS, parts
+from rt_scratch.heads import KINDS, head_groups
 from rt_scratch.kmeans import Centroids, seeded_centroids
 from rt_scratch.layers import layer_norm, normalize, shift_right
 from rt_scratch.model import block, embed, loss, mu_of, project, target_weights
@@ -84,9 +84,9 @@ def drawn_centroids(state: State, before: ModelConfig, after: ModelConfig, ids, 
         p = state.params["layers"][i]
         n = layer_norm(x, **p["norm_attention"])[0] if before.norm == "pre" else x
         (q, k, _), _ = project(n, p["attention"], after)
-        for part in parts(after, i):
-            if part.kind.routes and i not in kept:
-                own = [q[:, part.heads]] + ([k[:, part.keys]] if part.keys else [])
+        for group in head_groups(after, i):
+            if group.kind.routes and i not in kept:
+                own = [q[:, group.heads]] + ([k[:, group.keys]] if group.keys else [])
                 rows = [normalize(z)[0].swapaxes(0, 1).reshape(z.shape[1], -1, z.shape[3])
                         for z in own]                                # (H, B T, D)
                 vectors[i] = array_module(x).concatenate(rows, axis=1)
