@@ -64,7 +64,7 @@ def by_pair(folder, split="valid", n_windows=8):
         labels = dataset.labels[split][index] if model.n_classes else None
         for layer, maps in enumerate(attention_maps(run.state.params, run.state.centroids, model,
                                                     ids.astype(np.int64), labels)):
-            names = [("local", "routing")[m.part.kind.routes] for m in maps
+            names = [("local", "routing")[m.group.kind.routes] for m in maps
                      for _ in range(len(m.queries))]
             for (i, j), nats in divergences(maps).items():
                 pair = "-".join(sorted((names[i], names[j])))
