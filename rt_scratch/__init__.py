@@ -21,7 +21,7 @@ docs/walkthrough.md runs through all this with eight tokens. Reading order, for 
     layers      linear, LayerNorm, feed-forward, embeddings, output layer with its loss
     attention   softmax attention in blocks, relative positions by a skew, local attention
     kmeans      online k-means, commitment loss
-    routing     who meets whom, attention inside clusters: topk, the paper's; sorted ones
+    routing     who meets whom, attention inside clusters: topk (the paper), sorted ones
     multiprobe  ours: each key in one cluster, each query in one or several
     heads       the kinds of head, one row each: local, full, causal, topk, random
     model       one block, the whole model, forward and backward

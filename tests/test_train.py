@@ -330,7 +330,7 @@ def test_a_lost_best_checkpoint_is_made_again(text, tmp_path, capsys, left):
     assert "note" not in capsys.readouterr().out
 
 
-def test_a_missing_package_is_said(tmp_path):
+def test_a_missing_package_is_said():
     for script in ("train.py", "sample.py"):
         code = f"import sys, runpy; sys.modules['tqdm'] = None; runpy.run_path({script!r})"
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
