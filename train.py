@@ -44,7 +44,7 @@ def work(args, world):
     plan = world.in_turn(lambda: plan_run(args))
     model, train = plan.model, plan.train
     plan = plan._replace(precision=select_precision(train.precision, xp))
-    step_once = recorded(train_step, model, train, xp, world) if train.cuda_graph else train_step
+    step_once = recorded(train_step, model, train, xp, world)
     say(costs.describe(device, plan))
     if args.dry_run:
         return

@@ -47,7 +47,7 @@ def size_model(name: str, **changes) -> tuple[ModelConfig, int]:
 def training(cfg, batch, train=RECIPE, xp=np, dtype=None):
     """A function that takes the next training step on the same random windows and returns Step."""
     train = dataclasses.replace(train, batch=batch, accumulate=1)
-    step_once = recorded(train_step, cfg, train, xp) if train.cuda_graph else train_step
+    step_once = recorded(train_step, cfg, train, xp)
     workers = hired(step_once, new_state(cfg, train, xp), cfg, train, xp, SINGLE)
     state, step_once = workers.__enter__()
     grads = xp.empty_like(state.flat)

@@ -4,8 +4,9 @@
     python benchmarks/gpu_bench.py --out /tmp/dry --dry         tiny sizes on the CPU: does it run?
 
 Training steps per size and precision; with torch installed also the port (float32, TF32) and the
-torch twin (eager and compiled, bf16 autocast). Time per kernel and its bandwidth; the longest
-window that trains; generation.
+torch twin (eager and compiled, bf16 autocast). Time per token by length of the window, beside
+torch's fused full attention. Time per kernel and its bandwidth; the longest window that trains;
+generation.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from common import RECIPE, decoding, size_model, table, training
+from studies.crossover import CONTENDERS, configuration
 
 from rt_scratch import ModelConfig, UserError, select_device
 from rt_scratch.device import select_precision
@@ -29,7 +31,7 @@ class Bench:
     """What all measurements share: the module, the clock, the sizes, the results so far."""
 
     def __init__(self, xp, out, dry):
-        self.xp, self.out, self.dry, self.report = xp, out, dry, []
+        self.xp, self.out, self.dry, self.report, self.before = xp, out, dry, [], 0
         out.mkdir(parents=True, exist_ok=True)
 
     def wait(self):
@@ -50,11 +52,14 @@ class Bench:
         return statistics.median(times[warm_up:])
 
     def free(self):
+        """Give unused memory back; `peak` counts from here."""
         if self.xp is not np:
             self.xp.get_default_memory_pool().free_all_blocks()
+            self.before = self.xp.cuda.runtime.memGetInfo()[0]
 
     def peak(self):
-        return self.xp.get_default_memory_pool().total_bytes() / 2**20 if self.xp is not np else 0
+        """MiB that were asked of the GPU since `free`."""
+        return (self.before - self.xp.cuda.runtime.memGetInfo()[0]) / 2**20 if self.before else 0
 
     def write(self, title, header, rows):
         text = f"## {title}\n\n" + table(header, rows)
@@ -76,7 +81,7 @@ def sizes(dry):
             ("4.2M, shifted keys", dataclasses.replace(small, shift_keys=True), 16)]
 
 
-def trainer(bench, cfg, batch, precision, recompute=False, graph=False):
+def trainer(bench, cfg, batch, precision, recompute=False, graph=True):
     """A function that takes one training step."""
     precision, dtype = select_precision(precision, bench.xp)
     recipe = dataclasses.replace(RECIPE, clip=1.0, precision=precision, recompute=recompute,
@@ -105,11 +110,11 @@ def steps(bench):
                 [[p, f"{r / 1e12:.1f}"] for p, r in rates.items()])
     for name, cfg, batch in sizes(bench.dry):
         rows = []
-        graphs = [] if bench.xp is np else [("bf16", True)]
-        for p, graph in [*((p, False) for p in precisions), *graphs]:
+        one_by_one = [] if bench.xp is np else [("bf16", False)]
+        for p, graph in [*((p, True) for p in precisions), *one_by_one]:
             one = None  # its arrays must not count for the next
             bench.free()
-            who = "ours, a CUDA graph" if graph else "ours"
+            who = "ours" if graph and p != "fp16" else "ours, kernel by kernel"
             try:
                 one = trainer(bench, cfg, batch, p, graph=graph)
                 seconds = bench.seconds(one)
@@ -123,7 +128,7 @@ def steps(bench):
         one = None
         bench.free()
         try:
-            rows += rival_rows(bench, cfg, batch)
+            rows += rival_rows(bench, cfg, batch, compiled=name == "24.7M" and not bench.dry)
         except Exception as error:
             rows.append(["rivals", "", "", repr(error)[:200], "", "", ""])
         bench.write(f"Training steps, {name}",
@@ -131,39 +136,94 @@ def steps(bench):
                      "of the matrix rate", "peak MiB"], rows)
 
 
-def rival_rows(bench, cfg, batch):
-    """Rows of the port and of the torch twin; none where torch is missing."""
-    try:
-        import rivals
-        import torch
-    except ImportError:
+def rival_rows(bench, cfg, batch, compiled):
+    """Rows of the port and of the torch twin, the latter also as torch.compile makes it, which
+    takes a minute; none where torch is missing."""
+    if not has_torch(bench):
         return []
-    on_gpu = bench.xp is not np
-    if on_gpu and not torch.cuda.is_available():
-        return []
-    torch.set_default_device("cuda" if on_gpu else "cpu")
+    import rivals
+
     rows, tokens = [], batch * cfg.seq_len
 
     def run(contender, precision, start, **options):
-        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         try:
-            one, n = start(cfg, batch, autocast=precision == "bf16", **options)
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats()
-            seconds = bench.seconds(one)
-            peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else 0
+            seconds, n, mib = rival(bench, cfg, batch, precision, start, **options)
             rows.append([contender, precision, f"{n:,}", f"{seconds * 1e3:.1f}",
-                         f"{tokens / seconds:,.0f}", "", f"{peak:.0f}"])
+                         f"{tokens / seconds:,.0f}", "", f"{mib:.0f}"])
         except RuntimeError as error:
             rows.append([contender, precision, "", str(error).splitlines()[0], "", "", ""])
 
     for precision in ("float32", "bf16") if bench.dry else ("float32", "tf32", "bf16"):
         run("port", precision, rivals.port_training)
     run("twin eager", "bf16", rivals.twin_training)
-    if not bench.dry:
-        run("twin compiled", "bf16", rivals.twin_training, compiled=True)
-    torch.set_default_device("cpu")
+    if compiled:
+        run("twin compiled", "bf16", rivals.twin_training, compiled="default")
+        run("twin compiled, CUDA graphs", "bf16", rivals.twin_training, compiled="reduce-overhead")
     return rows
+
+
+def has_torch(bench):
+    try:
+        import rivals  # noqa: F401
+        import torch
+    except ImportError:
+        return False
+    return bench.xp is np or torch.cuda.is_available()
+
+
+def rival(bench, cfg, batch, precision, start, n=8, warm_up=3, **options):
+    """(seconds per step, parameters, MiB) of a rival in torch."""
+    import torch
+
+    on_gpu = bench.xp is not np
+    torch.set_default_device("cuda" if on_gpu else "cpu")
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        one, parameters = start(cfg, batch, autocast=precision == "bf16", **options)
+        seconds = bench.seconds(one, n, warm_up)
+        return seconds, parameters, torch.cuda.max_memory_reserved() / 2**20 if on_gpu else 0
+    finally:
+        torch.set_default_device("cpu")
+
+
+def lengths(bench):
+    """The crossover of studies/crossover.py on this machine: microseconds per token by length."""
+    cells, memory = {}, {}
+    by_t = (64, 128) if bench.dry else (1024, 4096, 16384, 65536)
+    n_tokens, width = (256, 128) if bench.dry else (65536, 512)
+    contenders = {name: whose for name, (whose, _) in CONTENDERS.items()
+                  if name != "ours, full" and (whose == "ours" or has_torch(bench))}
+    for t in by_t:
+        for name, whose in contenders.items():
+            bench.free()
+            one, before = None, cells.get((name, t // 4), 0)
+            if before is None:
+                continue
+            cfg, batch = configuration("model", width, name, t, n_tokens)
+            try:
+                if whose == "ours":
+                    one = trainer(bench, cfg, batch, "auto")
+                    seconds, mib = bench.seconds(one, n=3, warm_up=2), bench.peak()
+                else:
+                    import rivals
+
+                    start = rivals.twin_training if whose == "twin" else rivals.port_training
+                    seconds, _, mib = rival(bench, cfg, batch, "bf16", start, 3, 2)
+                cells[name, t] = seconds / (batch * t) * 1e6
+                memory[name, t] = mib
+            except Exception as error:  # mostly memory
+                print(name, t, repr(error)[:200], flush=True)
+                cells[name, t] = None
+    names = [f"T {t:,}" for t in by_t]
+    for title, found, form in (("Microseconds per token", cells, "{:.3f}"),
+                               ("MiB", memory, "{:,.0f}")):
+        bench.write(f"{title} of a training step by length of the window, C = {width}, 6 layers, "
+                    f"{n_tokens:,} tokens, bf16", ["contender", *names],
+                    [[name, *(form.format(found[name, t]) if found.get((name, t)) else "-"
+                              for t in by_t)] for name in contenders])
 
 
 def kernels(bench):
@@ -173,7 +233,7 @@ def kernels(bench):
     from rt_scratch.kernels import launch
 
     name, cfg, batch = sizes(False)[0]
-    one = trainer(bench, cfg, batch, "bf16")
+    one = trainer(bench, cfg, batch, "bf16", graph=False)
     one(0)
     one(1)
     events, compiled = [], launch.compiled
@@ -250,7 +310,7 @@ def main():
         sys.exit(f"error: {error}")
     bench, started = Bench(xp, args.out, args.dry), time.time()
     bench.report.append(f"# GPU engine\n\n{time.strftime('%Y-%m-%d')}; {device}\n")
-    for part in (steps, kernels, generation, longest):
+    for part in (steps, lengths, kernels, generation, longest):
         if time.time() - started > args.seconds:
             bench.report.append(f"{part.__name__}: left out, no time\n")
             continue

@@ -27,13 +27,14 @@ def port_training(cfg, batch, autocast=False):
     return training(lambda: net(ids, return_loss=True), list(net.parameters()), autocast)
 
 
-def twin_training(cfg, batch, autocast=False, compiled=False):
-    """The same of our own model, eager or compiled; its centroids stay where they are."""
+def twin_training(cfg, batch, autocast=False, compiled=None):
+    """The same of our own model, eager or in a mode of torch.compile; its centroids stay where they
+    are."""
     state = new_state(cfg, RECIPE, np)
     params = torch_twin.tree(state.params)
     mu = {i: torch.tensor(c.mu) for i, c in state.centroids.items()}
     ids = torch.randint(0, cfg.vocab_size, (batch, cfg.seq_len))
-    loss = torch.compile(torch_twin.loss) if compiled else torch_twin.loss
+    loss = torch.compile(torch_twin.loss, mode=compiled) if compiled else torch_twin.loss
     return training(lambda: loss(params, mu, cfg, ids), list(torch_twin.leaves(params)), autocast)
 
 

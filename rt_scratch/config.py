@@ -204,8 +204,9 @@ class TrainConfig:
                 "scaling) are for GPUs; parameters, their gradients, statistics and centroids stay "
                 "float32",
         PRECISIONS)
-    cuda_graph: bool = _field(False, "record a step as one CUDA graph and repeat it: Python then "
-                                     "starts one thing per step, not a thousand or more")
+    cuda_graph: bool = _field(True, "on a GPU, record a step as one CUDA graph and repeat it: "
+                                    "Python then starts one thing per step, not a thousand or "
+                                    "more; where a step can be recorded, see graph.py")
     seed: int = _field(0, "seed of weights, data order and dropout", least=0)
     eval_every: int = _field(500, "steps between evaluations; 0: only at the end", least=0)
     eval_windows: int = _field(64, "windows per evaluation, evenly spread over the "

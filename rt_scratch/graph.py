@@ -12,31 +12,23 @@ from __future__ import annotations
 import contextlib
 
 from rt_scratch.config import ModelConfig, TrainConfig
-from rt_scratch.errors import UserError
 from rt_scratch.heads import sortable
 from rt_scratch.optim import learning_rate
 from rt_scratch.parallel import SINGLE, World
 
 
-def recorded(train_step, model: ModelConfig, train: TrainConfig, xp,
-             world: World = SINGLE) -> Recorded:
+def recorded(train_step, model: ModelConfig, train: TrainConfig, xp, world: World = SINGLE):
     """train_step, to be called as before, with its kernels in a graph from the second call on.
 
-    UserError where a step cannot be recorded.
+    Where a step cannot be recorded, or is not to be, train_step as it is: without a GPU; with
+    fp16, whose loss scale the host chooses by every gradient's norm; with float64, which has no
+    kernels of ours; with causal heads that have keys of their own or several probes, which use
+    products and sorts of CuPy's own; with several processes, whose sums between GPUs no graph has
+    held yet.
     """
-    for why, wrong in (
-            ("for GPUs", xp.__name__ != "cupy"),
-            ("not with --precision fp16: the host reads every gradient's norm to choose the loss "
-             "scale", train.precision == "fp16"),
-            ("not with --precision float64, which has no kernels of ours",
-             train.precision == "float64"),
-            ("not with causal heads that have --no-share-qk or several --n-probes, which use "
-             "products and sorts of CuPy's own",
-             "causal" in model.kinds() and not sortable(model)),
-            ("for one process: sums between GPUs have not been tried in a graph", world.size > 1)):
-        if wrong:
-            raise UserError(f"--cuda-graph: {why}")
-    return Recorded(train_step, xp)
+    can = (xp.__name__ == "cupy" and train.precision not in ("fp16", "float64")
+           and ("causal" not in model.kinds() or sortable(model)) and world.size == 1)
+    return Recorded(train_step, xp) if train.cuda_graph and can else train_step
 
 
 class Recorded:

@@ -18,6 +18,7 @@ import pytest  # noqa: E402
 from hypothesis import HealthCheck, Phase, settings  # noqa: E402
 
 from rt_scratch import dispatch  # noqa: E402
+from rt_scratch.kernels import gemm  # noqa: E402
 
 common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("dev", max_examples=50, **common)
@@ -36,7 +37,8 @@ def pytest_addoption(parser):
 
 @pytest.fixture(autouse=True)
 def no_twins_left():
-    """Tests start with the plain functions: a script run in a test, or in a fixture of a module,
-    registers faster twins."""
+    """Tests start with the plain functions and full precision: a script run in a test, or in a
+    fixture of a module, registers faster twins and may choose TF32."""
     for table in dispatch.twins.values():
         table.clear()
+    gemm.use_tf32(False)

@@ -82,41 +82,39 @@ def twins(request, monkeypatch):
 
 
 def through_gpu(function):
-    """The function on CuPy copies of its arrays; results come back, also those in place."""
+    """The function on CuPy copies of its arrays; results come back, and what it changes in place.
+    """
     import cupy
 
-    def move(x, kind, to):
-        if isinstance(x, cuda.attention.Band):
-            return x._replace(segment=move(x.segment, kind, to))
-        if isinstance(x, tuple):
-            return tuple(move(y, kind, to) for y in x)
-        if isinstance(x, dict):
-            return {name: move(y, kind, to) for name, y in x.items()}
-        return to(x) if isinstance(x, kind) else x
-
     def call(*arguments, **named):
-        moved, moved_named = [], {}
-        for x in arguments:
-            moved.append(move(x, np.ndarray, cupy.asarray))
-        for name, x in named.items():
-            moved_named[name] = move(x, np.ndarray, cupy.asarray)
-        result = function(*moved, **moved_named)
-        pairs = [*zip(arguments, moved, strict=True),
-                 *((named[name], moved_named[name]) for name in named)]
-        for host, device in pairs:
-            if type(host) is tuple:  # the buffers of add_gradients
-                for x, y in zip(host, device, strict=True):
-                    x[...] = y.get()
-            if isinstance(host, np.ndarray) and (result is device or result is None):
-                host[...] = device.get()
-            if isinstance(host, dict):
-                for key in host:
-                    host[key][...] = device[key].get()
-            if isinstance(host, np.ndarray) and result is device:
-                return host
-        return move(result, cupy.ndarray, cupy.asnumpy)
+        pairs = {}  # by id: an array here and its copy there
+
+        def put(x):
+            return pairs.setdefault(id(x), (x, cupy.asarray(x)))[1]
+
+        arguments, named = each_array((arguments, named), np.ndarray, put)
+        result = function(*arguments, **named)
+        for here, there in pairs.values():
+            if here.flags.writeable:
+                here[...] = there.get()
+        known = {id(there): here for here, there in pairs.values()}
+
+        def get(x):
+            return known[id(x)] if id(x) in known else x.get()
+
+        return each_array(result, cupy.ndarray, get)
 
     return call
+
+
+def each_array(x, kind, function):
+    """x with function(array) in place of every array of that kind, whatever tuples hold it."""
+    if isinstance(x, dict):
+        return {name: each_array(y, kind, function) for name, y in x.items()}
+    if isinstance(x, tuple):
+        items = [each_array(y, kind, function) for y in x]
+        return type(x)(*items) if hasattr(x, "_fields") else tuple(items)
+    return function(x) if isinstance(x, kind) else x
 
 
 def test_supports():

@@ -211,12 +211,6 @@ def test_scores_are_those_of_the_precision(text, tmp_path, capsys, monkeypatch):
     assert 0 < abs(rounded - whole) < 0.01
 
 
-def test_cuda_graph_is_for_gpus(text, tmp_path):
-    """Said before anything is written."""
-    line = fails(text, "--out", tmp_path / "run", "--device", "cpu", "--cuda-graph")
-    assert line == "error: --cuda-graph: for GPUs" and not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize("every, drawn", [("0", [6]), ("2", [2, 4, 6]), ("3", [4, 6])])
 def test_pictures_are_drawn_at_the_end_or_when_asked(every, drawn):
     """They take longer than what they illustrate; text is drawn after every evaluation."""

@@ -23,35 +23,52 @@ struct Sight {
   int queries, keys, mask_blocks, blocks, tokens, offset, window;
 };
 
-__device__ inline bool visible(const Sight& sight, int b, int i, int j) {
-  if (sight.mask_mqn) {
-    u64 row = (u64)(b % sight.mask_blocks) * sight.queries + i;
-    if (!sight.mask_mqn[row * sight.keys + j]) return false;
-  }
-  if (sight.window > 0) {
-    int back = i - j + sight.offset;
-    int query = b % sight.blocks * sight.queries + i, key = query - back;
-    if (back < 0 || back >= sight.window || key < 0 || query >= sight.tokens) return false;
-    if (sight.segment_bt) {
-      const int* segment_t = sight.segment_bt + (u64)(b / sight.blocks) * sight.tokens;
-      return segment_t[query] == segment_t[key];
-    }
-  }
-  return true;
-}
-
-// One row of logits.
-struct Logits {
+// One row of logits. Keys outside low .. high - 1 are not seen, of the others mask and segment tell.
+struct Row {
   const float *s_n, *r_d;
-  int b, i, first, distances;  // key j is in column first + j of r_d, or 0
+  const bool* mask_n;
+  const int *segment_t, *key_segment_n;  // of the query, and by key
+  int low, high, first, distances;       // key j is in column first + j of r_d, or 0
   float scale;
 };
 
-__device__ inline float logit(const Logits& row, const Sight& sight, int j) {
-  if (!visible(sight, row.b, row.i, j)) return minus_infinity();
+__device__ inline Row row_of(const Sight& sight, const float* s_n, const float* r_d, int b, int i,
+                             int first, int distances, float scale) {
+  Row row = {s_n, r_d, nullptr, nullptr, nullptr, 0, sight.keys, first, distances, scale};
+  if (sight.mask_mqn)
+    row.mask_n = sight.mask_mqn
+                 + ((u64)(b % sight.mask_blocks) * sight.queries + i) * sight.keys;
+  if (sight.window > 0) {
+    int query = b % sight.blocks * sight.queries + i, same = i + sight.offset;  // key of the query
+    row.low = max(0, same - min(sight.window - 1, query));
+    row.high = query < sight.tokens ? min(sight.keys, same + 1) : 0;
+    if (sight.segment_bt) {
+      row.segment_t = sight.segment_bt + (u64)(b / sight.blocks) * sight.tokens + query;
+      row.key_segment_n = row.segment_t - same;
+    }
+  }
+  return row;
+}
+
+__device__ inline float logit(const Row& row, int j) {
+  if (j < row.low || j >= row.high || (row.mask_n && !row.mask_n[j])
+      || (row.segment_t && *row.segment_t != row.key_segment_n[j]))
+    return minus_infinity();
   float z = row.s_n[j];
   if (row.r_d && row.first + j < row.distances) z += row.r_d[max(row.first + j, 0)];
   return z * row.scale;
+}
+
+// Tiles of 256 entries of a row, from a multiple of eight on, where dropout draws for eight: each
+// lane draws for eight neighbours, then asks the lane that drew for its own entry, which is
+// number base + 32 part + lane.
+__device__ inline unsigned tile_bits(const Row& row, u64 entry, int base, int lane, Drop drop) {
+  bool seen = base < row.high && base + 256 > row.low;
+  return seen ? kept((entry + base) / 8 + lane, drop) : 0;
+}
+
+__device__ inline bool bit_of(unsigned bits, int part, int lane) {
+  return __shfl_sync(ALL, bits, part * 4 + lane / 8) >> (lane % 8) & 1;
 }
 
 // Fills the columns of a row by distance that no key has to itself: 0, and the sum of the lanes'
@@ -77,32 +94,34 @@ __global__ void __launch_bounds__(256, 4) attention_softmax(
   long long whole = first_row + at;
   int b = whole / queries, i = whole % queries, first = queries - 1 - i - clipped;
   Sight sight = {mask_mqn, segment_bt, queries, keys, mask_blocks, blocks, tokens, offset, window};
-  Logits row = {s_bqn + at * keys, r_bqd ? r_bqd + at * distances : nullptr, b, i, first,
-                distances, scale};
+  Row row = row_of(sight, s_bqn + at * keys, r_bqd ? r_bqd + at * distances : nullptr, b, i, first,
+                   distances, scale);
   Drop drop = drop_of(threshold, seed_low, seed_high, stream, step_1, first_entry);
   u64 entry = drop.first + (u64)whole * keys;  // of the row, for dropout
 
-  float top = LOWEST;
-  for (int j = lane; j < keys; j += 32) top = fmaxf(top, logit(row, sight, j));
+  float top = LOWEST, total = 0;
+#pragma unroll 4
+  for (int j = row.low + lane; j < row.high; j += 32) top = fmaxf(top, logit(row, j));
   top = warp_max(top);
-  float total = 0;
-  for (int j = lane; j < keys; j += 32) total += expf(logit(row, sight, j) - top);
+#pragma unroll 4
+  for (int j = row.low + lane; j < row.high; j += 32) total += expf(logit(row, j) - top);
   total = warp_sum(total);
   // Written so that a NaN spreads over the whole row and is seen in the loss.
   float factor = total == 0 ? 0.0f : kept_scale(drop) / total;
   if (lane == 0) lse_bq[whole] = total == 0 ? 0.0f : top + logf(total);
 
-  // Tiles of 256 entries, from a multiple of eight on: each lane draws for eight neighbours, then
-  // asks the lane that drew for its own entry.
-  int lead = entry % 8;
   float shared = 0;
-  for (int base = -lead; base < keys; base += 256) {
-    unsigned bits = kept((entry + base) / 8 + lane, drop);
+  for (int base = -(int)(entry % 8); base < keys; base += 256) {
+    unsigned bits = tile_bits(row, entry, base, lane, drop);
+    float z[8];  // all are read before the first is written: reading takes the longest
+#pragma unroll
+    for (int part = 0; part < 8; part++) z[part] = logit(row, base + part * 32 + lane);
+#pragma unroll
     for (int part = 0; part < 8; part++) {
       int j = base + part * 32 + lane, c = first + j;
-      unsigned keep = __shfl_sync(ALL, bits, part * 4 + lane / 8) >> (lane % 8) & 1;
+      bool keep = bit_of(bits, part, lane);
       if (j < 0 || j >= keys) continue;
-      float p = keep ? expf(logit(row, sight, j) - top) * factor : 0.0f;
+      float p = keep ? expf(z[part] - top) * factor : 0.0f;
       store(p_bqn + at * keys + j, p);
       if (c <= 0) shared += p;
       else if (u_bqd && c < distances) store(u_bqd + at * distances + c, p);
@@ -129,39 +148,46 @@ __global__ void __launch_bounds__(256, 4) attention_softmax_backward(
   long long whole = first_row + at;
   int b = whole / queries, i = whole % queries, first = queries - 1 - i - clipped;
   Sight sight = {mask_mqn, segment_bt, queries, keys, mask_blocks, blocks, tokens, offset, window};
-  Logits row = {s_bqn + at * keys, r_bqd ? r_bqd + at * distances : nullptr, b, i, first,
-                distances, scale};
+  Row row = row_of(sight, s_bqn + at * keys, r_bqd ? r_bqd + at * distances : nullptr, b, i, first,
+                   distances, scale);
   Drop drop = drop_of(threshold, seed_low, seed_high, stream, step_1, first_entry);
   u64 entry = drop.first + (u64)whole * keys;  // of the row, for dropout
   float lse = lse_bq[whole], kept_factor = kept_scale(drop), dot = 0, shared = 0, dshared = 0;
-  int lead = entry % 8;
 
-  // First round: the sum; second round: the results.
+  // First round: the sum, over the tiles that are seen; second round: the results.
   for (int round = 0; round < 2; round++) {
-    for (int base = -lead; base < keys; base += 256) {
-      unsigned bits = kept((entry + base) / 8 + lane, drop);
-      for (int part = 0; part < 8; part++) {
-        int j = base + part * 32 + lane, c = first + j;
-        unsigned keep = __shfl_sync(ALL, bits, part * 4 + lane / 8) >> (lane % 8) & 1;
-        if (j < 0 || j >= keys) continue;
-        bool by_distance = dr_bqd && c < distances;
-        u64 there = at * distances + max(c, 0);
-        float q = expf(logit(row, sight, j) - lse);
-        float g = dp_bqn[at * keys + j] + (by_distance ? dr_bqd[there] : 0.0f);
-        g = keep ? g * kept_factor : 0.0f;
-        if (round == 0) {
-          dot += q * g;
-          continue;
+    for (int base = -(int)(entry % 8); base < keys; base += 256) {
+      if (round == 0 && (base >= row.high || base + 256 <= row.low)) continue;
+      unsigned bits = tile_bits(row, entry, base, lane, drop);
+      for (int parts = 0; parts < 8; parts += 2) {  // two at a time: what the registers hold
+        float q[2], g[2];
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+          int j = base + (parts + k) * 32 + lane, c = first + j;
+          q[k] = logit(row, j);
+          g[k] = 0;
+          if (q[k] == minus_infinity()) continue;
+          g[k] = dp_bqn[at * keys + j];
+          if (dr_bqd && c < distances) g[k] += dr_bqd[at * distances + max(c, 0)];
         }
-        float p = keep ? q * kept_factor : 0.0f, dz = scale * q * (g - dot);
-        store(p_bqn + at * keys + j, p);
-        store(dz_bqn + at * keys + j, dz);
-        if (c <= 0) {
-          shared += p;
-          dshared += dz;
-        } else if (by_distance) {
-          store(u_bqd + there, p);
-          store(du_bqd + there, dz);
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+          int j = base + (parts + k) * 32 + lane, c = first + j;
+          bool keep = bit_of(bits, parts + k, lane);
+          q[k] = expf(q[k] - lse);
+          g[k] = keep ? g[k] * kept_factor : 0.0f;
+          if (round == 0) dot += q[k] * g[k];
+          if (round == 0 || j < 0 || j >= keys) continue;
+          float p = keep ? q[k] * kept_factor : 0.0f, dz = scale * q[k] * (g[k] - dot);
+          store(p_bqn + at * keys + j, p);
+          store(dz_bqn + at * keys + j, dz);
+          if (c <= 0) {
+            shared += p;
+            dshared += dz;
+          } else if (dr_bqd && c < distances) {
+            store(u_bqd + at * distances + c, p);
+            store(du_bqd + at * distances + c, dz);
+          }
         }
       }
     }

@@ -12,6 +12,7 @@ from rt_scratch.kernels.cuda.dropout import drop
 from rt_scratch.kernels.cuda.sizes import THREADS, WARPS, chunks, n_blocks
 from rt_scratch.kernels.gemm import aligned_rows, matmul
 from rt_scratch.kernels.launch import launch
+from rt_scratch.parameters import ROW
 
 
 class Band(NamedTuple):
@@ -102,8 +103,8 @@ def _attend_backward(do, pairs: Pairs, lse, drel, lookback):
         if by_key is not None:
             later = part.start > 0
             matmul(as_rows(du), by_key, out=as_rows(dq[part]), beta=1)
-            matmul(as_rows(u).T, as_rows(do[part]), out=drel[1], beta=later)
-            matmul(as_rows(du).T, as_rows(queries[part]), out=drel[0], beta=later)
+            for weights, rows, out in ((u, do[part], drel[1]), (du, queries[part], drel[0])):
+                matmul(as_rows(weights)[:, : len(out)].T, as_rows(rows), out=out, beta=later)
     return dq, dk, dv
 
 
@@ -127,9 +128,17 @@ def _flat(x):
 
 
 def _tables(rel_k, rel_v, dtype):
+    """The tables with rows of zeros behind them, for no distance, up to a multiple of eight: what
+    products give by distance then lies where they are fast."""
     if rel_k is None:
         return None, None
-    return tuple(table.astype(dtype, copy=False) for table in (rel_k, rel_v))
+    n, width = rel_k.shape
+    if n % ROW == 0:
+        return tuple(table.astype(dtype, copy=False) for table in (rel_k, rel_v))
+    tables = each(array_module(rel_k).zeros((2, n + -n % ROW, width), dtype))
+    for table, rel in zip(tables, (rel_k, rel_v), strict=True):
+        table[:n] = rel
+    return tables
 
 
 def _products(rows, columns, table):
