@@ -11,6 +11,7 @@ generation.
 
 import argparse
 import dataclasses
+import gc
 import json
 import statistics
 import sys
@@ -52,8 +53,11 @@ class Bench:
         return statistics.median(times[warm_up:])
 
     def free(self):
-        """Give unused memory back; `peak` counts from here."""
+        """Give unused memory back, torch's too; `peak` counts from here."""
+        gc.collect()
         if self.xp is not np:
+            if "torch" in sys.modules:
+                sys.modules["torch"].cuda.empty_cache()
             self.xp.get_default_memory_pool().free_all_blocks()
             self.before = self.xp.cuda.runtime.memGetInfo()[0]
 
@@ -298,26 +302,34 @@ def generation(bench):
                 rows)
 
 
+PARTS = {part.__name__: part for part in (steps, lengths, kernels, generation, longest)}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} "
+                        "(default: all)")
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.md")
     parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--seconds", type=int, default=360, help="start no part after this time")
     args = parser.parse_args()
+    if unknown := set(args.parts) - set(PARTS):
+        sys.exit(f"error: {sorted(unknown)[0]}: choose from {', '.join(PARTS)}")
     try:
         xp, device = select_device("cpu" if args.dry else "cuda")
     except UserError as error:
         sys.exit(f"error: {error}")
     bench, started = Bench(xp, args.out, args.dry), time.time()
     bench.report.append(f"# GPU engine\n\n{time.strftime('%Y-%m-%d')}; {device}\n")
-    for part in (steps, lengths, kernels, generation, longest):
+    for name in args.parts or PARTS:
+        part = PARTS[name]
         if time.time() - started > args.seconds:
-            bench.report.append(f"{part.__name__}: left out, no time\n")
+            bench.report.append(f"{name}: left out, no time\n")
             continue
         try:
             part(bench)
         except Exception as error:  # the other tables are worth having
-            bench.write(f"{part.__name__} failed", ["error"], [[repr(error)[:500]]])
+            bench.write(f"{name} failed", ["error"], [[repr(error)[:500]]])
     (args.out / "gpu.md").write_text("\n".join(bench.report))
     (args.out / "command.json").write_text(json.dumps(sys.argv) + "\n")
 
