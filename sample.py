@@ -21,7 +21,7 @@ try:
     from rt_scratch.errors import UserError
     from rt_scratch.run.checkpoint import best_checkpoint, load_model
     from rt_scratch.run.costs import check_fits, decode_bytes
-    from rt_scratch.run.evaluate import doubt
+    from rt_scratch.run.evaluate import caveat
     from rt_scratch.run.folder import newest_run, run_codec
     from rt_scratch.run.pictures import picture, read_picture
     from rt_scratch.run.samples import Text, draw
@@ -35,7 +35,7 @@ def main(argv=None):
     xp, _ = select_device(args.device)
     name = f"{args.checkpoint}.npz" if args.checkpoint else best_checkpoint(args.run).name
     loaded = load_model(args.run, xp, name)
-    if loaded.progress.valid < math.inf and (line := doubt(loaded.progress.valid, loaded.model)):
+    if loaded.progress.valid < math.inf and (line := caveat(loaded.progress.valid, loaded.model)):
         warn(line.strip())
     (draw_images if loaded.model.kind == "image" else write_text)(args, loaded, xp)
     warn(f"from {args.run / name}, step {loaded.state.step}")

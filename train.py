@@ -22,14 +22,14 @@ try:
     from rt_scratch.graph import recorded
     from rt_scratch.parallel import checksum, software, start
     from rt_scratch.run import checkpoint, costs, log
-    from rt_scratch.run.evaluate import CAUSAL_WINDOWS, doubt, evaluate, evaluate_causally
+    from rt_scratch.run.evaluate import CAUSAL_WINDOWS, caveat, evaluate, evaluate_causally
     from rt_scratch.run.folder import RunFolder
     from rt_scratch.run.initial import initial_state
     from rt_scratch.run.options import add_fields, check_flags, plan_run
     from rt_scratch.run.pictures import plot_loss
     from rt_scratch.run.samples import show_sample, wanted
     from rt_scratch.step import cut, train_step
-    from rt_scratch.workers import hired
+    from rt_scratch.workers import start_workers
 except (KeyboardInterrupt, ModuleNotFoundError) as error:  # it takes a second
     raise SystemExit(f"error: {error}: pip install -e ." if str(error) else "interrupted") from None
 
@@ -57,8 +57,8 @@ def work(args, world):
         return score_split(args, state, plan, world)
     last = min(args.stop_after or train.steps, train.steps)
     try:
-        with hired(step_once, state, model, train, xp, world) as (state, step_once), RunFolder(
-                plan.folder, plan.config, plan.dataset.codec.file, world.rank == 0) as run:
+        with start_workers(step_once, state, model, train, xp, world) as (state, step_once), \
+                RunFolder(plan.folder, plan.config, plan.dataset.codec.file, not world.rank) as run:
             fit(plan, run, state, progress, last, xp, world, step_once)
     except MemoryError as error:
         raise UserError(
@@ -111,7 +111,7 @@ def fit(plan, run, state, progress, last, xp, world, step_once):
             world.barrier()  # nobody speaks of it before it is saved
             raise UserError(f"interrupted and saved after step {state.step}; continue with: python "
                             f"train.py --resume --out {quote(str(folder))}")
-    say(doubt(progress.valid, model), end="")
+    say(caveat(progress.valid, model), end="")
     if run.writes:
         with harmless(folder / "loss.png"):
             plot_loss(folder)
@@ -156,7 +156,7 @@ def score_split(args, state, plan, world):
     say(f"checkpoint: {plan.saved.path}, step {state.step}")
     result = evaluate(state, plan.dataset, plan.model, args.evaluate, plan.train.batch, args.stride,
                       limit, world, plan.precision)
-    say(doubt(result.nats, plan.model) + result.line)
+    say(caveat(result.nats, plan.model) + result.line)
     if args.evaluate_causally:
         say(evaluate_causally(state, plan.dataset, plan.model, args.evaluate, limit, world,
                               plan.precision).line)

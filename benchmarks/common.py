@@ -18,7 +18,7 @@ from rt_scratch import ModelConfig, TrainConfig, cut, decode, new_state, train_s
 from rt_scratch.graph import recorded
 from rt_scratch.parallel import SINGLE
 from rt_scratch.run.options import plan_run
-from rt_scratch.workers import hired
+from rt_scratch.workers import start_workers
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {  # name: (configuration, batch). GEGLU of hidden width 4 C, half of the heads local, bytes
@@ -48,15 +48,15 @@ def training(cfg, batch, train=RECIPE, xp=np, dtype=None):
     """A function that takes the next training step on the same random windows and returns Step."""
     train = dataclasses.replace(train, batch=batch, accumulate=1)
     step_once = recorded(train_step, cfg, train, xp)
-    workers = hired(step_once, new_state(cfg, train, xp), cfg, train, xp, SINGLE)
+    workers = start_workers(step_once, new_state(cfg, train, xp), cfg, train, xp, SINGLE)
     state, step_once = workers.__enter__()
     grads = xp.empty_like(state.flat)
     parts = cut(random_tokens(cfg, batch, cfg.seq_len), None, cfg, train, xp)
 
     def one(_, workers=workers):  # they live as long as this function
         nonlocal state
-        state, told = step_once(state, grads, parts, cfg, train, dtype)
-        return told
+        state, result = step_once(state, grads, parts, cfg, train, dtype)
+        return result
 
     return one
 

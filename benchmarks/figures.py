@@ -64,8 +64,8 @@ def draw_centroids(path):
     for axis, until in zip(axes, (0, 100, 1000), strict=True):
         while state.step < until:
             ids = random_windows(split["train"], model.seq_len, train.batch, 0, state.step)
-            state, told = train_step(state, grads, cut(ids, None, model, train, np), model, train)
-            bits.append(float(told.nats) / np.log(2))
+            state, result = train_step(state, grads, cut(ids, None, model, train, np), model, train)
+            bits.append(float(result.nats) / np.log(2))
         draw_circle(axis, state, model, split["valid"][:model.seq_len])
         loss = f": {np.mean(bits[-20:]):.2f} bits per byte" if bits else ""
         axis.set_title(f"step {until}{loss}", fontsize=10)

@@ -202,9 +202,9 @@ def lengths(bench):
                   if name != "ours, full" and (whose == "ours" or has_torch(bench))}
     for t in by_t:
         for name, whose in contenders.items():
+            one = None  # its arrays must be free for the next
             bench.free()
-            one, before = None, cells.get((name, t // 4), 0)
-            if before is None:
+            if cells.get((name, t // 4), 0) is None:
                 continue
             cfg, batch = configuration("model", width, name, t, n_tokens)
             try:

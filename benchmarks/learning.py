@@ -36,7 +36,7 @@ from rt_scratch.console import script
 from rt_scratch.data.batches import eval_windows, random_windows
 from rt_scratch.parallel import SINGLE
 from rt_scratch.run.evaluate import token_nats
-from rt_scratch.workers import hired
+from rt_scratch.workers import start_workers
 
 OURS = {"ours": {"shift_keys": True}, "causal": {}, "topk": {"routing": "topk"}}
 NAMES = {"ours": "ours, causal, shifted keys", "causal": "ours, causal", "topk": "ours, topk",
@@ -53,8 +53,8 @@ class Ours:
         start_ours()
         self.cfg, self.batch = size_model(size, **changes)
         self.recipe = dataclasses.replace(RECIPE, batch=self.batch)
-        self.workers = hired(train_step, new_state(self.cfg, self.recipe, np), self.cfg,
-                             self.recipe, np, SINGLE)
+        self.workers = start_workers(train_step, new_state(self.cfg, self.recipe, np), self.cfg,
+                                     self.recipe, np, SINGLE)
         self.state, self.step_once = self.workers.__enter__()
         self.grads = np.empty_like(self.state.flat)
 

@@ -94,8 +94,8 @@ def piece(name: str, seed: int) -> dict:
     grads = np.empty_like(state.flat)
     for i in range(1, steps + 1):
         ids, weights = batch_of(rng, batch, model.seq_len, pairs)
-        state, told = train_step(state, grads, [Part(ids, None, weights, 0, 1.0)], model, train)
-        losses.append(float(told.nats))
+        state, result = train_step(state, grads, [Part(ids, None, weights, 0, 1.0)], model, train)
+        losses.append(float(result.nats))
         if i % 50 == 0:
             print(f"  step {i}: loss {np.mean(losses[-50:]):.3f}", flush=True)
     right, by_distance = accuracy(state, model, pairs)
@@ -122,14 +122,14 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "results.jsonl"
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    done = {(told["name"], told["seed"]) for told in done}
+    done = {(row["name"], row["seed"]) for row in done}
     for name in PIECES:
         if name.startswith(args.only) and (name, args.seed) not in done:
             print(f"{name}, seed {args.seed}", flush=True)
-            told = piece(name, args.seed)
+            row = piece(name, args.seed)
             with file.open("a") as lines:
-                lines.write(json.dumps(told) + "\n")
-            print(f"  {told}", flush=True)
+                lines.write(json.dumps(row) + "\n")
+            print(f"  {row}", flush=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import numpy as np
 from rt_scratch import ModelConfig, cut, new_state, select_device, threads, train_step
 from rt_scratch.parallel import start
 from rt_scratch.run.costs import n_parameters
-from rt_scratch.workers import hired
+from rt_scratch.workers import start_workers
 
 SETTINGS = (  # name, processes of mpiexec, cores of each, share of the batch, with workers?
     ("half the batch", 1, 1, 0.5, False), ("one core", 1, 1, 1, False),
@@ -45,7 +45,7 @@ def measure(size, batch, steps, n_threads, forked):
     train = replace(common.RECIPE, batch=batch, parts=2)
     state, step_once = new_state(cfg, train, np), train_step
     if forked:
-        workers = hired(train_step, state, cfg, train, np, world)
+        workers = start_workers(train_step, state, cfg, train, np, world)
         state, step_once = workers.__enter__()
     grads, inside = np.empty_like(state.flat), []
     parts = cut(common.random_tokens(cfg, batch, cfg.seq_len), None, cfg, train, np, world)
@@ -94,10 +94,10 @@ def measured(sizes, rounds):
         for name in sizes:
             size, batch, steps = SIZES[name]
             for setting, n, n_threads, share, forked in SETTINGS:
-                told = run(n, size, int(batch * share), steps, n_threads, forked)
-                found[name, setting].append(told)
-                print(name, setting, told, file=sys.stderr, flush=True)
-    return {key: min(runs, key=lambda told: told["step"]) for key, runs in found.items()}
+                result = run(n, size, int(batch * share), steps, n_threads, forked)
+                found[name, setting].append(result)
+                print(name, setting, result, file=sys.stderr, flush=True)
+    return {key: min(runs, key=lambda result: result["step"]) for key, runs in found.items()}
 
 
 def report(sizes, found, note):
@@ -105,15 +105,15 @@ def report(sizes, found, note):
     rows, scaling = [], []
     for name in sizes:
         half, one, *both = (found[name, setting[0]] for setting in SETTINGS)
-        for (setting, n, *_), told in zip(SETTINGS[2:], both, strict=True):
+        for (setting, n, *_), result in zip(SETTINGS[2:], both, strict=True):
             several = n > 1
-            rows.append([name, f"{told['parameters']:,}", setting, f"{told['step'] * 1e3:.0f}",
-                         f"{told['alone'] * 1e3:.1f}" if several else "-",
-                         f"{told['inside'] * 1e3:.1f}" if several else "-",
-                         f"{told['peak'] / 2**20:.0f}"])
+            rows.append([name, f"{result['parameters']:,}", setting, f"{result['step'] * 1e3:.0f}",
+                         f"{result['alone'] * 1e3:.1f}" if several else "-",
+                         f"{result['inside'] * 1e3:.1f}" if several else "-",
+                         f"{result['peak'] / 2**20:.0f}"])
         scaling.append([
             name, SIZES[name][1], f"{one['step'] * 1e3:.0f}",
-            *(f"{one['step'] / told['step']:.2f}" for told in both),
+            *(f"{one['step'] / result['step']:.2f}" for result in both),
             f"{half['step'] * 1e3:.0f}", f"{half['step'] / both[-1]['step']:.0%}"])
     computed = []
     for name, (parameters, seconds) in RELEASED.items():

@@ -42,7 +42,7 @@ class Recorded:
 
     def __init__(self, train_step, xp):
         self._train_step, self._xp = train_step, xp
-        self._used = self._graph = None
+        self._used = self._graph = self._result = self._pool = None
 
     def __call__(self, state, grads, parts, model, train, dtype=None, world=SINGLE):
         used = [*state.arrays, grads], [[x.shape for x in _arrays(part)] for part in parts], train
@@ -77,6 +77,7 @@ class Recorded:
         """What the step allocates lives in a pool of the graph's own, which nothing else uses."""
         xp = self._xp
         xp.get_default_memory_pool().free_all_blocks()  # of the first call, which had it from there
+        self.release()
         self._pool, stream = xp.cuda.MemoryPool(), xp.cuda.get_current_stream()
         with xp.cuda.using_allocator(self._pool.malloc):
             stream.begin_capture()
@@ -87,6 +88,14 @@ class Recorded:
                     stream.end_capture()
                 raise
             self._graph = stream.end_capture()
+
+    def release(self):
+        """Give the graph's memory back, which CuPy does not do for a pool that is dropped."""
+        self._graph = self._result = None
+        if self._pool is not None:
+            self._pool.free_all_blocks()
+
+    __del__ = release
 
 
 def _arrays(part):

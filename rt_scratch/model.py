@@ -318,11 +318,11 @@ def attention(x, p, cfg: ModelConfig, layer: int, mu=None, noise=None, fixed=Non
         own = *group.queries_and_keys(q, k), v[:, group.heads]
         context = Context(cfg, layer, mu, fixed,
                           _dropped(cfg.attention_dropout, noise, group.kind.family, layer))
-        heads[:, group.heads], cache, told = group.kind.forward(*own, p, context)
+        heads[:, group.heads], cache, found = group.kind.forward(*own, p, context)
         caches.append(cache)
-        routed = told or routed
+        routed = found or routed
         if stores:
-            group.kind.decoding.fill(*own, p, context, stores[i].seen, told)
+            group.kind.decoding.fill(*own, p, context, stores[i].seen, found)
             if group.shifted:
                 stores[i].key[...] = (k[:, group.keys] if group.keys else own[0])[:, :, -1]
     y, cache_o = linear(o.reshape(x.shape), p["w_o"])

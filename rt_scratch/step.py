@@ -195,11 +195,11 @@ def gradients(state: State, grads, parts: list[Part], model: ModelConfig, train:
     nats, commitments, reports = zip(*results, strict=True)
     shares = [part.share for part in parts]
     merged = _merge(reports, shares)
-    told = world.totals([_sum(nats), _sum(commitments, shares), *chain(*merged.values())],
+    totals = world.totals([_sum(nats), _sum(commitments, shares), *chain(*merged.values())],
                         flat.dtype)
-    members = zip(*[iter(told[2:])] * len(Membership._fields), strict=True)
+    members = zip(*[iter(totals[2:])] * len(Membership._fields), strict=True)
     memberships = {i: Membership(*m) for i, m in zip(merged, members, strict=True)}
-    return Gradients(*told[:2], memberships, list(reports))
+    return Gradients(*totals[:2], memberships, list(reports))
 
 
 def _merge(reports, shares) -> dict[int, Membership]:

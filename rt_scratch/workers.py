@@ -33,7 +33,8 @@ MOST = 1 << 24  # parameters: beyond, nearly all time is products, and a fork ke
 
 
 @contextlib.contextmanager
-def hired(step_once, state: State, model: ModelConfig, train: TrainConfig, xp, world: World):
+def start_workers(step_once, state: State, model: ModelConfig, train: TrainConfig, xp,
+                  world: World):
     """(state, step_once), to be used inside `with`: with workers where they help.
 
     They do on Linux, where a fork is safe, in one process that trains a small model on a CPU with
@@ -114,9 +115,9 @@ class Workers(Threads):
             warn("note: a process with a part of the batch was killed; threads go on in its place")
             self.close()
             return self.run(params, state, parts, buffers, model, train)
-        for told in found.values():
-            if isinstance(told, Exception):
-                raise told
+        for outcome in found.values():
+            if isinstance(outcome, Exception):
+                raise outcome
         return [found[i] for i in range(len(parts))]
 
     def close(self):
@@ -149,7 +150,7 @@ def _serve(pipe, state, buffers, model, train):
             try:
                 nats, commitment, report = part_gradient(
                     state.params, state, part, buffers[slot], model, train)
-                told = nats, commitment, report._replace(routes={})  # large, and not for a step
+                outcome = nats, commitment, report._replace(routes={})  # large, and not for a step
             except Exception as error:
-                told = error
-            pipe.send(told)
+                outcome = error
+            pipe.send(outcome)

@@ -92,10 +92,13 @@ class Gpu:
     zeros = staticmethod(np.zeros)
 
     def __init__(self):
-        self.cuda, self.captures, self._captures = self, 0, False
+        self.cuda, self.captures, self.freed, self._captures = self, 0, 0, False
 
     def MemoryPool(self):
-        return SimpleNamespace(malloc=None)
+        def free():
+            self.freed += 1
+
+        return SimpleNamespace(malloc=None, free_all_blocks=free)
 
     def get_default_memory_pool(self):
         return SimpleNamespace(free_all_blocks=lambda: None)
@@ -132,7 +135,7 @@ class Gpu:
 def test_replays_are_steps(monkeypatch, optimizer):
     """The same bits as steps one by one, whatever changes: windows, dropout, learning rate.
 
-    A state in other arrays is recorded anew.
+    A state in other arrays is recorded anew, and each graph's memory is given back.
     """
     run_on_cpu.install(monkeypatch)
     use_twins(monkeypatch)
@@ -150,7 +153,9 @@ def test_replays_are_steps(monkeypatch, optimizer):
             end += [float(told.nats), float(told.norm), told.lr, state.step, state.flat.copy(),
                     state.centroids[0].mu.copy()]
         ends.append(end)
-    assert gpu.captures == 2
+    assert gpu.captures == 2 and gpu.freed == 1
+    del step_once
+    assert gpu.freed == 2
     for a, b in zip(*ends, strict=True):
         np.testing.assert_array_equal(a, b)
 

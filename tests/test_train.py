@@ -272,6 +272,8 @@ def test_bad_flags(text, tmp_path):
             (["--routing-layers", "a"], "layers are whole numbers"),
             (["--accumulate", "1000000000"], "does not fit in memory"),
             (["--resume", "--evaluate", "test"], "--resume: not used with --evaluate"),
+            (["--evaluate", "test", "--lr", "0.1"], "--lr: not used with --evaluate"),
+            (["--evaluate", "test", "--no-recompute"], "--recompute: not used with --evaluate"),
             (["--init-from", ""], "--init-from: is empty"),
             ([""], "dataset: is empty"),
             (["--device", "cuda"], "no usable GPU")):

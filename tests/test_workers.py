@@ -52,7 +52,7 @@ def test_the_same_bits_as_threads(three_cores, routing, batch, accumulate, parts
     train = TrainConfig(batch=batch, accumulate=accumulate, parts=parts, lr=0.01)
     state, told = steps(m, train, 3, train_step, *fresh(m, train))
     first, grads = fresh(m, train)
-    with workers.hired(train_step, first, m.cfg, train, np, SINGLE) as (own, step_once):
+    with workers.start_workers(train_step, first, m.cfg, train, np, SINGLE) as (own, step_once):
         assert step_once is not train_step
         after, same = steps(m, train, 3, step_once, own, grads)
     for a, b in zip(state.arrays, after.arrays, strict=True):
@@ -73,7 +73,7 @@ def test_threads_where_processes_are_of_no_use(monkeypatch, why, changes, world,
     several.size = 2
     train = dataclasses.replace(TrainConfig(), **changes)
     state = step.new_state(SMALL, train, np)
-    with workers.hired(train_step, state, SMALL, train, np, world or several) as found:
+    with workers.start_workers(train_step, state, SMALL, train, np, world or several) as found:
         assert found[0] is state and found[1] is train_step
 
 
@@ -81,7 +81,7 @@ def test_threads_for_a_large_model(three_cores, monkeypatch):
     train = TrainConfig()
     state = step.new_state(SMALL, train, np)
     monkeypatch.setattr(workers, "MOST", state.flat.size - 1)
-    with workers.hired(train_step, state, SMALL, train, np, SINGLE) as found:
+    with workers.start_workers(train_step, state, SMALL, train, np, SINGLE) as found:
         assert found[0] is state and found[1] is train_step
 
 
@@ -98,7 +98,7 @@ def test_threads_where_the_system_has_no_process_left(three_cores, monkeypatch):
     monkeypatch.setattr(os, "fork", limited)
     train = TrainConfig(batch=3, parts=3)
     state = step.new_state(SMALL, train, np)
-    with workers.hired(train_step, state, SMALL, train, np, SINGLE) as found:
+    with workers.start_workers(train_step, state, SMALL, train, np, SINGLE) as found:
         assert found[0] is state and found[1] is train_step
         assert children(os.getpid()) == before
     assert forks[0] > 0
@@ -116,7 +116,8 @@ def test_an_error_there_is_raised_here_and_all_processes_end(three_cores, monkey
     m, train = setup(SMALL, batch=3), TrainConfig(batch=3, parts=3)
     state, grads = fresh(m, train)
     with pytest.raises(MemoryError, match="17 GiB"), \
-            workers.hired(train_step, state, m.cfg, train, np, SINGLE) as (state, step_once):
+            workers.start_workers(train_step, state, m.cfg, train, np, SINGLE) as found:
+        state, step_once = found
         pids = children(here)
         assert len(pids) == 2
         steps(m, train, 1, step_once, state, grads)
@@ -178,7 +179,7 @@ def test_the_same_bits_when_a_worker_is_killed(three_cores):
     m, train = setup(SMALL, batch=3), TrainConfig(batch=3, parts=3, lr=0.01)
     state, told = steps(m, train, 3, train_step, *fresh(m, train))
     first, grads = fresh(m, train)
-    with workers.hired(train_step, first, m.cfg, train, np, SINGLE) as (own, step_once):
+    with workers.start_workers(train_step, first, m.cfg, train, np, SINGLE) as (own, step_once):
         own, one = steps(m, train, 1, step_once, own, grads)
         os.kill(step_once.keywords["crew"].pids[-1], signal.SIGKILL)
         own, more = steps(m, train, 2, step_once, own, grads)

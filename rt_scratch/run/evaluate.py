@@ -21,7 +21,7 @@ from rt_scratch.parallel import SINGLE, World
 from rt_scratch.parameters import compute_copy
 from rt_scratch.step import State
 
-CAUSAL_WINDOWS = 64  # windows that incremental scoring takes at a time, and unless told in all
+CAUSAL_WINDOWS = 64  # windows that incremental scoring takes at a time, and in all by default
 
 
 class Score(NamedTuple):
@@ -129,7 +129,7 @@ def _add(found, world):
     return nats, n, int(n_words)
 
 
-def doubt(nats: float, model: ModelConfig) -> str:
+def caveat(nats: float, model: ModelConfig) -> str:
     """A line on a loss per token that guessing would beat, with its newline; "" for others."""
     uniform = math.log(model.vocab_size)
     if nats <= uniform:
@@ -149,9 +149,9 @@ def mode(model: ModelConfig) -> str:
     """How the model attends, for the line with its score."""
     shifted = any(group.shifted for i in range(model.n_layers) for group in head_groups(model, i))
     if any(model.routing_heads(i) for i in range(model.n_layers)):
-        told = [f"routing {model.routing}", *["own keys"] * (not model.share_qk),
+        parts = [f"routing {model.routing}", *["own keys"] * (not model.share_qk),
                 *[f"{model.n_probes} probes"] * (model.n_probes > 1)]
     else:
-        told = [{"full": "full attention", "local": "local heads only"}.get(
+        parts = [{"full": "full attention", "local": "local heads only"}.get(
             model.attention, f"{', '.join(sorted(model.kinds()))} heads")]
-    return ", ".join([*told, *["shifted keys"] * shifted])
+    return ", ".join([*parts, *["shifted keys"] * shifted])
