@@ -48,7 +48,7 @@ def work(args, world):
     say(costs.describe(device, plan))
     if args.dry_run:
         return
-    costs.check_memory(model, train, xp=xp, step=not args.evaluate, processes=world.size)
+    costs.check_memory(model, train, plan.precision, xp, not args.evaluate, world.size)
     state, progress = initial_state(plan, xp, for_training=args.resume)
     world.check_same(lambda: software(xp) | plan.config["model"] | plan.config["train"]
                      | {"data": plan.dataset.protocol, "state": checksum(state.arrays)})

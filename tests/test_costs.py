@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from rt_scratch.config import ModelConfig, TrainConfig
+from rt_scratch.device import Precision
+from rt_scratch.presets import preset
 from rt_scratch.run.costs import flops_per_token, n_parameters, step_bytes
 from rt_scratch.run.evaluate import mode
 from rt_scratch.step import cut, new_state, train_step
@@ -107,10 +109,25 @@ def recipe(**changes):
     (but(n_layers=3), recipe(batch=2, recompute=True),
      5 * (N + 2 * LAYER) + (49 + 3 * 4) * 16),
 ], ids=str)
-@pytest.mark.parametrize("precision, size", [("float32", 4), ("bf16", 4), ("float64", 8)])
+@pytest.mark.parametrize("precision, size", [("float32", 4), ("float64", 8)])
 def test_step_bytes(cfg, train, entries, precision, size):
     train = dataclasses.replace(train, precision=precision)
     assert step_bytes(cfg, train) == size * entries
+
+
+def test_step_bytes_of_a_gpu():
+    """MiB that an H100 gave, in float32 and bf16: benchmarks/results/gpu-h100.md."""
+    common = {"vocab_size": 256, "ffn": "geglu"}
+    small = ModelConfig(**common, seq_len=1024, width=256, ffn_width=1024, n_layers=4)
+    large = ModelConfig(**common, seq_len=4096, width=512, ffn_width=2048, n_layers=6)
+    released = ModelConfig(**{name: value for name, value in preset("enwik8", "released").items()
+                              if name in ModelConfig.__dataclass_fields__})
+    for cfg, batch, *measured in (
+            (released, 1, 9018, 6476), (large, 1, 1016, 626), (small, 16, 1458, 866)):
+        train = recipe(batch=batch, parts=1)
+        for precision, mib in zip((Precision(), Precision("bf16", "bfloat16")), measured,
+                                  strict=True):
+            assert 0.6 < mib * 2**20 / step_bytes(cfg, train, precision) < 1.3
 
 
 @pytest.mark.parametrize("changes, recipe", [

@@ -1,5 +1,5 @@
 """Steps as CUDA graphs, without a GPU: nothing in a step that a graph cannot hold, and replays that
-are steps. Captured on real CuPy it has been over a stand-in for the driver alone.
+are steps. On a GPU test_gpu.py compares whole recorded runs with runs kernel by kernel.
 """
 
 import contextlib

@@ -201,7 +201,7 @@ def read_state(path: Path) -> Saved:
     def expected(meta):
         nonlocal saved
         saved = _settings(path, meta)
-        check_memory(saved.model, saved.train, f"{path}: ")
+        check_memory(saved.model, saved.train, who=f"{path}: ")
         needed, optional = _shapes(saved)
         return needed | optional
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from rt_scratch.config import ModelConfig, TrainConfig
+from rt_scratch.device import Precision
 from rt_scratch.errors import UserError
 from rt_scratch.heads import KINDS, head_groups
 from rt_scratch.optim import OPTIMIZERS
@@ -34,7 +35,7 @@ def describe(device: str, plan) -> str:
             f"model: {n_parameters(model):,} parameters, {model.n_layers} layers of "
             f"{heads}{where}: {mode(model)}\n"
             f"step: {tokens:,} tokens, about {flops_per_token(model) * tokens / 1e9:,.0f} GFLOP, "
-            f"about {step_bytes(model, train) / 2**20:,.0f} MiB\n"
+            f"about {step_bytes(model, train, plan.precision) / 2**20:,.0f} MiB\n"
             f"data: {plan.dataset.protocol}")
 
 
@@ -60,20 +61,22 @@ def flops_per_token(model: ModelConfig) -> float:
     return 6 * entries + 14 * keys * model.head_width
 
 
-def step_bytes(model: ModelConfig, train: TrainConfig) -> int:
-    """Rough memory of a step: parameters, gradients, optimizer state, activations."""
+def step_bytes(model: ModelConfig, train: TrainConfig, precision: Precision | None = None) -> int:
+    """Rough memory of a step: parameters, gradients, optimizer state, activations in `precision`.
+    """
     size = np.dtype(train.dtype).itemsize
+    active = 2 if precision and precision.dtype else size  # bytes of an entry
     spare = min(train.parts, train.accumulate * min(train.parts, train.batch) - 1)
     copies = 2 + OPTIMIZERS[train.optimizer].copies + spare  # one more gradient per part at work
     per_token = model.n_layers * (10 * model.width + 3 * model.ffn_width)
     live = train.batch * model.seq_len
     if train.recompute:
         per_token = per_token // model.n_layers + model.n_layers * model.width
-    return size * (n_parameters(model) * copies + per_token * live)
+    return size * n_parameters(model) * copies + active * per_token * live
 
 
-def check_memory(model: ModelConfig, train: TrainConfig, who: str = "", xp=np,
-                 step: bool = False, processes: int = 1) -> None:
+def check_memory(model: ModelConfig, train: TrainConfig, precision: Precision | None = None, xp=np,
+                 step: bool = False, processes: int = 1, who: str = "") -> None:
     """UserError where the parameters, or with `step` a training step, exceed the memory there is.
 
     Several processes share the windows and parts of a step.
@@ -86,7 +89,7 @@ def check_memory(model: ModelConfig, train: TrainConfig, who: str = "", xp=np,
             raise UserError(f"--batch {train.batch}: {processes} processes need at least one "
                             "window each per step")
         own = {name: -(-getattr(train, name) // processes) for name in ("batch", "parts")}
-        needed = step_bytes(model, replace(train, **own)) + (  # and the windows of all processes
+        needed = step_bytes(model, replace(train, **own), precision) + (  # and the windows of all processes
             DRAWN * train.batch * train.accumulate * model.seq_len)
         check_fits(needed, f"a step of --batch {train.batch} x --accumulate {train.accumulate} x "
                    f"{model.seq_len} tokens does not fit in memory",
