@@ -89,8 +89,8 @@ def check_memory(model: ModelConfig, train: TrainConfig, precision: Precision | 
             raise UserError(f"--batch {train.batch}: {processes} processes need at least one "
                             "window each per step")
         own = {name: -(-getattr(train, name) // processes) for name in ("batch", "parts")}
-        needed = step_bytes(model, replace(train, **own), precision) + (  # and the windows of all processes
-            DRAWN * train.batch * train.accumulate * model.seq_len)
+        drawn = DRAWN * train.batch * train.accumulate * model.seq_len  # of all processes
+        needed = step_bytes(model, replace(train, **own), precision) + drawn
         check_fits(needed, f"a step of --batch {train.batch} x --accumulate {train.accumulate} x "
                    f"{model.seq_len} tokens does not fit in memory",
                    "try --recompute, a smaller --batch with --accumulate, or fewer tokens", xp)
