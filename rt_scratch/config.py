@@ -204,9 +204,10 @@ class TrainConfig:
                 "scaling) are for GPUs; parameters, their gradients, statistics and centroids stay "
                 "float32",
         PRECISIONS)
-    cuda_graph: bool = _field(True, "on a GPU, record a step as one CUDA graph and repeat it: "
-                                    "Python then starts one thing per step, not a thousand or "
-                                    "more; where a step can be recorded, see graph.py")
+    cuda_graph: bool = _field(True, "on a GPU, record a step as one CUDA graph and repeat it, "
+                                    "instead of starting a thousand kernels or more from Python; "
+                                    "where that is possible: not with fp16, float64, several "
+                                    "processes or several --n-probes")
     seed: int = _field(0, "seed of weights, data order and dropout", least=0)
     eval_every: int = _field(500, "steps between evaluations; 0: only at the end", least=0)
     eval_windows: int = _field(64, "windows per evaluation, evenly spread over the "

@@ -48,7 +48,8 @@ class Recorded:
         used = [*state.arrays, grads], [[x.shape for x in _arrays(part)] for part in parts], train
         first = self._used is None or not _same(used, self._used)
         if first:
-            self._used, self._graph = used, None
+            self.release()
+            self._used = used
             self._step, self._lr = self._xp.zeros((), "uint32"), self._xp.zeros((), "float32")
             self._parts = [part._replace(
                 ids=part.ids.copy(), weights=part.weights.copy(),
@@ -77,7 +78,6 @@ class Recorded:
         """What the step allocates lives in a pool of the graph's own, which nothing else uses."""
         xp = self._xp
         xp.get_default_memory_pool().free_all_blocks()  # of the first call, which had it from there
-        self.release()
         self._pool, stream = xp.cuda.MemoryPool(), xp.cuda.get_current_stream()
         with xp.cuda.using_allocator(self._pool.malloc):
             stream.begin_capture()
@@ -90,7 +90,8 @@ class Recorded:
             self._graph = stream.end_capture()
 
     def release(self):
-        """Give the graph's memory back, which CuPy does not do for a pool that is dropped."""
+        """Give the graph's memory back, which CuPy does not do for a pool that is dropped. Arrays
+        go first: their blocks stay otherwise."""
         self._graph = self._result = None
         if self._pool is not None:
             self._pool.free_all_blocks()

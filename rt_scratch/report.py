@@ -285,10 +285,10 @@ def head_health(layer: int, found, n_clusters: int) -> list[dict]:
     health = []
     for head, winner in enumerate(found.routed.route.winner[0]):
         counts = np.bincount(winner, minlength=n_clusters)
-        row = {"layer": layer, "head": found.group.heads.start + head, "dead": int((counts == 0)
-                .sum()), "shares": (counts / len(winner)).round(4)}
-        row["largest"] = float(row["shares"].max())
-        row["shares"] = row["shares"].tolist() if n_clusters <= SHOWN else None
+        shares = (counts / len(winner)).round(4)
+        row = {"layer": layer, "head": found.group.heads.start + head,
+               "dead": int((counts == 0).sum()), "largest": float(shares.max()),
+               "shares": shares.tolist() if n_clusters <= SHOWN else None}
         if found.routed.route.members is not None:
             times = np.bincount(found.routed.route.members[0, head].reshape(-1),
                                 minlength=len(winner))

@@ -531,11 +531,11 @@ def test_attend(twins, monkeypatch, queries, keys, distances, rate, which, dtype
 @pytest.mark.parametrize("tokens, block, lookback, reach, window, rate, shared", [
     (24, 4, 1, 9, None, 0.0, False), (23, 4, 2, 3, None, 0.2, False), (23, 4, 2, 3, 5, 0.0, True),
     (5, 8, 1, 2, None, 0.0, False), (30, 3, 2, 0, 4, 0.3, True), (1, 1, 0, 1, 1, 0.0, False),
-    (50, 5, 3, 40, None, 0.0, False)])
+    (50, 5, 3, 40, None, 0.0, False), (700, 300, 1, 40, 150, 0.2, False)])
 def test_local_attention(twins, monkeypatch, tokens, block, lookback, reach, window, rate, shared,
                          width, dtype):
     """Windows that are views, in chunks, from heads that stand between tokens; distances that are
-    clipped, and that no query sees; rows of odd widths."""
+    clipped, and that no query sees; rows of odd widths, and of which whole tiles are not seen."""
     monkeypatch.setattr(cuda.sizes, "CHUNK_ENTRIES", 3 * block * block * (lookback + 1))
     b, h = 2, 3
     q, k, v, do = (normal(b, tokens, h, width, dtype=dtype, seed=i).swapaxes(1, 2)
@@ -563,6 +563,13 @@ def test_local_attention(twins, monkeypatch, tokens, block, lookback, reach, win
             assert got is None
         else:
             assert_close(got, true, work, factor=3, dtype=dtype)
+
+
+def test_tables_are_padded_so_that_rows_by_distance_are_aligned(on_cpu):
+    rel = normal(9, 5), normal(9, 5, seed=1)
+    for table, own in zip(cuda.attention._tables(*rel, np.float32), rel, strict=True):
+        assert table.shape == (16, 5) and not table[9:].any()
+        np.testing.assert_array_equal(table[:9], own)
 
 
 def test_windows_are_views_that_products_read(on_cpu):

@@ -26,7 +26,7 @@ SMALL_RUN = ["--seq-len", "64", "--window", "16", "--block", "16", "--n-layers",
              "32", "--ffn-width", "32", "--steps", "12", "--eval-every", "6", "--eval-windows",
              "2", "--batch", "4"]
 HEADS = [{}, {"routing": "topk"}, {"routing": "random"}, {"shift_keys": True},
-         {"n_probes": 2, "share_qk": False}]
+         {"n_probes": 2, "share_qk": False}, {"attention": "full"}]
 
 
 @pytest.fixture

@@ -160,6 +160,15 @@ def test_replays_are_steps(monkeypatch, optimizer):
         np.testing.assert_array_equal(a, b)
 
 
+def test_arrays_go_before_their_memory():
+    """A pool keeps the blocks of arrays that are still there."""
+    once, held = Recorded(None, None), []
+    once._result = "arrays of the graph"
+    once._pool = SimpleNamespace(free_all_blocks=lambda: held.append(once._result))
+    once.release()
+    assert held == [None]
+
+
 def test_an_error_while_recording_is_told(monkeypatch):
     """Not that of a capture that cannot end then; and the next call tries again."""
     gpu, calls = Gpu(), []

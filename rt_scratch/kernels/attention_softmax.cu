@@ -10,20 +10,22 @@
 // mask and dropout know the whole batch.
 // Called by attend and attend_backward in cuda/attention.py. One warp per row, eight warps per
 // block; p may be s and u may be r where the types agree: once writing has begun, every entry is
-// read and written by the same lane.
+// read and written by the same lane, but for column 0 of r and dr, which all lanes read and which is
+// written last, when all have read it.
 #include "common.cuh"
 
 // Who sees whom. Query i of block b stands at position b % blocks S + i of its sequence b / blocks,
-// key j at position b % blocks S + j - offset. With `mask` its entry decides (a mask of fewer blocks
-// than the batch repeats), with window > 0 also: 0 <= position of query - position of key < window, and,
-// with `segment`, the same segment at both positions.
+// key j at position b % blocks S + j - offset. With `mask` its entry decides (a mask of fewer
+// blocks than the batch repeats), with window > 0 also 0 <= position of query - position of key <
+// window and, with `segment`, the same segment at both positions.
 struct Sight {
   const bool* mask_mqn;
   const int* segment_bt;
   int queries, keys, mask_blocks, blocks, tokens, offset, window;
 };
 
-// One row of logits. Keys outside low .. high - 1 are not seen, of the others mask and segment tell.
+// One row of logits. Keys outside low .. high - 1 are not seen; of the others mask and segment
+// decide.
 struct Row {
   const float *s_n, *r_d;
   const bool* mask_n;
@@ -61,7 +63,7 @@ __device__ inline float logit(const Row& row, int j) {
 
 // Tiles of 256 entries of a row, from a multiple of eight on, where dropout draws for eight: each
 // lane draws for eight neighbours, then asks the lane that drew for its own entry, which is
-// number base + 32 part + lane.
+// number base + 32 part + lane. In a tile that is not seen nothing is drawn, and nothing kept.
 __device__ inline unsigned tile_bits(const Row& row, u64 entry, int base, int lane, Drop drop) {
   bool seen = base < row.high && base + 256 > row.low;
   return seen ? kept((entry + base) / 8 + lane, drop) : 0;
@@ -106,14 +108,14 @@ __global__ void __launch_bounds__(256, 4) attention_softmax(
 #pragma unroll 4
   for (int j = row.low + lane; j < row.high; j += 32) total += expf(logit(row, j) - top);
   total = warp_sum(total);
-  // Written so that a NaN spreads over the whole row and is seen in the loss.
+  // Written so that a NaN spreads over all of the row that is seen, and shows in the loss.
   float factor = total == 0 ? 0.0f : kept_scale(drop) / total;
   if (lane == 0) lse_bq[whole] = total == 0 ? 0.0f : top + logf(total);
 
   float shared = 0;
   for (int base = -(int)(entry % 8); base < keys; base += 256) {
     unsigned bits = tile_bits(row, entry, base, lane, drop);
-    float z[8];  // all are read before the first is written: reading takes the longest
+    float z[8];  // all are read before the first is written, so that eight reads are under way
 #pragma unroll
     for (int part = 0; part < 8; part++) z[part] = logit(row, base + part * 32 + lane);
 #pragma unroll

@@ -150,7 +150,7 @@ def mode(model: ModelConfig) -> str:
     shifted = any(group.shifted for i in range(model.n_layers) for group in head_groups(model, i))
     if any(model.routing_heads(i) for i in range(model.n_layers)):
         parts = [f"routing {model.routing}", *["own keys"] * (not model.share_qk),
-                *[f"{model.n_probes} probes"] * (model.n_probes > 1)]
+                 *[f"{model.n_probes} probes"] * (model.n_probes > 1)]
     else:
         parts = [{"full": "full attention", "local": "local heads only"}.get(
             model.attention, f"{', '.join(sorted(model.kinds()))} heads")]

@@ -20,7 +20,7 @@ from rt_scratch.run.checkpoint import Saved, best_checkpoint, check_matches, rea
 from rt_scratch.run.folder import default_folder, describe, newest_run
 from rt_scratch.run.initial import check_shapes
 
-SCORES_WITH = {"batch", "precision", "eval_windows"}  # of TrainConfig, what --evaluate asks for
+USED_TO_EVALUATE = {"batch", "precision", "eval_windows"}  # of TrainConfig
 
 
 class Plan(NamedTuple):
@@ -51,8 +51,9 @@ def check_flags(args) -> None:
             raise UserError(f"--{flag(name)} {getattr(args, name)}: must not be "
                             "negative")
     saved = args.resume or args.evaluate
-    for f in dataclasses.fields(TrainConfig) if args.evaluate else ():
-        if f.name not in SCORES_WITH and getattr(args, f.name) is not None:
+    for f in dataclasses.fields(TrainConfig):
+        if (args.evaluate and f.name not in USED_TO_EVALUATE
+                and getattr(args, f.name) is not None):
             raise UserError(f"--{flag(f.name)}: not used with --evaluate")
     for name, wrong, why in (
             ("stride", not args.evaluate, "needs --evaluate"),

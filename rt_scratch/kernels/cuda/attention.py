@@ -128,8 +128,8 @@ def _flat(x):
 
 
 def _tables(rel_k, rel_v, dtype):
-    """The tables with rows of zeros behind them, for no distance, up to a multiple of eight: what
-    products give by distance then lies where they are fast."""
+    """The tables, padded with rows of zeros to a multiple of eight: then the rows of products by
+    distance begin at multiples of 16 bytes."""
     if rel_k is None:
         return None, None
     n, width = rel_k.shape
