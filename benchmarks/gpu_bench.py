@@ -118,7 +118,7 @@ def steps(bench):
         for p, graph in [*((p, True) for p in precisions), *one_by_one]:
             one = None  # its arrays must not count for the next
             bench.free()
-            who = "ours" if graph and p != "fp16" else "ours, kernel by kernel"
+            who = "ours" if graph and p != "fp16" else "ours, kernel by kernel"  # see graph.py
             try:
                 one = trainer(bench, cfg, batch, p, graph=graph)
                 seconds = bench.seconds(one)

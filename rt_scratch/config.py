@@ -207,7 +207,8 @@ class TrainConfig:
     cuda_graph: bool = _field(True, "on a GPU, record a step as one CUDA graph and repeat it, "
                                     "instead of starting a thousand kernels or more from Python; "
                                     "where that is possible: not with fp16, float64, several "
-                                    "processes or several --n-probes")
+                                    "processes, or causal heads with several --n-probes or keys of "
+                                    "their own")
     seed: int = _field(0, "seed of weights, data order and dropout", least=0)
     eval_every: int = _field(500, "steps between evaluations; 0: only at the end", least=0)
     eval_windows: int = _field(64, "windows per evaluation, evenly spread over the "

@@ -196,7 +196,7 @@ def gradients(state: State, grads, parts: list[Part], model: ModelConfig, train:
     shares = [part.share for part in parts]
     merged = _merge(reports, shares)
     totals = world.totals([_sum(nats), _sum(commitments, shares), *chain(*merged.values())],
-                        flat.dtype)
+                          flat.dtype)
     members = zip(*[iter(totals[2:])] * len(Membership._fields), strict=True)
     memberships = {i: Membership(*m) for i, m in zip(merged, members, strict=True)}
     return Gradients(*totals[:2], memberships, list(reports))

@@ -211,6 +211,14 @@ def test_scores_are_those_of_the_precision(text, tmp_path, capsys, monkeypatch):
     assert 0 < abs(rounded - whole) < 0.01
 
 
+def test_memory_is_counted_in_the_precision(text, tmp_path, monkeypatch):
+    half = Precision("fp16", "float16")
+    monkeypatch.setattr(train, "select_precision", lambda *_: half)
+    monkeypatch.setattr(train.costs, "step_bytes", lambda *asked: 2**80 * (asked[2] is half))
+    with pytest.raises(UserError, match="a step .* does not fit in memory"):
+        run(text, tmp_path / "run")
+
+
 @pytest.mark.parametrize("every, drawn", [("0", [6]), ("2", [2, 4, 6]), ("3", [4, 6])])
 def test_pictures_are_drawn_at_the_end_or_when_asked(every, drawn):
     """They take longer than what they illustrate; text is drawn after every evaluation."""

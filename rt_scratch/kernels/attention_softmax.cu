@@ -10,8 +10,8 @@
 // mask and dropout know the whole batch.
 // Called by attend and attend_backward in cuda/attention.py. One warp per row, eight warps per
 // block; p may be s and u may be r where the types agree: once writing has begun, every entry is
-// read and written by the same lane, but for column 0 of r and dr, which all lanes read and which is
-// written last, when all have read it.
+// read and written by the same lane, but for column 0 of r and dr, which all lanes read, and which
+// is written last, when all have read it.
 #include "common.cuh"
 
 // Who sees whom. Query i of block b stands at position b % blocks S + i of its sequence b / blocks,
