@@ -44,6 +44,9 @@ def main(argv=None):
     add("--steps", type=int, help="of every training run (default 1000, with --quick 4)")
     add("--seeds", type=int, help="of the part `worth` (default 3, with --quick 2)")
     add("--rounds", type=int, help="turns of every timing (default 3, with --quick 1)")
+    add("--patience", type=float, default=60, metavar="SECONDS",
+        help="of the part `crossover`: what two passes of a window may be expected to take; "
+             "longer ones are not tried (default 60)")
     add("--windows", type=int, help="of validation text per score; 0: the whole split (default "
                                     "0, with --quick 2)")
     add("--threads", type=int, default=THREADS)
@@ -76,7 +79,7 @@ def main(argv=None):
             f"{machine()}; {args.threads} thread{'s' * (args.threads > 1)},",
             f"{'CPU' if args.cpu_time else 'wall'} time. {args.note}\n"]), args.quick,
         args.threads, args.cpu_time, value(args.steps, 1000, 4), value(args.seeds, 3, 2),
-        value(args.rounds, 3, 1), value(args.windows, 0, 2), args.text,
+        value(args.rounds, 3, 1), args.patience, value(args.windows, 0, 2), args.text,
         value(args.seq_len, 512, 64), args.cifar10, args.run)
     start_ours(args.threads)
     for part in args.parts or PARTS:

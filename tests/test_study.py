@@ -181,13 +181,20 @@ def part(tmp_path, text, monkeypatch):
 
 
 def test_crossover(part, monkeypatch, capsys):
-    """Without torch, said in one line; longer windows are not tried after a failure."""
+    """Without torch, said in one line; longer windows are not tried after a failure, and without
+    patience until there is some.
+    """
     names = ("ours, causal", "ours, full")
     monkeypatch.setattr(crossover, "CONTENDERS", {
         c: crossover.CONTENDERS[c] for c in names} | {"port": ("port", {})})
     monkeypatch.setattr(crossover, "RIVAL", "ours, full")
     monkeypatch.setattr(crossover.importlib.util, "find_spec", lambda name: None)
     crossover.has_torch.cache_clear()
+    rows = list(csv.DictReader(part("crossover", "--patience", 0).splitlines()))
+    assert [(r["T"], r["note"][:9]) for r in rows] == 2 * (
+        2 * [("64", "")] + 2 * [("128", "not tried")])
+    crossover.has_torch.cache_clear()
+    capsys.readouterr()
     table = part("crossover")
     assert capsys.readouterr().err.count("torch and routing-transformer are missing") == 1
     crossover.has_torch.cache_clear()

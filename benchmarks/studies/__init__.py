@@ -36,6 +36,7 @@ class Study(NamedTuple):
     steps: int         # of every training run
     seeds: int
     rounds: int        # turns that each contender of a timing takes
+    patience: float    # seconds that a measurement of the crossover may be expected to take
     windows: int       # of validation text per score; 0: the whole split
     text: str          # stdlib or a text file
     seq_len: int       # T of the text models

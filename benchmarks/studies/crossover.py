@@ -44,7 +44,7 @@ LENGTHS = (256, 1024, 4096, 16384, 65536)
 FIT_FROM = 4096
 TOKENS = 8192        # at least so many in a measurement
 GIB = 8              # of memory that a process may hold
-PATIENCE = 60        # seconds; what a longer window would take beyond is not measured
+NOT_TRIED = "not tried: "  # begins the note of a row that a later run may measure after all
 COLUMNS = ("measurement", "level", "width", "contender", "T", "batch", "round",
            "us_per_token", "extra_mib", "peak_mib", "load", "note")
 
@@ -113,6 +113,7 @@ def layer(cfg, x):
 def run(study):
     """Every measurement that the csv lacks, then crossover.md and crossover.png."""
     log = study.log("crossover", COLUMNS)
+    log.rows = [r for r in log.rows if not r["note"].startswith(NOT_TRIED)]
     lengths = (64, 128) if study.quick else LENGTHS
     contenders = [c for c, (whose, _) in CONTENDERS.items() if whose == "ours" or has_torch()]
     n_tokens, seconds = (256, 0.05) if study.quick else (TOKENS, 4)
@@ -145,13 +146,13 @@ def one(study, log, level, width, contender, t, n_tokens, seconds, turn):
     before = [r for r in log.rows if (r["level"], r["width"], r["contender"]) ==
               (level, width, contender) and r["T"] <= t]
     if any(r["us_per_token"] == "" for r in before):
-        return row | {"note": "not tried: no number at this length or a shorter one"}
+        return row | {"note": NOT_TRIED + "no number at this length or a shorter one"}
     if before:
         last = max(before, key=lambda r: r["T"])
         growth = (t / last["T"]) ** (1.0 if contender.endswith("full") else 0.6)
         expected = 2e-6 * last["us_per_token"] * growth * row["batch"] * t
-        if expected > PATIENCE:
-            return row | {"note": f"not tried: two passes would take {expected:.0f} s"}
+        if expected > study.patience:
+            return row | {"note": f"{NOT_TRIED}two passes would take {expected:.0f} s"}
     try:
         found = study.apart("crossover", level, width, contender, t, n_tokens, study.threads,
                             seconds, study.cpu_time)
