@@ -6,7 +6,6 @@
 """
 
 try:
-    import argparse
     import math
     import os
     import time
@@ -101,8 +100,7 @@ def drawing(args, model: ModelConfig, prompt: int, tokens: int, xp) -> dict:
 
 
 def parse(argv=None):
-    parser = Parser(prog="sample.py", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, prog="sample.py")
     add = parser.add_argument
     add("run", nargs="?", type=a_path, help="run folder (default: the newest)")
     add("--checkpoint", choices=("last", "best"), help="(default: best)")

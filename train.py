@@ -9,7 +9,6 @@
 """
 
 try:
-    import argparse
     import contextlib
     import math
     from shlex import quote
@@ -164,8 +163,7 @@ def score_split(args, state, plan, world):
 
 def parse(argv=None):
     """Flags; those of the model and of training come from the dataclasses in config.py."""
-    parser = Parser(prog="train.py", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, prog="train.py")
     add = parser.add_argument
     add("dataset", nargs="*", type=a_text,
         help=f"{', '.join(DATASETS)}, or text: a file, or several and folders of them, of which "

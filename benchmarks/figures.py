@@ -9,9 +9,7 @@ skew.png        what `skew` does to two small arrays
 cost.png        seconds per step against T, from the committed table of benchmarks/race.py
 """
 
-import argparse
 import json
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -20,8 +18,8 @@ import numpy as np
 from rt_scratch import data
 from rt_scratch.attention import skew
 from rt_scratch.config import ModelConfig, TrainConfig
+from rt_scratch.console import Parser, script
 from rt_scratch.data.batches import random_windows
-from rt_scratch.errors import UserError
 from rt_scratch.layers import shift_right
 from rt_scratch.run.attention_maps import attention_maps
 from rt_scratch.run.checkpoint import load_model
@@ -36,16 +34,15 @@ SHAPES = "osD^v<>P"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("run", type=Path, nargs="?", help="leave out to skip attention.png")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    draw_skew(args.out / "skew.png")
-    draw_cost(args.out / "cost.png")
     if args.run:
         draw_attention(args.run, args.out / "attention.png")
+    draw_skew(args.out / "skew.png")
+    draw_cost(args.out / "cost.png")
     draw_centroids(args.out / "centroids.png")
 
 
@@ -192,8 +189,4 @@ def save(figure, path):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    script(main)

@@ -9,7 +9,6 @@ the window, beside torch's fused full attention. Time per kernel and its bandwid
 window that trains; generation.
 """
 
-import argparse
 import dataclasses
 import gc
 import json
@@ -23,6 +22,7 @@ from common import RECIPE, decoding, size_model, table, training
 from studies.crossover import CONTENDERS, configuration
 
 from rt_scratch import ModelConfig, UserError, select_device
+from rt_scratch.console import Parser, script
 from rt_scratch.device import select_precision
 from rt_scratch.presets import preset
 from rt_scratch.run.costs import flops_per_token, n_parameters
@@ -307,7 +307,7 @@ PARTS = {part.__name__: part for part in (steps, lengths, kernels, generation, l
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} "
                         "(default: all)")
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.md")
@@ -336,4 +336,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

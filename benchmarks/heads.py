@@ -9,7 +9,6 @@ none of its pairs. Pairs are local-local, local-routing and routing-routing; the
 layer, and mean and standard deviation over the layers.
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for python -m benchmarks.heads
 from common import table  # noqa: E402
 from studies import loaded  # noqa: E402
 
-from rt_scratch.console import script  # noqa: E402
+from rt_scratch.console import Parser, script  # noqa: E402
 from rt_scratch.data.batches import eval_windows  # noqa: E402
 from rt_scratch.run.attention_maps import CHUNK, attention_maps  # noqa: E402
 
@@ -85,8 +84,7 @@ def report(found):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("run", type=Path, help="a run folder of train.py")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--split", choices=("train", "valid", "test"), default="valid")

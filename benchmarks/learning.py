@@ -32,7 +32,7 @@ from common import RECIPE, ROOT, SIZES, size_model, table
 from race import machine_and_rivals, start_ours, start_torch
 
 from rt_scratch import UserError, cut, data, decode, logits, new_state, train_step
-from rt_scratch.console import script
+from rt_scratch.console import Parser, script
 from rt_scratch.data.batches import eval_windows, random_windows
 from rt_scratch.parallel import SINGLE
 from rt_scratch.run.evaluate import token_nats
@@ -210,8 +210,7 @@ def plot(curves, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, help="folder for learning.md, .csv and .png")
     parser.add_argument("--data", help="a text file (default: the standard library's source)")
     parser.add_argument("--size", choices=SIZES, default="1.1M")

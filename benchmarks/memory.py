@@ -18,6 +18,7 @@ from pathlib import Path
 from common import ROOT, in_own_process, machine, peak_bytes, planned, table, training
 
 from rt_scratch import select_device
+from rt_scratch.console import Parser, script
 from rt_scratch.run.costs import n_parameters, step_bytes
 
 PRESETS = ("cifar10/released", "enwik8/released", "wikitext103/released", "imagenet64/released",
@@ -70,8 +71,7 @@ def available():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--presets", nargs="+", default=PRESETS, metavar="DATASET/PRESET")
     parser.add_argument("--recompute", choices=("on", "off", "both"), default="both")
     parser.add_argument("--out", type=Path, help="write the table here as well")
@@ -95,4 +95,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

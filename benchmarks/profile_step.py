@@ -9,7 +9,6 @@ the step. Bytes are those of the arrays a function is given and returns, each co
 to move, whatever the function does in between.
 """
 
-import argparse
 import functools
 import threading
 import time
@@ -34,6 +33,7 @@ from rt_scratch import (
     step,
     threads,
 )
+from rt_scratch.console import Parser, script
 
 MODULES = (layers, attention, dropout, kmeans, routing, multiprobe, heads, model, optim, step)
 here, records, lock = threading.local(), defaultdict(lambda: np.zeros(3)), threading.Lock()
@@ -137,7 +137,7 @@ def report(size, seconds, functions, least=0.005):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", choices=common.SIZES, default=list(common.SIZES))
     parser.add_argument("--routing", choices=("topk", "causal"), default="topk",
                         help="topk without relative positions, as in the race, or causal with them")
@@ -157,4 +157,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

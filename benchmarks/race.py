@@ -32,6 +32,7 @@ from common import (
 )
 
 from rt_scratch import select_device, threads
+from rt_scratch.console import Parser, script
 from rt_scratch.run.costs import flops_per_token, n_parameters
 
 THREADS = 2
@@ -250,7 +251,7 @@ def machine_and_rivals():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder for race.md and race.json")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--only", choices=("steps", "generation", "length"))
@@ -277,4 +278,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

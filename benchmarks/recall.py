@@ -12,7 +12,6 @@ too. "Shifted": with --shift-keys. Each piece adds a line to OUT/results.jsonl. 
 like: the next call begins the piece that it was at again.
 """
 
-import argparse
 import json
 import time
 from dataclasses import replace
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from rt_scratch import ModelConfig, TrainConfig, logits, new_state, select_device, train_step
+from rt_scratch.console import Parser, script
 from rt_scratch.step import Part
 from rt_scratch.threads import limit
 
@@ -111,8 +111,7 @@ def piece(name: str, seed: int) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--only", default="", help="pieces whose names begin so")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/recall"))
@@ -133,4 +132,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

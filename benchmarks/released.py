@@ -11,7 +11,6 @@ measure), and the largest resident set. Then what the routing layer does for one
 5 GB in --work, and six minutes on two free cores.
 """
 
-import argparse
 import os
 import platform
 import subprocess
@@ -21,6 +20,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+
+from rt_scratch.console import Parser, script
 
 ROOT = Path(__file__).resolve().parent.parent
 SCOPE = "sparse_transformer/body/"
@@ -74,8 +75,7 @@ def measure(*command):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with books of PG-19")
     parser.add_argument("--work", type=Path, help="where to work (default: a temporary folder)")
     parser.add_argument("--out", type=Path, help="write the table here as well")
@@ -167,4 +167,4 @@ def topk_step_seconds(position=8100, steps=20):
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    main()
+    script(main)

@@ -26,14 +26,13 @@ from race import THREADS, start_ours
 from studies import Study
 
 from rt_scratch import UserError
-from rt_scratch.console import script
+from rt_scratch.console import Parser, script
 
 PARTS = ("crossover", "throughput", "worth", "ablation", "images", "lookahead", "divergence")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
     add("--out", type=Path, help="csv files, reports and figures (default: "

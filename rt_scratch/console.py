@@ -20,7 +20,14 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are one line, like all others, not the usage."""
+    """An ArgumentParser that shows the docstring of a script as it is written.
+
+    Its complaints are one line, like all others, not the usage.
+    """
+
+    def __init__(self, description: str, **options):
+        super().__init__(description=description, **options,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
         if message.endswith("expected one argument"):

@@ -473,8 +473,7 @@ def _read_hparams(path):
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags of the command."""
-    parser = Parser(prog="python -m rt_scratch.released", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, prog="python -m rt_scratch.released")
     parser.add_argument("checkpoint", nargs="?", type=a_path,
                         help="folder, path without .index, or zip; with --download the folder "
                              f"that both files go to (default: {DOWNLOADS})")

@@ -11,7 +11,6 @@ JSON text inside report.html, the template beside this file, whose script draws 
 
 from __future__ import annotations
 
-import argparse
 import base64
 import dataclasses
 import json
@@ -341,8 +340,7 @@ def encoded(array) -> str:
 
 def parse(argv=None):
     """The flags of the command."""
-    parser = Parser(prog="python -m rt_scratch.report", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, prog="python -m rt_scratch.report")
     add = parser.add_argument
     add("run", type=a_path, help="run folder")
     add("--out", type=a_path, help="page to write (default: report.html in the run folder)")

@@ -1,16 +1,32 @@
-"""Figures that the benchmarks derive from what they measure, worked out again by hand."""
+"""Figures that the benchmarks derive from what they measure, worked out again by hand; flags."""
 
 import json
+import runpy
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+SCRIPTS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(SCRIPTS))
 
 import race  # noqa: E402
 import recall  # noqa: E402
+
+
+@pytest.mark.parametrize("script", sorted(
+    path.stem for path in SCRIPTS.glob("*.py") if "Parser(" in path.read_text()))
+def test_wrong_flag_is_one_line(script, monkeypatch, capsys):
+    """What is missing or unknown among the arguments, and no usage."""
+    if script == "figures":
+        pytest.importorskip("matplotlib")
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--nonsense"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="__main__")
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+    assert err.endswith(f"; see {script}.py --help\n")
 
 
 def test_share_of_sgemm(monkeypatch):

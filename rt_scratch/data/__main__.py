@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-
 from rt_scratch.console import Parser, script
 from rt_scratch.data.table import DATASETS, fetch, load
 
@@ -11,8 +9,7 @@ from rt_scratch.data.table import DATASETS, fetch, load
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; UserError for everything the user can fix."""
     parser = Parser(
-        prog="python -m rt_scratch.data", description="Fetch, check and encode a dataset.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "Fetch, check and encode a dataset.", prog="python -m rt_scratch.data",
         epilog="\n".join(f"  {name:12} {row.about}" for name, row in DATASETS.items()))
     parser.add_argument("name", nargs="+",
                         help="a dataset of the list below, or text files and folders of them")
