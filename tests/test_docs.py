@@ -49,19 +49,26 @@ def test_evidence_exists():
         assert f"def {function}(" in source, f"{file}::{function}"
 
 
-def test_links_lead_somewhere():
-    for page in DOCS.glob("*.md"):
-        text = page.read_text("utf-8")
-        for target in re.findall(r"\]\(([^)]+)\)", text):
-            path, _, anchor = target.partition("#")
-            if path.startswith("http"):
-                continue
-            place = (DOCS / path).resolve() if path else page
-            assert place.exists(), f"{page.name}: {target}"
-            if anchor:
-                heads = re.findall(r"^#+ (.*)$", place.read_text("utf-8"), re.M)
-                slugs = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in heads}
-                assert anchor in slugs, f"{page.name}: {target}"
+def slug(heading):
+    """The anchor of a heading: its text without links and punctuation, dashes for spaces."""
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+    return re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", [
+    *ROOT.glob("*.md"), *DOCS.glob("*.md"), *(ROOT / "benchmarks" / "results").rglob("*.md")],
+    ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    """To a file, and where there is an anchor to a heading in it."""
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text("utf-8")):
+        path, _, anchor = target.partition("#")
+        if path.startswith("https://"):
+            continue
+        place = (page.parent / path).resolve() if path else page
+        assert place.exists(), target
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", place.read_text("utf-8"), re.M)
+            assert anchor in map(slug, heads), target
 
 
 # ------------------------------------------------------------------------------- derivations
