@@ -247,7 +247,7 @@ def draw(panels, path):
         return
     n = min(2, len(panels))
     figure, axes = plt.subplots(-(-len(panels) // n), n, squeeze=False, layout="constrained",
-                                figsize=(5.4 * n, 4.2 * -(-len(panels) // n)))
+                                figsize=(5.4 * n, 4.8 * -(-len(panels) // n)))
     for axis in axes.flat[len(panels):]:
         axis.remove()
     colours = dict(zip(CONTENDERS, plt.get_cmap("tab10").colors, strict=False))
@@ -255,7 +255,9 @@ def draw(panels, path):
         for contender, points in found.items():
             t, us, _ = zip(*points, strict=True)
             meets = meeting(found, contender)
-            label = contender if meets is None else f"{contender}: faster from T = {meets:,.0f}"
+            label = contender
+            if meets:
+                label += f": faster from {meets:,.0f}" + " or less" * (meets == t[0])
             axis.loglog(t, us, "o-" if contender.startswith("ours") else "s--",
                         color=colours[contender], label=label, markersize=4)
             if meets and meets > t[0]:
@@ -271,6 +273,6 @@ def draw(panels, path):
         axis.yaxis.set_major_formatter("{x:,g}")
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=7.5, ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.13))
     figure.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(figure)

@@ -107,7 +107,7 @@ def draw(rows, curves, path):
     for r in rows:
         at, ahead = (np.array([part.mean() for part in np.array_split(x, 32)])
                      for x in curves[r["run"]][:, :2].T)
-        axis.plot(at, ahead, ".-", label=f"{r['run']}: W K / T = {r['capacity']:g}")
+        axis.plot(at, ahead, ".-", label=f"W K / T = {r['capacity']:g}, {r['steps']:,} steps")
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set(xlabel="position in the window",
              ylabel="bits: token by token - one pass")
