@@ -99,26 +99,24 @@ class Workers(Threads):
             return super().run(params, state, parts, buffers, model, train)
         size = len(self._pipes) + 1
         slots = {id(buffer): slot for slot, buffer in enumerate(self._buffers)}
-        found = {}
+        found = []
         try:
-            for i, part in enumerate(parts):
-                if i % size:
-                    job = slots[id(buffers[i])], state.step, state.scale, part
-                    self._pipes[i % size - 1].send(job)
-            with alone():
-                for i in range(0, len(parts), size):
-                    found[i] = part_gradient(params, state, parts[i], buffers[i], model, train)
-            for i in range(len(parts)):
-                if i % size:
-                    found[i] = self._pipes[i % size - 1].recv()
+            for first in range(0, len(parts), size):  # one part each: pipes hold less than two
+                others = list(zip(self._pipes, range(first + 1, len(parts)), strict=False))
+                for pipe, i in others:
+                    pipe.send((slots[id(buffers[i])], state.step, state.scale, parts[i]))
+                with alone():
+                    found.append(part_gradient(
+                        params, state, parts[first], buffers[first], model, train))
+                found += [pipe.recv() for pipe, _ in others]
         except (EOFError, OSError):  # somebody killed one, perhaps the system for want of memory
             warn("note: a process with a part of the batch was killed; threads go on in its place")
             self.close()
             return self.run(params, state, parts, buffers, model, train)
-        for outcome in found.values():
+        for outcome in found:
             if isinstance(outcome, Exception):
                 raise outcome
-        return [found[i] for i in range(len(parts))]
+        return found
 
     def close(self):
         """End the other processes, whatever they are doing."""

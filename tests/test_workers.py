@@ -124,6 +124,29 @@ def test_an_error_there_is_raised_here_and_all_processes_end(three_cores, monkey
     assert not children(here) & pids
 
 
+def test_parts_and_results_that_no_pipe_holds(three_cores, monkeypatch):
+    """More parts than processes, and both sides send a megabyte: neither waits for the other."""
+    large = np.zeros(1 << 18, np.float32)
+    monkeypatch.setattr(workers, "part_gradient",
+                        lambda params, state, part, *_: (part, 0.0, step.Report({}, {})))
+
+    def too_long(*_):
+        raise AssertionError("they wait for each other")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(30)
+    try:
+        train = TrainConfig(batch=7, parts=7)
+        crew = workers.Workers(step.new_state(SMALL, train, np), SMALL, train, 3)
+        with contextlib.closing(crew):
+            parts = [large + i for i in range(7)]
+            found = crew.run(None, crew.state, parts, crew.spare(None, 7), SMALL, train)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert [part[0] for part, *_ in found] == list(range(7))
+
+
 def children(pid):
     found = set()
     with contextlib.suppress(OSError):
