@@ -50,11 +50,12 @@ def write_text(args, loaded, xp):
     prompt = np.asarray(codec.encode(text), dtype=np.int64)
     if prompt.size and prompt.max() >= model.vocab_size:
         raise UserError(f"the prompt has token {prompt.max()}, the model knows {model.vocab_size}")
-    settings = drawing(args, model, len(prompt), args.tokens, xp)
+    n_tokens = 400 if args.tokens is None else args.tokens
+    settings = drawing(args, model, len(prompt), n_tokens, xp)
     texts = [Text(codec, args.stop, prompt, args.raw) for _ in range(args.num)]
     drawn, started = 0, time.monotonic()
     show(texts[0].text, args.raw)
-    for tokens in generate(state.params, state.centroids, model, args.tokens,
+    for tokens in generate(state.params, state.centroids, model, n_tokens,
                            prompt=np.tile(prompt, (args.num, 1)), **settings):
         for i, row in enumerate(texts):
             new = row.add(tokens[i : i + 1])
@@ -72,9 +73,9 @@ def write_text(args, loaded, xp):
 
 def draw_images(args, loaded, xp):
     """Write a PNG grid of samples, or of completions of the top half of an image."""
-    if args.prompt or args.prompt_file or args.stop or args.raw:
-        raise UserError("--prompt, --prompt-file, --stop and --raw are for text; this run is "
-                        "images")
+    if args.prompt or args.prompt_file or args.tokens is not None or args.stop or args.raw:
+        raise UserError("--prompt, --prompt-file, --tokens, --stop and --raw are for text; this "
+                        "run is images")
     if args.out is None:
         raise UserError("this run is images: give --out FILE.png")
     model, size = loaded.model, loaded.model.image_size
@@ -106,7 +107,7 @@ def parse(argv=None):
     add("--checkpoint", choices=("last", "best"), help="(default: best)")
     add("--prompt", default="", help="text to continue")
     add("--prompt-file", type=a_path, help="file with the text to continue")
-    add("--tokens", type=int, default=400, help="tokens to draw (default 400)")
+    add("--tokens", type=int, help="tokens of text to draw (default 400)")
     add("--temperature", type=float, default=0.8,
         help="0: always the likeliest token (default 0.8)")
     add("--top-k", type=int, default=0, help="only the k likeliest; 0: all")
@@ -128,9 +129,10 @@ def parse(argv=None):
             raise UserError(f"{path}: no such file")
     for name, least in (("tokens", 1), ("num", 1), ("temperature", 0), ("top_k", 0),
                         ("top_p", 0), ("seed", 0)):
-        if not least <= getattr(args, name) < float("inf"):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a number "
-                            f"of at least {least}")
+        value = getattr(args, name)
+        if value is not None and not least <= value < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be a number of at least "
+                            f"{least}")
     if args.top_p > 1:
         raise UserError(f"--top-p {args.top_p}: a probability is at most 1")
     return args

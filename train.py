@@ -76,7 +76,7 @@ def fit(plan, run, state, progress, last, xp, world, step_once):
     def due(step):
         return step == last or (train.eval_every and step % train.eval_every == 0)
 
-    with StopRequest() as stop, log.Progress(first, train.steps) as bar:
+    with StopRequest() as stop, log.ProgressBar(first, train.steps) as bar:
         log.trim_log(run, first, progress.scored)
         if progress.scored < first and due(first):  # what an interrupted run had still to do
             row = log.logged_row(folder, first)
@@ -90,7 +90,7 @@ def fit(plan, run, state, progress, last, xp, world, step_once):
             progress = progress._replace(drawn=progress.drawn + windows)
             done = state.step
             logging = due(done) or done % train.log_every == 0
-            if logging or done == 1 or state.scale.value < 1e-3:
+            if logging or done == 1 or not state.scale.can_fall:
                 checkpoint.check_finite(result, state, folder)  # here the host waits for a GPU
             bar.update()
             if logging:

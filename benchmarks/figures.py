@@ -66,9 +66,9 @@ def draw_centroids(path):
         draw_circle(axis, state, model, split["valid"][:model.seq_len])
         loss = f": {np.mean(bits[-20:]):.2f} bits per byte" if bits else ""
         axis.set_title(f"step {until}{loss}", fontsize=10)
-    figure.suptitle("Normalised queries (small) and centroids (large, numbered) of one routing head; "
-                    "width 3, so all queries lie on a circle (their radii are scattered by 6 % to "
-                    "tell them apart)", fontsize=8)
+    figure.suptitle(
+        "Normalised queries (small) and centroids (large, numbered) of one routing head; width 3, "
+        "so all queries lie on a circle (their radii are scattered to tell them apart)", fontsize=8)
     save(figure, path)
 
 

@@ -4,12 +4,12 @@
     python benchmarks/learning.py --out benchmarks/results/learning     standard library, 5 min each
     python benchmarks/learning.py --out OUT --data FILE --size 4.2M --minutes 15
 
-Same sizes, same bytes, same batches, AdamW with the same learning rate, warmed up and lowered over
-the minutes, gradients clipped at norm 1. The contenders are two processes that train in turns of a
-few seconds; only training is on the clock. Scored on the same windows of the validation split, from
-the second token of each on. At the end a few hundred positions are scored twice: inside their whole
-window, and given their prefix alone, as a reader would have to predict them. Where the two differ,
-the future leaked into the score.
+Same sizes, same bytes, same batches, AdamW with the same settings and learning rate, warmed up and
+lowered over the minutes, gradients clipped at norm 1. The contenders are two processes that train
+in turns of a few seconds; only training is on the clock. Scored on the same windows of the
+validation split, from the second token of each on. At the end a few hundred positions are scored
+twice: inside their whole window, and given their prefix alone, as a reader would have to predict
+them. Where the two differ, the future leaked into the score.
 
 It wants a quiet machine: torch's threads spin while they wait, which costs it much time where other
 programs want the cores. OMP_WAIT_POLICY=PASSIVE makes them sleep, which slows it down where none
@@ -81,7 +81,8 @@ class Port:
 
         self.torch, (self.cfg, self.batch) = torch, size_model(size)
         self.net = rivals.port(self.cfg)
-        self.optimizer = torch.optim.AdamW(self.net.parameters())
+        self.optimizer = torch.optim.AdamW(  # as ours: torch's defaults are 0.999 and 0.01
+            self.net.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
 
     def train(self, ids, lr):
         for group in self.optimizer.param_groups:

@@ -4,11 +4,13 @@
     python benchmarks/profile_step.py --sizes 1.1M --routing causal
 
 Every function of the model is wrapped in a clock. Seconds are a function's own, without those of
-the functions it calls. Work of the pool's threads counts 1 / threads, so that the column adds up to
-the step. Bytes are those of the arrays a function is given and returns, each counted once: what has
-to move, whatever the function does in between.
+the functions it calls. Parts of a batch run on threads here, not in forked processes, which have
+clocks of their own. A thread's work counts 1 / threads, so that the column adds up to the step.
+Bytes are those of the arrays a function is given and returns, each counted once: what has to move,
+whatever the function does in between.
 """
 
+import contextlib
 import functools
 import threading
 import time
@@ -86,7 +88,7 @@ def collect(tree, seen):
 def wrap_everything():
     """Replace the functions by clocked ones wherever a module, or a row of its tables, names them.
 
-    Before anything else: `heads.parts` remembers rows.
+    Before anything else: `heads.head_groups` remembers rows.
     """
     owners = {m.__name__ for m in MODULES}
     clocks = {f: clocked(f) for m in MODULES for f in vars(m).values()
@@ -105,6 +107,7 @@ def wrap_everything():
                 setattr(m, name, replaced(value))
     common.train_step = step.train_step
     step.parallel = uncounted(step.parallel)
+    common.start_workers = lambda step_once, state, *_: contextlib.nullcontext((state, step_once))
 
 
 def profile(size, n_steps, changes):

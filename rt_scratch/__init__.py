@@ -1,6 +1,6 @@
 """The Routing Transformer from scratch: every forward and backward pass by hand, NumPy or CuPy.
 
-Letters, used in every shape comment:
+Letters of the shape comments, where none says otherwise:
 
     B batch          T tokens           C model width       H heads         D head width
     K clusters       W routing window   S local block       L layers        M feed-forward width

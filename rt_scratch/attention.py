@@ -137,7 +137,7 @@ def attend(q, k, v, rel_k, rel_v, mask, scale, dropped=None):
         p *= dropout_mask(xp, p.shape, dropped, p.dtype)
     o = p @ v
     if rel_v is not None:
-        o += _rows_times(unskew(p, rel_v.shape[0]), rel_v)
+        o += rows_times(unskew(p, rel_v.shape[0]), rel_v)
     return o, AttendCache(q, k, v, rel_k, rel_v, mask, scale, dropped, lse)
 
 
@@ -159,8 +159,8 @@ def attend_backward(do, cache):
     drel_k = drel_v = None
     if rel_v is not None:
         n_distances = rel_v.shape[0]
-        drel_v = _outer(unskew(used, n_distances), do)               # o += unskew(p) rel_v
-        dp += skew(_rows_times(do, rel_v.T), k.shape[-2])
+        drel_v = outer(unskew(used, n_distances), do)               # o += unskew(p) rel_v
+        dp += skew(rows_times(do, rel_v.T), k.shape[-2])
     if keep is not None:
         dp *= keep
 
@@ -170,8 +170,8 @@ def attend_backward(do, cache):
     dk = dz.swapaxes(-1, -2) @ q
     if rel_k is not None:
         by_distance = unskew(dz, n_distances)                        # z += skew(scale q rel_k^T)
-        dq += _rows_times(by_distance, rel_k)
-        drel_k = _outer(by_distance, q)
+        dq += rows_times(by_distance, rel_k)
+        drel_k = outer(by_distance, q)
     return dq, dk, dv, drel_k, drel_v
 
 
@@ -179,7 +179,7 @@ def _logits(q, k, rel_k, mask, scale):
     xp = array_module(q)
     z = q @ k.swapaxes(-1, -2)
     if rel_k is not None:
-        z += skew(_rows_times(q, rel_k.T), k.shape[-2])
+        z += skew(rows_times(q, rel_k.T), k.shape[-2])
     z *= scale
     if mask is None:
         mask = causal_mask(xp, *z.shape[-2:])
@@ -192,12 +192,12 @@ def causal_mask(xp, n_queries: int, n_keys: int):
     return xp.tri(n_queries, n_keys, n_keys - n_queries, dtype=bool)
 
 
-def _rows_times(x, w):
+def rows_times(x, w):
     """x w as one matrix product over all leading axes."""
     return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
 
 
-def _outer(x, y):
+def outer(x, y):
     """Sum over all rows of x_row^T y_row: (..., S, P), (..., S, D) -> (P, D)."""
     return x.reshape(-1, x.shape[-1]).T @ y.reshape(-1, y.shape[-1])
 

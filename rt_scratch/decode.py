@@ -129,25 +129,24 @@ def choose(logits, rng, temperature=1.0, top_k=0, top_p=0.0):
     al. 2020); 0 switches either off. Both together: top_k first. rng: a numpy Generator, or one per
     row, so that what a row draws does not depend on the others.
     """
-    xp = array_module(logits)
     if temperature == 0:
         return logits.argmax(-1)
     z = logits.astype("float64")
     with np.errstate(over="ignore"):  # next to 0 all but the best become -inf
         z = (z - z.max(-1, keepdims=True)) / temperature
-    order = xp.argsort(-z, axis=-1, kind="stable")                   # best first
-    rows = xp.arange(len(z))
+    order = np.argsort(-z, axis=-1, kind="stable")                   # best first
+    rows = np.arange(len(z))
     z = z[rows[:, None], order]
     if top_k:
         z[:, top_k:] = -math.inf
-    p = xp.exp(z - z[:, :1])
+    p = np.exp(z - z[:, :1])
     p /= p.sum(-1, keepdims=True)
     if 0 < top_p < 1:
-        p[xp.cumsum(p, axis=-1) - p >= top_p] = 0                    # the first always stays
+        p[np.cumsum(p, axis=-1) - p >= top_p] = 0                    # the first always stays
         p /= p.sum(-1, keepdims=True)
     draw = rng.random((len(p), 1)) if isinstance(rng, np.random.Generator) else np.array(
         [[row.random()] for row in rng])
-    picked = xp.minimum((xp.cumsum(p, axis=-1) < draw).sum(-1), (p > 0).sum(-1) - 1)
+    picked = np.minimum((np.cumsum(p, axis=-1) < draw).sum(-1), (p > 0).sum(-1) - 1)
     return order[rows, picked]
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from rt_scratch.dispatch import accelerated, array_module
 from rt_scratch.dropout import dropout, dropout_backward
+from rt_scratch.threads import tiles
 
 EPSILON = 1e-6  # of LayerNorm; the released code's value
 
@@ -88,8 +89,8 @@ LayerNormCache = namedtuple("LayerNormCache", "x gain mean rstd")
 def normalize(x):
     """n = (x - mean) / sqrt(variance + 1e-6) over the last axis: LayerNorm without parameters.
 
-    Routing heads apply it to queries and keys, so that all of them have one length, sqrt(C). Cache:
-    x and the row statistics mean and rstd = 1 / sqrt(variance + 1e-6), each (..., 1).
+    Routing heads apply it to queries and keys (..., D), so that all have the length sqrt(D).
+    Cache: x and the row statistics mean and rstd = 1 / sqrt(variance + 1e-6), each (..., 1).
     docs/derivations.md (9).
     """
     xp = array_module(x)
@@ -461,7 +462,7 @@ def linear_cross_entropy(x, w, b, targets, weights):
     xp = array_module(x)
     loss = xp.zeros((), x.dtype)
     lse = xp.empty(x.shape[0], x.dtype)
-    for rows in _chunks(x.shape[0], w.shape[1]):
+    for rows in tiles(x.shape[0], CHUNK_ENTRIES // w.shape[1]):
         z = x[rows] @ w
         z += b
         top = z.max(-1)
@@ -480,7 +481,7 @@ def linear_cross_entropy_backward(dloss, cache):
     x, w, b, targets, weights, lse = cache
     xp = array_module(x)
     dx, dw, db = xp.empty_like(x), xp.zeros(w.shape, w.dtype), xp.zeros_like(b)
-    for rows in _chunks(x.shape[0], w.shape[1]):
+    for rows in tiles(x.shape[0], CHUNK_ENTRIES // w.shape[1]):
         z = x[rows] @ w
         z += b
         z -= lse[rows, None]
@@ -491,8 +492,3 @@ def linear_cross_entropy_backward(dloss, cache):
         dw += x[rows].T @ dz
         db += dz.sum(0)
     return dx, dw, db
-
-
-def _chunks(n_rows: int, row_size: int):
-    step = max(1, CHUNK_ENTRIES // row_size)
-    return [slice(i, min(i + step, n_rows)) for i in range(0, n_rows, step)]

@@ -137,9 +137,9 @@ def loss_backward(dnats, dcommitment, cache: LossCache, grads):
     forward_backward(dh.reshape(cache.shape), dcommitment, cache.forward, grads)
 
 
-def logits(params, centroids, cfg: ModelConfig, ids, labels=None, fixed=None):
+def logits(params, centroids, cfg: ModelConfig, ids, labels=None):
     """Logits (B, T, V) of each token given those before it."""
-    (h, _), _, _ = forward(params, centroids, cfg, ids, labels, fixed=fixed)
+    (h, _), _, _ = forward(params, centroids, cfg, ids, labels)
     return linear(h, *_output(params, cfg))[0]
 
 

@@ -14,7 +14,7 @@ import math
 from collections import namedtuple
 from typing import Any, NamedTuple
 
-from rt_scratch.attention import distance_rows, distance_rows_backward
+from rt_scratch.attention import distance_rows, distance_rows_backward, outer
 from rt_scratch.dispatch import accelerated, array_module
 from rt_scratch.dropout import dropout_mask
 from rt_scratch.kmeans import MAX_CLUSTERS, nearest, unit_length
@@ -180,7 +180,7 @@ def multiprobe_attention(q, k, v, rel_k, rel_v, route: Route, rule: Rule, droppe
 
 
 @accelerated
-def multiprobe_attention_backward(do, cache: MultiprobeCache, n_tokens: int):
+def multiprobe_attention_backward(do, cache: MultiprobeCache):
     """dz_ts = p_ts (dp_ts - do_t . o_t), where do_t . o_t is a sum over all rows of query t.
 
     Returns dq, dk, dv, drel_k, drel_v; where keys are queries, dq is the sum for both roles and
@@ -198,7 +198,7 @@ def multiprobe_attention_backward(do, cache: MultiprobeCache, n_tokens: int):
     dp = do_rows @ gather(_wide(v), tile.keys).swapaxes(-1, -2)
     drel_k = drel_v = None
     if rows_v is not None:
-        drel_v = _outer(_by_distance(used, tile, rows_v), do_rows)
+        drel_v = outer(_by_distance(used, tile, rows_v), do_rows)
         dp += _by_key(do_rows @ _wide(rows_v).T, tile)
     if keep is not None:
         dp *= keep
@@ -210,11 +210,11 @@ def multiprobe_attention_backward(do, cache: MultiprobeCache, n_tokens: int):
     if rows_k is not None:
         by_distance = _by_distance(dz, tile, rows_k)
         dq += by_distance @ _wide(rows_k)
-        drel_k = distance_rows_backward(_outer(by_distance, queries).astype(dtype, copy=False),
+        drel_k = distance_rows_backward(outer(by_distance, queries).astype(dtype, copy=False),
                                         tables[0])
         drel_v = distance_rows_backward(drel_v.astype(dtype, copy=False), tables[1])
     dq = _of_queries(dq, tile).sum(3)
-    dk, dv = (_of_keys(x, tile, n_tokens) for x in (dk, dv))
+    dk, dv = (_of_keys(x, tile, k.shape[2]) for x in (dk, dv))
     dq, dk, dv = (x.astype(dtype, copy=False) for x in (dq, dk, dv))
     return *((dq + dk, None) if k is q else (dq, dk)), dv, drel_k, drel_v
 
@@ -282,11 +282,6 @@ def _by_distance(y, tile, rows):
     xp, (n, p) = array_module(y), (y.shape[-1], rows.shape[0])
     row = xp.arange(y.size // n).reshape(tile.column.shape)
     return y.reshape(-1)[n * row + tile.column - p + 1 + xp.arange(p)]
-
-
-def _outer(x, y):
-    """Sum over all rows of x_row^T y_row: (..., S, P), (..., S, D) -> (P, D)."""
-    return x.reshape(-1, x.shape[-1]).T @ y.reshape(-1, y.shape[-1])
 
 
 def _wide(x):

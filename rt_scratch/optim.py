@@ -85,6 +85,11 @@ class LossScale(NamedTuple):
     value: float
     steady: int  # steps since it last changed
 
+    @property
+    def can_fall(self) -> bool:
+        """False where so small a scale says that the gradient itself is not finite."""
+        return self.value >= 1e-3
+
     def after(self, finite: bool) -> LossScale:
         """The scale of the next step."""
         if not finite:

@@ -131,7 +131,7 @@ def compute_copy(flat, table: list[Leaf], dtype) -> dict:
 
     Matrices are rounded to dtype, and each matrix and each of its rows begins where a GPU's matrix
     products read fastest, whatever its size. Vectors, the gains and biases, are views of the
-    buffer, unrounded. Without a dtype all leaves are.
+    buffer, unrounded. Without a dtype all leaves are such views.
     """
     if dtype is None:
         return views(flat, table)
@@ -186,7 +186,7 @@ def init_parameters(cfg: ModelConfig, xp, dtype, seed: int):
     """(flat buffer, table). Drawn on the host, so that every device starts from the same numbers.
 
     Released initialisers: matrices and tables uniform with variance gain / average of fan-in and
-    fan-out, image positions N(0, 1 / sqrt(3 C)), biases 0, LayerNorm 1 and 0. The released gain is
+    fan-out, image positions N(0, 1 / (3 C)), biases 0, LayerNorm 1 and 0. The released gain is
     0.2. Each leaf draws from a stream of its own, keyed by its name. The last matrix of attention
     and of the feed-forward layer is then multiplied by `init_out_scale`.
 

@@ -143,14 +143,6 @@ def fold(shared, w_o):
     return np.matmul(shared, w_o.reshape(-1, d, w_o.shape[1])).reshape(w_o.shape)
 
 
-def unfold_gradients(dw, shared, w_o):
-    """Gradients of the (D, D) matrix and of the released w_o from that of the folded one."""
-    d = shared.shape[0]
-    blocks, dblocks = w_o.reshape(-1, d, w_o.shape[1]), dw.reshape(-1, d, w_o.shape[1])
-    dshared = np.matmul(dblocks, blocks.swapaxes(1, 2)).sum(0)
-    return dshared, np.matmul(shared.T, dblocks).reshape(w_o.shape)
-
-
 _ATTENTION = {
     "w_q": "q/kernel", "w_k": "k/kernel", "w_v": "v/kernel", "w_o": "output_transform/kernel",
     "local_rel_k": "attention_nd/local_nd/relative_positions_keys/embeddings",
@@ -406,7 +398,7 @@ def _check_hparams(hparams, shaped):
 def write_run(checkpoint: Path, vocabulary: Path, folder: Path) -> None:
     """Convert a checkpoint and its vocabulary into the run folder `folder`, whole or not at all."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--out {folder}: is there already; choose another folder")
+        raise UserError(f"--out {folder}: exists already; choose another folder")
     subwords = read_vocabulary(vocabulary)
     with opened(checkpoint, folder.absolute().parent) as source:
         found = own_variables(source.variables)

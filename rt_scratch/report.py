@@ -47,7 +47,7 @@ def main(argv=None):
     """Run the command; UserError for everything the user can fix."""
     args = parse(argv)
     loaded = load_model(args.run, np)
-    page = describe(args.run, loaded) | curves(args.run, loaded) | {
+    page = describe(args.run, loaded) | curves(args.run) | {
         "samples": samples(args.run, loaded)}
     ids, label, source, labels = chosen_window(args, loaded)
     page["window"] = window = {"source": source, "labels": labels, "kind": loaded.model.kind,
@@ -113,29 +113,32 @@ def describe(folder: Path, loaded) -> dict:
 
 # ----------------------------------------------------------------------------------------- curves
 
-def curves(folder: Path, loaded) -> dict:
+def curves(folder: Path) -> dict:
     """What log.csv and clusters.csv say about training, thinned to POINTS points a curve."""
     rows = log.read_log(folder)
     train, valid = ([r for r in rows if r["split"] == s] for s in ("train", "valid"))
-    kept = train[:: -(-len(train) // POINTS) or 1]
-    found = {"unit": rows[0]["unit"] if rows else "", "steps": [int(r["step"]) for r in kept],
-             "valid_steps": [int(r["step"]) for r in valid], "width": len(train) // 20 + 1}
+    found = {"unit": rows[0]["unit"] if rows else "", "width": len(train) // 20 + 1,
+             "steps": [int(r["step"]) for r in thinned(train)],
+             "valid_steps": [int(r["step"]) for r in valid]}
     for name in ("nats", "score", "lr", "grad_norm", "uncovered", "several", "largest", "dead"):
         every = [float(r[name] or "nan") for r in train]
-        chosen = slice(None, None, -(-len(train) // POINTS) or 1)
-        found[name] = every[chosen]
+        found[name] = thinned(every)
         if name in ("nats", "score"):
-            found[f"smooth_{name}"] = smooth(every, found["width"])[chosen]
+            found[f"smooth_{name}"] = thinned(smooth(every, found["width"]))
             found[f"valid_{name}"] = [float(r[name]) for r in valid]
     last = max(found["steps"], default=0)
     found["heads"] = []
     for (layer, head), table in sorted(log.read_clusters(folder).items()):
-        steps = [step for step in sorted(table) if step <= last]
-        steps = steps[:: -(-len(steps) // POINTS) or 1]
+        steps = thinned([step for step in sorted(table) if step <= last])
         found["heads"].append({"layer": layer, "head": head, "steps": steps,
                                "largest": [table[s][0] for s in steps],
                                "dead": [table[s][1] for s in steps]})
     return {"log": found}
+
+
+def thinned(values: list) -> list:
+    """At most POINTS of them, evenly spread from the first on."""
+    return values[:: -(-len(values) // POINTS) or 1]
 
 
 def smooth(values: list[float], width: int) -> list[float]:

@@ -54,8 +54,8 @@ class Mode(NamedTuple):
     choose: Callable            # (q, k, mu, rule) -> Route
     attend: Callable            # (q, k, v, rel_k, rel_v, Route, rule, dropped) ->
     #                             o, cache, Coverage
-    attend_backward: Callable   # (do, cache, n_tokens) -> dq, dk, dv, drel_k, drel_v; where keys
-    #                             are queries dq is the sum for both roles, dk None
+    attend_backward: Callable   # (do, cache) -> dq, dk, dv, drel_k, drel_v; where keys are queries
+    #                             dq is the sum for both roles, dk None
     learns: bool                # whether centroids follow the tokens
 
 
@@ -65,8 +65,6 @@ class Rule(NamedTuple):
     mode: Mode
     window: int            # W
     scale: float           # of the logits; 1 in the released code, whose q and k have length sqrt D
-    causal: bool = True    # False, with TOPK only and used by no kind of head: all members see
-    #                        each other, whatever their time
     clusters: Any = None   # (H, T) with RANDOM: the cluster of each position
     n_probes: int = 1      # R, with MULTIPROBE (multiprobe.py)
 
@@ -100,7 +98,7 @@ class Membership(NamedTuple):
 
 
 RoutingCache = namedtuple(
-    "RoutingCache", "rule n_tokens query key attention commitment key_commitment")
+    "RoutingCache", "rule query key attention commitment key_commitment")
 
 
 def routing_attention(q, k, v, rel_k, rel_v, mu, rule: Rule, fixed=None, dropped=None):
@@ -132,14 +130,13 @@ def routing_attention(q, k, v, rel_k, rel_v, mu, rule: Rule, fixed=None, dropped
             loss, counts, sums = loss + loss_k, counts + counts_k, sums + sums_k
 
     o, cache, coverage = rule.mode.attend(qn, kn, v, rel_k, rel_v, route, rule, dropped)
-    return ((o, loss), RoutingCache(rule, q.shape[2], cache_q, cache_k, cache, own, own_k),
+    return ((o, loss), RoutingCache(rule, cache_q, cache_k, cache, own, own_k),
             Membership(counts, sums, *coverage), route)
 
 
 def routing_attention_backward(do, dloss, cache: RoutingCache):
     """Gradients of q, k (None when keys are queries), v, rel_k, rel_v. docs/derivations.md (49)."""
-    dqn, dkn, dv, drel_k, drel_v = cache.rule.mode.attend_backward(
-        do, cache.attention, cache.n_tokens)
+    dqn, dkn, dv, drel_k, drel_v = cache.rule.mode.attend_backward(do, cache.attention)
     if cache.key is None:  # keys are queries: the loss was counted twice
         if cache.commitment is not None:
             add_commitment_gradient(dqn, 2 * dloss, cache.commitment)
@@ -184,18 +181,15 @@ TopkCache = namedtuple("TopkCache", "attend mean rows_k rows_v route")
 def topk_attention(q, k, v, rel_k, rel_v, route: Route, rule: Rule, dropped=None):
     """Each cluster is one block of W queries and W keys; a token gets the mean over its clusters.
 
-    When causal, a query sees members that are not later than itself; where keys are queries, that
-    order of time is the order in the cluster. docs/derivations.md (26), (27) in each cluster, (42).
+    A query sees members that are not later than itself; where keys are queries, the order of time
+    is the order in the cluster. docs/derivations.md (26), (27) in each cluster, (42).
     """
     shared, window = route.key_members is route.members, route.members.shape[-1]
-    mask = None  # causal by order
-    if not rule.causal:
-        mask = array_module(q).ones((window, window), bool)
-    elif not shared:
-        mask = route.key_members[..., None, :] <= route.members[..., :, None]  # (B, H, K, W, W)
+    mask = None if shared else (                                     # (B, H, K, W, W)
+        route.key_members[..., None, :] <= route.members[..., :, None])
     rows_k = rows_v = cache_k = cache_v = None
     if rel_k is not None:
-        last = 0 if rule.causal and shared else window - 1
+        last = 0 if shared else window - 1
         rows_k, cache_k = distance_rows(rel_k, 1 - window, last)
         rows_v, cache_v = distance_rows(rel_v, 1 - window, last)
     queries = gather(q, route.members)                               # (B, H, K, W, D)
@@ -213,7 +207,7 @@ def coverage(times) -> Coverage:
     return Coverage((times == 0).mean(), (times > 1).mean())
 
 
-def topk_attention_backward(do, cache: TopkCache, n_tokens: int):
+def topk_attention_backward(do, cache: TopkCache):
     """Gradients of q, k, v, rel_k, rel_v. docs/derivations.md (43), (28) to (30), (32), (41)."""
     dq, dk, dv, drel_k, drel_v = attend_backward(scatter_mean_backward(do, cache.mean),
                                                  cache.attend)
@@ -221,6 +215,7 @@ def topk_attention_backward(do, cache: TopkCache, n_tokens: int):
         drel_k = distance_rows_backward(drel_k, cache.rows_k)
         drel_v = distance_rows_backward(drel_v, cache.rows_v)
     members, key_members = cache.route.members, cache.route.key_members
+    n_tokens = do.shape[2]
     dq, dk = (dq + dk, None) if key_members is members else (dq, dk)
     return (scatter_sum(dq, members, n_tokens),
             None if dk is None else scatter_sum(dk, key_members, n_tokens),
@@ -294,7 +289,7 @@ def _within_clusters(q, k, v, rel_k, rel_v, segments, rule: Rule, dropped):
                            rule.window, dropped)
 
 
-def sorted_attention_backward(do, cache: SortedCache, n_tokens: int):
+def sorted_attention_backward(do, cache: SortedCache):
     """Gradients of q, k, v, rel_k, rel_v. docs/derivations.md (45)."""
     dq, dk, dv, drel_k, drel_v = local_attention_backward(gather(do, cache.order), cache.local)
     back = cache.back
@@ -345,7 +340,7 @@ def shifted_attention(q, k, v, rel_k, rel_v, route: Route, rule: Rule, dropped=N
             Coverage(first.mean(dtype=cache.lse.dtype), xp.zeros((), cache.lse.dtype)))
 
 
-def shifted_attention_backward(do, cache: ShiftedCache, n_tokens: int):
+def shifted_attention_backward(do, cache: ShiftedCache):
     """Gradients of q, k, v, rel_k, rel_v. docs/derivations.md (73)."""
     xp = array_module(do)
     do = gather(do, cache.order[..., 1:] - 1) * cache.seen

@@ -170,6 +170,13 @@ def test_all_modules_are_read():
         assert module in SOURCES, f"{module} is imported and does not exist"
 
 
+def test_lines_of_kernels_are_short():
+    """As ruff wants those of Python."""
+    long = [f"{path.name}:{i}" for path in (ROOT / "rt_scratch" / "kernels").glob("*.cu*")
+            for i, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 100]
+    assert not long
+
+
 def test_no_circle():
     assert circle(arrows(SOURCES)) is None
 

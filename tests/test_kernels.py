@@ -87,7 +87,7 @@ def probing(rng):
 def probed(rng):
     """Arguments of `multiprobe_attention_backward`."""
     y, cache, _ = plain("multiprobe.multiprobe_attention")(*probing(rng))
-    return *draw(rng, y.shape), cache, T
+    return *draw(rng, y.shape), cache
 
 
 FORWARD = {

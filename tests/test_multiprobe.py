@@ -209,5 +209,5 @@ def test_half_precision_is_computed_in_float32():
     assert got.dtype == np.float16
     np.testing.assert_array_equal(got, want.astype("float16"))
     do = np.cos(want).astype("float16")
-    for x in MULTIPROBE.attend_backward(do, cache, 23)[:3]:
+    for x in MULTIPROBE.attend_backward(do, cache)[:3]:
         assert x.dtype == np.float16 and np.isfinite(x).all()

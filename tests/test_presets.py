@@ -79,6 +79,13 @@ def test_a_plan_leaves_the_presets_alone(tmp_path):
     assert before == PRESETS
 
 
+def test_classes_are_checked_without_the_files(tmp_path):
+    flags = ["cifar10", "--dry-run", "--data-dir", str(tmp_path / "nothing"), "--n-classes"]
+    assert plan_run(train.parse([*flags, "10"])).model.n_classes == 10
+    with pytest.raises(UserError, match="--n-classes 7: cifar10 has 10 classes"):
+        plan_run(train.parse([*flags, "7"]))
+
+
 def test_rows_of_the_papers_table_of_images(tmp_path):
     """Table 1: H routing heads of 8 in the last L of 12 layers, elsewhere local; its controls."""
     for h in (2, 4, 8):

@@ -408,7 +408,7 @@ def test_vocabulary_of_another_size(copied, tmp_path):
 
 
 def test_a_run_is_never_replaced(copied, vocabulary, tmp_path):
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         released.write_run(copied, vocabulary, tmp_path)
 
 

@@ -213,12 +213,12 @@ def test_causal_against_loops(seed, mode, t, k, window, d, reach, shared):
     assert membership.counts.sum() == 2 * 2 * t
 
 
-@given(seeds, lengths, clusters, windows, widths, reaches, st.booleans(), st.booleans())
-def test_topk_against_loops(seed, t, k, window, d, reach, shared, causal):
+@given(seeds, lengths, clusters, windows, widths, reaches, st.booleans())
+def test_topk_against_loops(seed, t, k, window, d, reach, shared):
     rng, q, key, v, mu = routing_inputs(seed, t, d, k)
     rel_k, rel_v = tables(rng, reach, d)
     (o, loss), _, membership, route = routing_attention(
-        q, None if shared else key, v, rel_k, rel_v, mu, Rule(TOPK, window, 1.0, causal))
+        q, None if shared else key, v, rel_k, rel_v, mu, Rule(TOPK, window, 1.0))
     qn, kn = normalize(q)[0], normalize(q if shared else key)[0]
     rel = clipped(rel_k, rel_v, reach)
     none = several = 0
@@ -231,7 +231,7 @@ def test_topk_against_loops(seed, t, k, window, d, reach, shared, causal):
                 assert list(index) == sorted(index) and 0 <= index[0] and index[-1] < t
                 inside = loop_attention(
                     qn[b, h, index], kn[b, h, seen], v[b, h, seen],
-                    lambda i, j, index=index, seen=seen: not causal or seen[j] <= index[i],
+                    lambda i, j, index=index, seen=seen: seen[j] <= index[i],
                     1.0, rel)
                 total[index] += inside
                 times[index] += 1

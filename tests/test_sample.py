@@ -125,6 +125,7 @@ def test_bad_input(text_run, image_run, tmp_path):
     for argv, word in (
             ([image_run], "give --out"),
             ([image_run, "--prompt", "a"], "are for text"),
+            ([image_run, "--tokens", "9"], "are for text"),
             ([image_run, "--out", "x.png", "--label", "3"], "classes are 0 to 2"),
             ([image_run, "--out", str(tmp_path / "no" / "x.png")], "cannot write"),
             ([text_run, "--out", "x.png"], "are for images"),

@@ -277,7 +277,7 @@ def test_bad_flags(text, tmp_path):
             (["--width", "1073741824"], "do not fit in memory"),
             (["--stop-after", "-1"], "must not be negative"),
             (["--stride", "4"], "--stride: needs --evaluate"),
-            (["--kind", "image"], "--kind image: "),
+            (["--kind", "image"], "unrecognized arguments: --kind"),
             (["--routing-layers", "a"], "layers are whole numbers"),
             (["--accumulate", "1000000000"], "does not fit in memory"),
             (["--resume", "--evaluate", "test"], "--resume: not used with --evaluate"),

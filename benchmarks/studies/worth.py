@@ -79,7 +79,7 @@ def write(study, rows):
     for dataset, steps in dict.fromkeys((r["dataset"], r["steps"]) for r in rows
                                         if r["time"] == "steps"):
         own = [r for r in rows if r["dataset"] == dataset]
-        base = {s for s in (r["steps"] for r in own if r["kind"] == BASE)}
+        base = {r["steps"] for r in own if r["kind"] == BASE}
         own = [r for r in own if r["time"] == "time" and base == {steps} or r["steps"] == steps]
         for recipe, time in (("default", "steps"), ("default", "time"), ("adamw", "steps")):
             found = groups(own, recipe, time)

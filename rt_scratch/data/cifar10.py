@@ -16,7 +16,7 @@ from rt_scratch.data.cache import cached
 from rt_scratch.data.dataset import Dataset
 from rt_scratch.data.download import Source
 from rt_scratch.data.files import find, missing, opened
-from rt_scratch.data.images import hold_out, interleave, take_labels, write_images
+from rt_scratch.data.images import PICKLED, hold_out, interleave, take_labels, write_images
 from rt_scratch.errors import UserError
 
 SOURCE = Source("cifar-10-binary.tar.gz",
@@ -32,7 +32,6 @@ OFFICIAL = {  # sha256 of the files
     "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
     "test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
 }
-PICKLED = "this is the version for Python, made of pickles, which are never read"
 OTHERS = {pattern: PICKLED for pattern in (
     "cifar-10-python*", "cifar-10-batches-py", "batches.meta", "data_batch_1")} | {
     pattern: "this is the version for Matlab" for pattern in (

@@ -39,7 +39,7 @@ class Codec(NamedTuple):
     file: Path | None                      # its alphabet; None where it needs none
     encode: Callable[[bytes], np.ndarray]  # text to ids (n,)
     decode: Callable[[np.ndarray], bytes]  # ids (n,) to text
-    joins: bool = False                    # False: and it ends with decode(b)
+    joins: bool = False                    # False: it is decode(a) + decode(b)
     end: int = -1                          # the id after which there is no more text; -1: none
 
     def to_config(self) -> dict[str, str | None]:

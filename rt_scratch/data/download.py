@@ -129,7 +129,7 @@ def _persistently(once):
             if e.code < 500 and e.code not in (408, 429):  # those may pass, others stay
                 raise _Failed(reason) from e
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError,
-                ValueError) as e:  # the last: an address to go on at that is none
+                ValueError) as e:  # the last: redirected to what is no address
             reason = f"the connection broke: {getattr(e, 'reason', None) or e}"
     raise _Failed(f"{reason}, {TRIES} times")
 

@@ -21,7 +21,15 @@ from tqdm import tqdm
 from rt_scratch.data.cache import cached
 from rt_scratch.data.dataset import Dataset
 from rt_scratch.data.files import DAMAGE, bucket, damaged, find, missing, opened, ordinary
-from rt_scratch.data.images import SPLITS, colours, hold_out, interleave, take_labels, write_images
+from rt_scratch.data.images import (
+    PICKLED,
+    SPLITS,
+    colours,
+    hold_out,
+    interleave,
+    take_labels,
+    write_images,
+)
 from rt_scratch.errors import UserError
 
 SIDE = 64
@@ -51,7 +59,6 @@ HOW_TO_GET_IT = (
     f"({', '.join(NPZ_ARCHIVES)}; 14.1 GB) or the older train_64x64.tar and valid_64x64.tar, put "
     "them, packed or unpacked, into one folder, and start: python train.py imagenet64 --data-dir "
     "FOLDER")
-PICKLED = "this is the version for Python, made of pickles, which are never read"
 OTHERS = {pattern: PICKLED for pattern in (
     "Imagenet64_train_part1.zip", "Imagenet64_train_part2.zip", "Imagenet64_val.zip",
     "train_data_batch_1", "val_data")}

@@ -12,6 +12,7 @@ from rt_scratch.data.cache import ArrayFile, smallest_type
 from rt_scratch.errors import UserError
 
 SPLITS = ("train", "valid", "test")
+PICKLED = "this is the version for Python, made of pickles, which are never read"
 
 
 def colours(image) -> np.ndarray:

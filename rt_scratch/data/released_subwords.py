@@ -57,7 +57,7 @@ class Subwords:
         return ids
 
     def encode(self, text: bytes) -> np.ndarray:
-        """Ids (n,) of a text: each line stripped and encoded by itself. Not UTF-8 counts as ?."""
+        """Ids (n,) of a text: each line stripped, encoded by itself. Not UTF-8 counts as U+FFFD."""
         lines = text.decode("utf-8", "replace").split("\n")
         return np.array([i for line in lines for i in self.encode_line(line.strip())], self.dtype)
 

@@ -21,6 +21,7 @@ class Row(NamedTuple):
     about: str                    # what it is, for lists
     vocab_size: int = 256         # V of the official files
     image_size: int = 0           # height and width of its images; 0: text
+    n_classes: int = 0            # of its images
     chooses_vocab: bool = False   # True: its `load(folder, vocab_size)` trains subwords
     needs_files: bool = True      # False: every Python has it
 
@@ -30,8 +31,8 @@ DATASETS = {  # the name is also that of its module in this folder
     "enwik8": Row("100 MB of Wikipedia, bytes"),
     "wikitext103": Row("Wikipedia articles, words", 267_735),
     "pg19": Row("books before 1919, subwords", 98_304, chooses_vocab=True),  # the paper's "98k"
-    "cifar10": Row("32 x 32 images of 10 classes", image_size=32),
-    "imagenet64": Row("64 x 64 images of 1000 classes", image_size=64),
+    "cifar10": Row("32 x 32 images of 10 classes", image_size=32, n_classes=10),
+    "imagenet64": Row("64 x 64 images of 1000 classes", image_size=64, n_classes=1000),
 }
 OLD_CODECS = {"": "bytes", ".txt": "words", ".json": "subwords"}
 
@@ -82,7 +83,7 @@ def outline(name: str, vocab_size: int = 0) -> Dataset:
     size = row.image_size
     return Dataset(name, "image" if size else "text", vocab_size or row.vocab_size, "", {},
                    f"{row.about}; no files here, sizes are those of the official files",
-                   image_shape=(size, size, 3) if size else None)
+                   n_classes=row.n_classes, image_shape=(size, size, 3) if size else None)
 
 
 def present(name: str | tuple[str, ...], data_dir: str | Path | None = None) -> bool:

@@ -1,1 +1,1 @@
-"""Faster twins of plain functions: compiled tiles for CPUs, CUDA kernels for GPUs."""
+"""Faster twins of plain functions: NumPy in cache-sized pieces for CPUs, CUDA kernels for GPUs."""

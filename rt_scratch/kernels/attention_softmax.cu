@@ -87,8 +87,8 @@ template <typename T>
 __global__ void __launch_bounds__(256, 4) attention_softmax(
     const float* s_bqn, const float* r_bqd, const bool* mask_mqn, const int* segment_bt, T* p_bqn,
     T* u_bqd, float* lse_bq, long long first_row, long long rows, int queries, int keys,
-    int distances, int clipped, int mask_blocks, int blocks, int tokens, int offset, int window, float scale,
-    unsigned threshold, unsigned seed_low, unsigned seed_high, unsigned stream,
+    int distances, int clipped, int mask_blocks, int blocks, int tokens, int offset, int window,
+    float scale, unsigned threshold, unsigned seed_low, unsigned seed_high, unsigned stream,
     const unsigned* step_1, long long first_entry) {
   long long at = (long long)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
   int lane = threadIdx.x % 32;

@@ -49,7 +49,7 @@ __global__ void cluster_starts(int* count_rn, int n) {
 
 // One warp per chunk, grid (chunks, rows); walks the chunk 32 tokens at a time.
 __global__ void cluster_positions(const int* winner_rt, const int* start_rkg, int* order_rt,
-                               int tokens, int clusters, int chunk) {
+                                  int tokens, int clusters, int chunk) {
   __shared__ int next[CLUSTERS];
   int lane = threadIdx.x;
   u64 row = (u64)blockIdx.y * tokens;
@@ -71,7 +71,8 @@ __global__ void cluster_positions(const int* winner_rt, const int* start_rkg, in
   }
 }
 
-// rank[order[i]] = i for a permutation of each row. One thread per position, grid (T / threads, rows).
+// rank[order[i]] = i for a permutation of each row. One thread per position, grid
+// (T / threads, rows).
 __global__ void invert(const int* order_rt, int* rank_rt, int tokens) {
   int i = blockIdx.x * blockDim.x + threadIdx.x;
   u64 row = (u64)blockIdx.y * tokens;

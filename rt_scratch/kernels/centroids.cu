@@ -4,7 +4,7 @@
 constexpr int CLUSTERS = 1024;  // most of a head
 
 // c <- c + move (won - c),  m <- m + move (sum - m),  mu = m / c',  c' = n (c + s) / (n + s K),
-// n = sum_k c, where the centroid won a token. One block of 256 per head, at most CLUSTERS clusters.
+// n = sum_k c, where the centroid won a token. One block of 256 per head, up to CLUSTERS clusters.
 __global__ void replace_centroids(float* mu_hkd, float* count_hk, float* total_hkd,
                                   const float* won_hk, const float* sum_hkd, int clusters,
                                   int width, float move, float smoothing) {

@@ -2,8 +2,8 @@
 // Called in cuda/sums.py.
 #include "common.cuh"
 
-// out_g = sum of the rows of strip g of x, which are `stride` entries apart. Blocks of 32 columns by
-// 8 rows, grid (C / 32, strips).
+// out_g = sum of the rows of strip g of x, which are `stride` entries apart. Blocks of 32 columns
+// by 8 rows, grid (C / 32, strips).
 template <typename T>
 __global__ void column_sum(const T* x_strided, float* out_gc, int rows, int width, int strip,
                            int stride) {

@@ -22,7 +22,8 @@ __device__ inline void block_logsumexp(float& top, float& total) {
 }
 
 __global__ void cross_entropy(const float* z_strided, const float* b_v, const int* target_n,
-                              const float* weight_n, float* lse_n, float* loss_n, int vocabulary, int stride) {
+                              const float* weight_n, float* lse_n, float* loss_n, int vocabulary,
+                              int stride) {
   u64 row = blockIdx.x;
   const float* z_v = z_strided + row * stride;
   float top = LOWEST, total = 0;
@@ -44,9 +45,10 @@ __global__ void cross_entropy(const float* z_strided, const float* b_v, const in
 
 // dz = weight (exp(z + b - lse) - [v = target]); weight holds the factor dloss. dz may be z.
 template <typename T>
-__global__ void cross_entropy_backward(const float* z_strided, const float* b_v, const int* target_n,
-                                       const float* weight_n, const float* lse_n, T* dz_strided,
-                                       int vocabulary, int stride) {
+__global__ void cross_entropy_backward(const float* z_strided, const float* b_v,
+                                       const int* target_n, const float* weight_n,
+                                       const float* lse_n, T* dz_strided, int vocabulary,
+                                       int stride) {
   u64 row = blockIdx.x;
   float weight = weight_n[row], lse = lse_n[row];
   int target = target_n[row];

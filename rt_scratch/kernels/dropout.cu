@@ -1,5 +1,5 @@
-// y = x keep / (1 - rate); the bits of keep depend only on (seed, stream, step, position), where the
-// position of x_n[0] is first_entry, so the backward is the same kernel on dy and no mask is stored.
+// y = x keep / (1 - rate); the bits of keep depend only on (seed, stream, step, position), where
+// that of x_n[0] is first_entry, so the backward is the same kernel on dy and no mask is stored.
 // Called by dropout in cuda/dropout.py. Eight entries per thread: one draw, two where they begin
 // inside an octet.
 #include "common.cuh"

@@ -51,10 +51,11 @@ __global__ void layer_norm(const T* x_strided, const float* gain_c, const float*
 
 // sum = x + f keep / (1 - rate),  y = LayerNorm of sum. Without gain the sum is all.
 template <typename T>
-__global__ void __launch_bounds__(256, 4) residual(const T* x_nc, const T* f_nc, const float* gain_c, const float* bias_c,
-                         T* sum_nc, T* y_nc, float* mean_n, float* rstd_n, int rows, int width,
-                         float epsilon, unsigned threshold, unsigned seed_low, unsigned seed_high,
-                         unsigned stream, const unsigned* step_1, long long first_entry) {
+__global__ void __launch_bounds__(256, 4) residual(
+    const T* x_nc, const T* f_nc, const float* gain_c, const float* bias_c, T* sum_nc, T* y_nc,
+    float* mean_n, float* rstd_n, int rows, int width, float epsilon, unsigned threshold,
+    unsigned seed_low, unsigned seed_high, unsigned stream, const unsigned* step_1,
+    long long first_entry) {
   int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (row >= rows) return;
   Drop drop = drop_of(threshold, seed_low, seed_high, stream, step_1, first_entry);
@@ -86,13 +87,12 @@ __global__ void __launch_bounds__(256, 4) residual(const T* x_nc, const T* f_nc,
 // dx = rstd (dn - mean_c dn - n mean_c (dn n)),  n = (x - mean) rstd,  dn = dy gain.
 // With `add` that is added to dx. df (or null) is dx keep / (1 - rate).
 template <typename T>
-__global__ void __launch_bounds__(256, 4) layer_norm_backward(const T* dy_nc, const T* x_strided, const float* gain_c,
-                                    const float* mean_n, const float* rstd_n, T* dx_nc, T* df_nc,
-                                    int rows, int width, int add, int heads, int tokens,
-                                    long long stride_b, long long stride_h, long long stride_t,
-                                    unsigned threshold, unsigned seed_low, unsigned seed_high,
-                                    unsigned stream, const unsigned* step_1,
-                                    long long first_entry) {
+__global__ void __launch_bounds__(256, 4) layer_norm_backward(
+    const T* dy_nc, const T* x_strided, const float* gain_c, const float* mean_n,
+    const float* rstd_n, T* dx_nc, T* df_nc, int rows, int width, int add, int heads, int tokens,
+    long long stride_b, long long stride_h, long long stride_t, unsigned threshold,
+    unsigned seed_low, unsigned seed_high, unsigned stream, const unsigned* step_1,
+    long long first_entry) {
   int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (row >= rows) return;
   u64 at = (u64)row * width;

@@ -104,9 +104,9 @@ constexpr float SQUARE_FLOOR = 1e-30f, SCALE_FLOOR = 1e-3f;
 // 1 - decay of the second moments: (step + 1)^-0.8.
 __device__ inline float move_at(const unsigned* step_1) { return powf(*step_1 + 1.0f, -0.8f); }
 
-// A line of the table, all positions in entries: the matrix in the flat buffer, its size, its position
-// among the row moments (a vector: among the full moments) and the column moments (a vector: -1),
-// which lines of the table are of the same leaf, and whether it decays.
+// A line of the table, all positions in entries: the matrix in the flat buffer, its size, its
+// position among the row moments (a vector: among the full moments) and the column moments (a
+// vector: -1), which lines of the table are of the same leaf, and whether it decays.
 struct Matrix {
   long long start, rows, columns, row_state, column_state, leaf, matrices, decays;
 };

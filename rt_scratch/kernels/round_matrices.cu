@@ -2,7 +2,8 @@
 // Called by round_matrices in cuda/optim.py.
 #include "common.cuh"
 
-// A matrix, in entries: `source` in the flat buffer, `start` and from row to row `stride` in the copy.
+// A matrix, in entries: `source` in the flat buffer, `start` and, from row to row, `stride` in the
+// copy.
 struct Place { long long source, rows, columns, start, stride; };
 
 // Grid (any, matrices), eight entries of the copy per thread at a time; 0 beyond the columns.

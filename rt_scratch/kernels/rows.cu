@@ -4,7 +4,8 @@
 #include "common.cuh"
 
 // out[b, h, r] = x[b, h, index[b, h, r]]: rows of `words` words of type W (the widest that divides
-// a row), strides in words, `stride` from row to row of out. One thread per word, grid (words of a head / threads, B H).
+// a row), strides in words, `stride` from row to row of out. One thread per word, grid
+// (words of a head / threads, B H).
 template <typename W>
 __global__ void gather_rows(const W* x_strided, const int* index_bhr, W* out_strided, int heads,
                             int rows, int words, int stride, long long stride_b, long long stride_h,
@@ -55,11 +56,13 @@ __device__ inline int lower_bound(const int* index_w, int window, int token) {
 
 // out[t] = sum of rows[k, w] over index[k, w] == t, in the order of k; with floor >= 0 divided by
 // (their number + floor). Rows are `stride` entries apart. Each list index[k] ascends and names a
-// token once at most. times_bht (or null) receives the numbers. One warp per token, grid (T / warps, B H): its lanes look for the
-// token in 32 lists at a time, then add up the rows found, 128 columns at a time.
+// token once at most. times_bht (or null) receives the numbers. One warp per token, grid
+// (T / warps, B H): its lanes look for the token in 32 lists at a time, then add up the rows found,
+// 128 columns at a time.
 template <typename T>
 __global__ void scatter_rows(const T* row_strided, const int* index_bhkw, T* out_bhtd, T* times_bht,
-                             int lists, int window, int tokens, int width, int stride, float floor) {
+                             int lists, int window, int tokens, int width, int stride,
+                             float floor) {
   int t = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (t >= tokens) return;
   u64 bh = blockIdx.y;

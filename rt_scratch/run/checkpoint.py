@@ -187,7 +187,7 @@ def check_finite(result: Step, state: State, folder: Path) -> None:
 
     A gradient outside the range of fp16 is no error as long as the loss scale has room to fall.
     """
-    overflow = not result.applied and state.scale.value >= 1e-3
+    overflow = not result.applied and state.scale.can_fall
     for what, value in (("loss", result.nats), ("gradient", 0 if overflow else result.norm)):
         if not math.isfinite(float(value)):
             raise UserError(f"the {what} is not finite at step {state.step}; "

@@ -32,8 +32,8 @@ def describe(device: str, plan) -> str:
         heads = f"{model.n_heads} heads"
     where = f", routing in {routed} of them" if 0 < routed < model.n_layers else ""
     return (f"device: {device}\n"
-            f"model: {n_parameters(model):,} parameters, {model.n_layers} layers of "
-            f"{heads}{where}: {mode(model)}\n"
+            f"model: {n_parameters(model):,} parameters, {model.n_layers} "
+            f"layer{'s' * (model.n_layers > 1)} of {heads}{where}: {mode(model)}\n"
             f"step: {tokens:,} tokens, about {flops_per_token(model) * tokens / 1e9:,.0f} GFLOP, "
             f"about {step_bytes(model, train, plan.precision) / 2**20:,.0f} MiB\n"
             f"data: {plan.dataset.protocol}")

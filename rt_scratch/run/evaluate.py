@@ -39,27 +39,16 @@ def evaluate(state: State, dataset: Dataset, model: ModelConfig, split: str, bat
     The network computes in `precision`, and the line says so where it is not float32.
     """
     xp, params = array_module(state.flat), compute_copy(state.flat, state.table, precision.dtype)
-    total = _count(dataset, model, split, stride)
-    found = []
-    for i, (ids, weights, index) in enumerate(eval_windows(
-            dataset.splits[split], model.seq_len, batch, stride, limit, model.pad_id)):
-        found.append((0.0, 0.0, 0))
-        if i % world.size != world.rank:
-            continue
-        labels = xp.asarray(dataset.labels[split][index]) if model.n_classes else None
-        weight = xp.asarray(weights.astype(state.flat.dtype))
-        (part, _), _, _ = loss(params, state.centroids, model, xp.asarray(ids), weight, labels,
-                               recompute=True)
-        found[i] = (float(part), float(weights.sum()),
-                    words_scored(dataset, split, weights, index, stride or model.seq_len))
-    nats, n, n_words = _add(found, world)
-    seen = f"{limit} of {total} windows, evenly spread" if 0 < limit < total else "whole split"
+
+    def nats_of(ids, weights, labels):
+        weights = xp.asarray(weights.astype(state.flat.dtype))
+        (nats, _), _, _ = loss(params, state.centroids, model, ids, weights, labels, recompute=True)
+        return float(nats)
+
+    own = "" if precision.name == "float32" else f", {precision.name}"
     leak = "; TOPK ROUTING LEAKS THE FUTURE into this score" if "topk" in model.kinds() else ""
-    value = score(nats, n, dataset, split, n_words)
-    return Score(nats / n, value, (
-        f"{split} {value:.4f} {dataset.unit}  ({seen}, {_scored(dataset, split, n)}, context "
-        f"{model.seq_len}, stride {stride or model.seq_len}, {mode(model)}"
-        f"{'' if precision.name == 'float32' else f', {precision.name}'}{leak})"))
+    return _score(nats_of, xp, dataset, model, split, batch, stride, limit, world, "",
+                  f", stride {stride or model.seq_len}, {mode(model)}{own}{leak}")
 
 
 def evaluate_causally(state: State, dataset: Dataset, model: ModelConfig, split: str,
@@ -73,26 +62,40 @@ def evaluate_causally(state: State, dataset: Dataset, model: ModelConfig, split:
     parameters; the line says so where the run's `precision` has another.
     """
     xp, params = array_module(state.flat), state.params
-    total = _count(dataset, model, split)
-    limit = min(limit or total, total)
-    batch, found = -(-min(limit, CAUSAL_WINDOWS) // world.size), []
-    for i, (ids, weights, index) in enumerate(eval_windows(
-            dataset.splits[split], model.seq_len, batch, 0, limit, model.pad_id)):
-        found.append((0.0, 0.0, 0))
-        if i % world.size != world.rank:
-            continue
-        labels = xp.asarray(dataset.labels[split][index]) if model.n_classes else None
-        nats = incremental_nats(params, state.centroids, model, xp.asarray(ids), labels)
-        found[i] = (float((weights * nats).sum()), float(weights.sum()),
-                    words_scored(dataset, split, weights, index, model.seq_len))
-    nats, n, n_words = _add(found, world)
-    value = score(nats, n, dataset, split, n_words)
+
+    def nats_of(ids, weights, labels):
+        nats = incremental_nats(params, state.centroids, model, ids, labels)
+        return float((weights * nats).sum())
+
+    batch = -(-min(limit or CAUSAL_WINDOWS, CAUSAL_WINDOWS) // world.size)
     own = "" if precision.name == "float32" else \
         f", {precision.name if precision.dtype is None else state.flat.dtype}"
+    return _score(nats_of, xp, dataset, model, split, batch, 0, limit, world,
+                  "  by incremental decoding, nothing seen ahead", f", {mode(model)}{own}")
+
+
+def _score(nats_of, xp, dataset, model, split, batch, stride, limit, world, how, settings):
+    """The Score whose nats are the sum of nats_of(ids, weights, labels) over batches of windows."""
+    total = count_windows(dataset.splits[split], model.seq_len, stride)
+    if total == 0:
+        raise UserError(f"the {split} split is empty: give more text")
+    found = []
+    for i, (ids, weights, index) in enumerate(eval_windows(
+            dataset.splits[split], model.seq_len, batch, stride, limit, model.pad_id)):
+        found.append((0.0, 0.0, 0))
+        if i % world.size == world.rank:
+            labels = xp.asarray(dataset.labels[split][index]) if model.n_classes else None
+            found[i] = (nats_of(xp.asarray(ids), weights, labels), float(weights.sum()),
+                        words_scored(dataset, split, weights, index, stride or model.seq_len))
+    found = np.array(found)
+    world.sum(found)
+    nats, n, n_words = map(sum, found.T.tolist())  # in the order of the batches, whoever took them
+    value = score(nats, n, dataset, split, int(n_words))
+    seen = f"{limit} of {total} windows, evenly spread" if 0 < limit < total else "whole split"
+    per_word = f", {tokens_per_word(dataset, split):.3f} per word" if dataset.units else ""
     return Score(nats / n, value, (
-        f"{split} {value:.4f} {dataset.unit}  by incremental decoding, nothing seen ahead  "
-        f"({limit} of {total} windows, evenly spread, {_scored(dataset, split, n)}, context "
-        f"{model.seq_len}, {mode(model)}{own})"))
+        f"{split} {value:.4f} {dataset.unit}{how}  ({seen}, {n:.0f} {dataset.tokens}{per_word}, "
+        f"context {model.seq_len}{settings})"))
 
 
 def incremental_nats(params, centroids, model: ModelConfig, ids, labels=None):
@@ -115,20 +118,6 @@ def token_nats(logits, ids):
     return np.log(np.exp(z).sum(-1)) - hit
 
 
-def _scored(dataset, split, n):
-    """How many tokens were scored, of what kind, and how many make a word."""
-    per_word = f", {tokens_per_word(dataset, split):.3f} per word" if dataset.units else ""
-    return f"{n:.0f} {dataset.tokens}{per_word}"
-
-
-def _add(found, world):
-    """Sums over batches of (nats, tokens, words), each found by one process, in their order."""
-    found = np.array(found)
-    world.sum(found)
-    nats, n, n_words = map(sum, found.T.tolist())
-    return nats, n, int(n_words)
-
-
 def caveat(nats: float, model: ModelConfig) -> str:
     """A line on a loss per token that guessing would beat, with its newline; "" for others."""
     uniform = math.log(model.vocab_size)
@@ -136,13 +125,6 @@ def caveat(nats: float, model: ModelConfig) -> str:
         return ""
     return (f"note: {nats:.4g} nats per token are worse than guessing uniformly ({uniform:.4g}): "
             "the model diverged, or has hardly begun to learn\n")
-
-
-def _count(dataset, model, split, stride=0):
-    total = count_windows(dataset.splits[split], model.seq_len, stride)
-    if total == 0:
-        raise UserError(f"the {split} split is empty: give more text")
-    return total
 
 
 def mode(model: ModelConfig) -> str:

@@ -74,9 +74,9 @@ def drawn_centroids(state: State, before: ModelConfig, after: ModelConfig, ids, 
     ids (B, T) go through the model `before`, with its own clusters; k-means then clusters what
     the routing heads of `after` compare with centroids: queries and, where they are separate, keys.
     Whether queries meet the keys they need in these clusters depends on where k-means begins, so
-    that it begins DRAWS times, and the centroids are taken with which `after` has the lowest loss
-    on ids (that of topk heads sees ahead); weights (B, T) as in `model.loss`. Layers in `kept` have
-    those centroids already.
+    it runs DRAWS times, and the centroids that give `after` the lowest loss on ids are kept (the
+    loss of topk heads sees ahead). weights (B, T) as in `model.loss`. Layers in `kept` have their
+    centroids already.
     """
     kept, vectors = kept or {}, {}
     x, _ = embed(state.params, before, shift_right(ids), 0, labels)

@@ -48,7 +48,7 @@ class Clock:
         return tokens / max(self.here() - self._aside, 1e-9)
 
 
-class Progress:
+class ProgressBar:
     """A bar on a terminal, lines elsewhere."""
 
     def __init__(self, first: int, steps: int):
@@ -99,11 +99,7 @@ def record(run: RunFolder, row: dict, memberships=None) -> None:
 
 def append_log(folder: Path, row: dict) -> None:
     """Add a line to log.csv, after a header if new. A log that cannot be written stops nothing."""
-    path = folder / "log.csv"
-    with harmless(path):
-        text = _csv([row], header=not path.exists())
-        with path.open("a", newline="", encoding="utf-8") as file:
-            file.write(text)
+    _append(folder / "log.csv", [row], COLUMNS)
 
 
 def append_clusters(folder: Path, step: int, memberships) -> None:
@@ -112,7 +108,6 @@ def append_clusters(folder: Path, step: int, memberships) -> None:
     A run that goes on from an older checkpoint writes later steps again; `read_clusters` takes the
     last line of each.
     """
-    path = folder / "clusters.csv"
     rows = []
     for layer, membership in memberships.items():
         counts = to_host(membership.counts)                          # (H, K)
@@ -120,10 +115,14 @@ def append_clusters(folder: Path, step: int, memberships) -> None:
         rows += [dict(zip(HEAD_COLUMNS, (step, layer, head, f"{share[head]:.4f}", dead),
                           strict=True)) for head, dead in enumerate((counts == 0).sum(-1))]
     if rows:
-        with harmless(path):
-            text = _csv(rows, header=not path.exists(), columns=HEAD_COLUMNS)
-            with path.open("a", newline="", encoding="utf-8") as file:
-                file.write(text)
+        _append(folder / "clusters.csv", rows, HEAD_COLUMNS)
+
+
+def _append(path, rows, columns):
+    with harmless(path):
+        text = _csv(rows, header=not path.exists(), columns=columns)
+        with path.open("a", newline="", encoding="utf-8") as file:
+            file.write(text)
 
 
 def read_clusters(folder: Path) -> dict[tuple[int, int], dict[int, tuple[float, int]]]:
@@ -158,7 +157,7 @@ def trim_log(run: RunFolder, step: int, scored: int) -> None:
         rows = [row for row in read_log(run.path)
                 if int(row["step"]) <= (scored if row["split"] == "valid" else step)]
         with whole(path) as file:
-            file.write(_csv(rows, header=True).encode())
+            file.write(_csv(rows, header=True, columns=COLUMNS).encode())
 
 
 def logged_row(folder: Path, step: int) -> dict:
@@ -172,7 +171,7 @@ def logged_row(folder: Path, step: int) -> dict:
     return {}
 
 
-def _csv(rows, header, columns=COLUMNS):
+def _csv(rows, header, columns):
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns)
     if header:

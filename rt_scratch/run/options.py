@@ -20,6 +20,7 @@ from rt_scratch.run.checkpoint import Saved, best_checkpoint, check_matches, rea
 from rt_scratch.run.folder import default_folder, describe, newest_run
 from rt_scratch.run.initial import check_shapes
 
+OF_THE_DATA = {"kind", "pad_id"}  # of ModelConfig: no flags, the dataset says
 USED_TO_EVALUATE = {"batch", "precision", "eval_windows"}  # of TrainConfig
 
 
@@ -37,11 +38,14 @@ class Plan(NamedTuple):
 
 
 def add_fields(parser: argparse.ArgumentParser) -> None:
-    """A flag for every field of ModelConfig and TrainConfig; None where it is not given."""
+    """A flag for every field of ModelConfig and TrainConfig that the data do not set; None where it
+    is not given.
+    """
     for cls, title in ((ModelConfig, "model"), (TrainConfig, "training")):
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(cls):
-            group.add_argument(f"--{flag(f.name)}", **_settings(f))
+            if f.name not in OF_THE_DATA:
+                group.add_argument(f"--{flag(f.name)}", **_settings(f))
 
 
 def check_flags(args) -> None:
@@ -95,12 +99,11 @@ def layer_list(text: str) -> tuple[int, ...]:
 def plan_run(args) -> Plan:
     """What train.py's flags ask for: a new run, or with --resume or --evaluate a saved one."""
     given = {f.name: getattr(args, f.name) for cls in (ModelConfig, TrainConfig)
-             for f in dataclasses.fields(cls) if getattr(args, f.name) is not None}
+             for f in dataclasses.fields(cls) if getattr(args, f.name, None) is not None}
     plan = _saved(args, given) if args.resume or args.evaluate else _new(args, given)
     plan.model.validate()
     plan.train.validate()
-    if plan.dataset.splits:
-        _check_fits(plan.model, plan.dataset, trained=not args.evaluate)
+    _check_fits(plan.model, plan.dataset, trained=plan.dataset.splits and not args.evaluate)
     return plan
 
 
@@ -124,10 +127,6 @@ def _new(args, given):
     known = not args.dry_run or data.present(name, location)
     dataset = (data.load(name, location, vocab_size, codec, seq_len) if known
                else data.outline(name, vocab_size))
-    for fixed in ("kind", "pad_id"):
-        if given.get(fixed, getattr(dataset, fixed)) != getattr(dataset, fixed):
-            raise UserError(f"--{flag(fixed)} {given[fixed]}: {shown} has "
-                            f"{getattr(dataset, fixed)}")
     values |= {"kind": dataset.kind, "vocab_size": dataset.vocab_size, "pad_id": dataset.pad_id}
     if dataset.kind == "image":
         values.setdefault("image_size", dataset.image_shape[0])
@@ -197,8 +196,8 @@ def _resumed(args, saved, train, best):
     before, now = (learning_rate(saved.step, t.schedule, t.lr, t.warmup, t.steps)
                    for t in (saved.train, train))
     if before != now:
-        say(f"note: the learning rate goes on at {now:.2e}, not at {before:.2e}: its schedule is "
-            "another now")
+        say(f"note: the schedule has changed: the learning rate goes on at {now:.2e}, not at "
+            f"{before:.2e}")
     if saved.train.eval_windows != train.eval_windows:
         say(f"note: scores on {saved.train.eval_windows} windows do not compare with those on "
             f"{train.eval_windows} (0: all): the best checkpoint is chosen anew")

@@ -50,7 +50,7 @@ def test_notes_of_a_run(run, request, capsys, name):
     loaded = checkpoint.load_model(run, np)
 
     def use():
-        page = report.describe(run, loaded) | report.curves(run, loaded)
+        page = report.describe(run, loaded) | report.curves(run)
         assert len(report.html(page | {"samples": report.samples(run, loaded)})) > 10_000
         assert isinstance(log.logged_row(run, 3), dict) and isinstance(read_samples(run), dict)
         if name == "log.csv" and random.random() < 0.05:

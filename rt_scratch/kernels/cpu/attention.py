@@ -7,7 +7,14 @@ import math
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from rt_scratch.attention import AttendCache, LocalCache, causal_mask, clipped_reach
+from rt_scratch.attention import (
+    AttendCache,
+    LocalCache,
+    causal_mask,
+    clipped_reach,
+    outer,
+    rows_times,
+)
 from rt_scratch.kernels.cpu import sizes
 from rt_scratch.kernels.cpu.layers import Drop
 from rt_scratch.threads import busy, parallel, tiles
@@ -97,13 +104,9 @@ def _logits(q, k, tables, hidden):
     """Logits of scaled queries q (G, S, D) and keys k (G, N, D)."""
     z = q @ k.swapaxes(-1, -2)
     if tables is not None:
-        z += _skewed(_rows_times(q, tables[0].T), k.shape[1])
+        z += _skewed(rows_times(q, tables[0].T), k.shape[1])
     z += hidden
     return z
-
-
-def _rows_times(x, w):
-    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
 
 
 def _attend(q, k, v, tables, hidden, drop, start, o, lse):
@@ -117,7 +120,7 @@ def _attend(q, k, v, tables, hidden, drop, start, o, lse):
     drop(p, start)
     np.matmul(p, v, out=o)
     if tables is not None:
-        o += _rows_times(_by_distance(p, tables), tables[1])
+        o += rows_times(_by_distance(p, tables), tables[1])
     o /= np.maximum(total, tiny)
     lse[...] = np.where(total > 0, top + np.log(np.maximum(total, tiny)), 0)
 
@@ -129,7 +132,7 @@ def _attend_backward(do, q, k, v, tables, hidden, drop, start, lse, dq, dk, dv, 
     np.exp(p, out=p)
     dp = do @ v.swapaxes(-1, -2)
     if tables is not None:
-        dp += _skewed(_rows_times(do, tables[1].T), k.shape[1])
+        dp += _skewed(rows_times(do, tables[1].T), k.shape[1])
     used = p
     if drop.dropped:
         keep = drop.mask(p, start)
@@ -137,19 +140,15 @@ def _attend_backward(do, q, k, v, tables, hidden, drop, start, lse, dq, dk, dv, 
         dp *= keep
     np.matmul(used.swapaxes(-1, -2), do, out=dv)
     if tables is not None:
-        drel[1] += _outer(_by_distance(used, tables), do)[:-1]
+        drel[1] += outer(_by_distance(used, tables), do)[:-1]
     dp -= np.einsum("gij,gij->gi", p, dp)[..., None]
     dp *= p
     np.matmul(dp, k, out=dq)
     np.matmul(dp.swapaxes(-1, -2), q, out=dk)
     if tables is not None:
         by_distance = _by_distance(dp, tables)
-        dq += _rows_times(by_distance, tables[0])
-        drel[0] += _outer(by_distance, q)[:-1]
-
-
-def _outer(x, y):
-    return x.reshape(-1, x.shape[-1]).T @ y.reshape(-1, y.shape[-1])
+        dq += rows_times(by_distance, tables[0])
+        drel[0] += outer(by_distance, q)[:-1]
 
 
 # ---------------------------------------------------------------------------- local attention

@@ -67,7 +67,7 @@ def _product(x, y):
 
 def layer_norm(x, gain, bias):
     if sizes.few(x):
-        y, mean, rstd = _normalizedfew(x)
+        y, mean, rstd = _normalized_few(x)
         y *= gain
         y += bias
         return y, LayerNormCache(x, gain, mean, rstd)
@@ -103,7 +103,7 @@ def layer_norm_backward(dy, cache):
 
 def normalize(x):
     if sizes.few(x):
-        y, mean, rstd = _normalizedfew(x)
+        y, mean, rstd = _normalized_few(x)
         return y, NormalizeCache(x, mean, rstd)
     y, mean, rstd = _normalized(x)
     return y.reshape(x.shape), NormalizeCache(x, mean, rstd)
@@ -123,7 +123,7 @@ def normalize_backward(dn, cache):
     return dx
 
 
-def _normalizedfew(x):
+def _normalized_few(x):
     """n, mean, rstd in as few operations as can be."""
     average, epsilon, _ = _few_constants(x.shape[-1], x.dtype)
     mean = x.dot(average)                                            # (..., 1)

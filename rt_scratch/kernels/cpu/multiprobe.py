@@ -62,10 +62,10 @@ def multiprobe_attention(q, k, v, rel_k, rel_v, route, rule, dropped=None):
             Coverage((lse == lowest).mean(dtype=lse.dtype), np.zeros((), lse.dtype)))
 
 
-def multiprobe_attention_backward(do, cache, n_tokens):
+def multiprobe_attention_backward(do, cache):
     q, k, v, rows_k, rows_v, tables, route, rule, dropped, lse, o = cache
     if dropped:
-        return multiprobe.multiprobe_attention_backward.reference(do, cache, n_tokens)
+        return multiprobe.multiprobe_attention_backward.reference(do, cache)
     b, h, _, d = q.shape
     wide = v.shape[-1]
     dq, dk, dv = (np.empty(x.shape, q.dtype) for x in (q, q, v))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from rt_scratch.threads import tiles
+
 THREADS = 256
 WARPS = THREADS // 32
 CHUNK_ENTRIES = 5 << 24  # of wide intermediates (logits) alive at a time: 320 MB in float32
@@ -11,6 +13,5 @@ def n_blocks(n: int, per_block: int = THREADS) -> int:
     return -(-n // per_block)
 
 
-def chunks(n_rows: int, row_size: int):
-    step = max(1, CHUNK_ENTRIES // row_size)
-    return [slice(i, min(i + step, n_rows)) for i in range(0, n_rows, step)]
+def chunks(n_rows: int, row_size: int) -> list[slice]:
+    return tiles(n_rows, CHUNK_ENTRIES // row_size)
