@@ -188,6 +188,7 @@ def report(curves, prefixes, head):
               for name, p in prefixes.items()]
     return "\n".join([
         "# Learning race\n", head, table(header, rows),
+        "![bits per byte against minutes of training](learning.png)\n",
         "## What each score owes to the future\n\nThe same positions, scored inside their whole "
         "window and given their prefix alone (± standard error).\n",
         table(["contender", "positions", "whole window, bits", "prefix alone, bits",
