@@ -38,7 +38,8 @@ def select_device(name: str = "auto", world: World = SINGLE):
     register_twins("numpy", {name: cpu.TWINS[name] for name in cpu.ANY_SIZE})
     keep_freed_memory()
     use_huge_pages()
-    blas = f"{n_threads()} thread{'s' * (n_threads() > 1)}, 1 BLAS thread each" if set_blas_threads(1) \
+    threads = f"{n_threads()} thread{'s' * (n_threads() > 1)}"
+    blas = f"{threads}, 1 BLAS thread each" if set_blas_threads(1) \
         else "BLAS threads as NumPy chooses"
     return np, f"cpu: NumPy, {blas}{why}"
 
