@@ -212,7 +212,7 @@ def test_a_folder_in_the_place_of_the_checkpoint(text, tmp_path):
 
 
 def test_the_disk_of_the_log_is_full(text, tmp_path, monkeypatch, capsys):
-    def full(rows, header):
+    def full(rows, header, columns):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(log, "_csv", full)
