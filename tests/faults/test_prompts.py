@@ -170,7 +170,8 @@ def resume(run, *flags):
 def test_more_steps_change_the_learning_rate(run, capsys):
     """Step 7 of 6 would have 3e-4, a tenth of the peak; of 60 it has nearly all of it."""
     resume(run, "--steps", "60", "--stop-after", "7")
-    assert "note: the schedule has changed: the learning rate goes on at 2.97e-03, not at 3.00e-04" in capsys.readouterr().out
+    assert ("note: the schedule has changed: the learning rate goes on at 2.97e-03, not at 3.00e-04"
+            in capsys.readouterr().out)
     resume(run, "--stop-after", "8")
     assert "note" not in capsys.readouterr().out
 
