@@ -14,7 +14,7 @@ try:
     import numpy as np
 
     from rt_scratch.config import ModelConfig
-    from rt_scratch.console import Parser, a_path, script, show, warn
+    from rt_scratch.console import Parser, a_path, number, script, show, warn
     from rt_scratch.decode import generate
     from rt_scratch.device import select_device
     from rt_scratch.errors import UserError
@@ -107,16 +107,16 @@ def parse(argv=None):
     add("--checkpoint", choices=("last", "best"), help="(default: best)")
     add("--prompt", default="", help="text to continue")
     add("--prompt-file", type=a_path, help="file with the text to continue")
-    add("--tokens", type=int, help="tokens of text to draw (default 400)")
-    add("--temperature", type=float, default=0.8,
+    add("--tokens", type=number(int, 1), help="tokens of text to draw (default 400)")
+    add("--temperature", type=number(float, 0), default=0.8,
         help="0: always the likeliest token (default 0.8)")
-    add("--top-k", type=int, default=0, help="only the k likeliest; 0: all")
-    add("--top-p", type=float, default=0.0,
+    add("--top-k", type=number(int, 0), default=0, help="only the k likeliest; 0: all")
+    add("--top-p", type=number(float, 0), default=0.0,
         help="only the likeliest that reach this probability; 0: all")
     add("--stop", default="", help="stop after this text")
     add("--raw", action="store_true", help="write the bytes as they are drawn")
-    add("--num", type=int, default=1, help="samples (default 1)")
-    add("--seed", type=int, default=0, help="seed of the draws (default 0)")
+    add("--num", type=number(int, 1), default=1, help="samples (default 1)")
+    add("--seed", type=number(int, 0), default=0, help="seed of the draws (default 0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--out", type=a_path, help="PNG file, for images")
     add("--complete", type=a_path, help="image whose top half to complete")
@@ -127,12 +127,6 @@ def parse(argv=None):
     for path in (args.prompt_file, args.complete):
         if path and (path.is_dir() or not path.exists()):
             raise UserError(f"{path}: no such file")
-    for name, least in (("tokens", 1), ("num", 1), ("temperature", 0), ("top_k", 0),
-                        ("top_p", 0), ("seed", 0)):
-        value = getattr(args, name)
-        if value is not None and not least <= value < float("inf"):
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be a number of at least "
-                            f"{least}")
     if args.top_p > 1:
         raise UserError(f"--top-p {args.top_p}: a probability is at most 1")
     return args

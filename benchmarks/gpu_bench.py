@@ -22,7 +22,7 @@ from common import RECIPE, decoding, size_model, table, training
 from studies.crossover import CONTENDERS, configuration
 
 from rt_scratch import ModelConfig, UserError, select_device
-from rt_scratch.console import Parser, script
+from rt_scratch.console import Parser, number, script
 from rt_scratch.device import select_precision
 from rt_scratch.presets import preset
 from rt_scratch.run.costs import flops_per_token, n_parameters
@@ -312,7 +312,8 @@ def main():
                         "(default: all)")
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.md")
     parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU")
-    parser.add_argument("--seconds", type=int, default=360, help="start no part after this time")
+    parser.add_argument("--seconds", type=number(int, 0), default=360,
+                        help="start no part after this time")
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
         sys.exit(f"error: {sorted(unknown)[0]}: choose from {', '.join(PARTS)}")

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for python -m benchmarks.heads
 from common import table  # noqa: E402
 from studies import loaded  # noqa: E402
 
-from rt_scratch.console import Parser, script  # noqa: E402
+from rt_scratch.console import Parser, number, script  # noqa: E402
 from rt_scratch.data.batches import eval_windows  # noqa: E402
 from rt_scratch.run.attention_maps import CHUNK, attention_maps  # noqa: E402
 
@@ -86,7 +86,7 @@ def report(found):
 def main():
     parser = Parser(__doc__)
     parser.add_argument("run", type=Path, help="a run folder of train.py")
-    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--windows", type=number(int, 1), default=8)
     parser.add_argument("--split", choices=("train", "valid", "test"), default="valid")
     args = parser.parse_args()
     print(report(by_pair(args.run, args.split, args.windows)), end="")

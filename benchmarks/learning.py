@@ -32,7 +32,7 @@ from common import RECIPE, ROOT, SIZES, size_model, table
 from race import machine_and_rivals, start_ours, start_torch
 
 from rt_scratch import UserError, cut, data, decode, logits, new_state, train_step
-from rt_scratch.console import Parser, script
+from rt_scratch.console import Parser, number, script
 from rt_scratch.data.batches import eval_windows, random_windows
 from rt_scratch.parallel import SINGLE
 from rt_scratch.run.evaluate import token_nats
@@ -216,9 +216,9 @@ def main():
     parser.add_argument("--out", type=Path, help="folder for learning.md, .csv and .png")
     parser.add_argument("--data", help="a text file (default: the standard library's source)")
     parser.add_argument("--size", choices=SIZES, default="1.1M")
-    parser.add_argument("--minutes", type=float, default=5)
-    parser.add_argument("--turns", type=int, default=20, help="turns that each takes")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--minutes", type=number(float, 0), default=5)
+    parser.add_argument("--turns", type=number(int, 1), default=20, help="turns that each takes")
+    parser.add_argument("--lr", type=number(float, 0), default=2e-3)
     parser.add_argument("--names", nargs="+", choices=NAMES, default=["ours", "port"])
     parser.add_argument("--contend", help=argparse.SUPPRESS)
     args = parser.parse_args()

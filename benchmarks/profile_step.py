@@ -35,7 +35,7 @@ from rt_scratch import (
     step,
     threads,
 )
-from rt_scratch.console import Parser, script
+from rt_scratch.console import Parser, number, script
 
 MODULES = (layers, attention, dropout, kmeans, routing, multiprobe, heads, model, optim, step)
 here, records, lock = threading.local(), defaultdict(lambda: np.zeros(3)), threading.Lock()
@@ -144,7 +144,7 @@ def main():
     parser.add_argument("--sizes", nargs="+", choices=common.SIZES, default=list(common.SIZES))
     parser.add_argument("--routing", choices=("topk", "causal"), default="topk",
                         help="topk without relative positions, as in the race, or causal with them")
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=number(int, 1), default=6)
     parser.add_argument("--out", type=Path, help="write the table here as well")
     args = parser.parse_args()
     changes = common.PORT_WORK if args.routing == "topk" else {}

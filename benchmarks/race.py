@@ -32,7 +32,7 @@ from common import (
 )
 
 from rt_scratch import select_device, threads
-from rt_scratch.console import Parser, script
+from rt_scratch.console import Parser, number, script
 from rt_scratch.run.costs import flops_per_token, n_parameters
 
 THREADS = 2
@@ -255,8 +255,8 @@ def main():
     parser.add_argument("--out", type=Path, help="folder for race.md and race.json")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--only", choices=("steps", "generation", "length"))
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=6, help="timed steps per process")
+    parser.add_argument("--rounds", type=number(int, 1), default=2)
+    parser.add_argument("--steps", type=number(int, 1), default=6, help="timed steps per process")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:

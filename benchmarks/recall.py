@@ -19,8 +19,16 @@ from pathlib import Path
 
 import numpy as np
 
-from rt_scratch import ModelConfig, TrainConfig, logits, new_state, select_device, train_step
-from rt_scratch.console import Parser, script
+from rt_scratch import (
+    ModelConfig,
+    TrainConfig,
+    UserError,
+    logits,
+    new_state,
+    select_device,
+    train_step,
+)
+from rt_scratch.console import Parser, number, script
 from rt_scratch.step import Part
 from rt_scratch.threads import limit
 
@@ -113,9 +121,11 @@ def piece(name: str, seed: int) -> dict:
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--only", default="", help="pieces whose names begin so")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=number(int, 0), default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/recall"))
     args = parser.parse_args()
+    if not any(name.startswith(args.only) for name in PIECES):
+        raise UserError(f"--only {args.only}: no piece begins so; there are {', '.join(PIECES)}")
     select_device("cpu")
     limit(1)  # the arrays are so small that threads cost more than they bring
     args.out.mkdir(parents=True, exist_ok=True)

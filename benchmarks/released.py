@@ -11,6 +11,7 @@ measure), and the largest resident set. Then what the routing layer does for one
 5 GB in --work, and six minutes on two free cores.
 """
 
+import importlib.util
 import os
 import platform
 import subprocess
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from rt_scratch.console import Parser, script
+from rt_scratch.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SCOPE = "sparse_transformer/body/"
@@ -80,6 +82,10 @@ def main():
     parser.add_argument("--work", type=Path, help="where to work (default: a temporary folder)")
     parser.add_argument("--out", type=Path, help="write the table here as well")
     args = parser.parse_args()
+    if importlib.util.find_spec("tensorflow") is None:
+        raise UserError("TensorFlow makes the checkpoint: pip install -e '.[released]'")
+    if not args.data.is_dir():
+        raise UserError(f"--data {args.data}: no such folder")
     data, out = args.data.resolve(), args.out and args.out.resolve()
     work = args.work and args.work.resolve()
     os.chdir(ROOT)  # a folder of data that cannot be written has its cache below this one
@@ -103,7 +109,7 @@ def rows(folder, data):
         make_checkpoint(folder)
         os._exit(0)
     if os.wait()[1]:
-        raise SystemExit("the checkpoint could not be made")
+        raise UserError("the checkpoint could not be made")
     run, lines = folder / "run", []
 
     def add(what, seconds, cores, peak):

@@ -21,7 +21,7 @@ import common
 import numpy as np
 
 from rt_scratch import ModelConfig, cut, new_state, select_device, threads, train_step
-from rt_scratch.console import Parser, script
+from rt_scratch.console import Parser, number, script
 from rt_scratch.parallel import start
 from rt_scratch.run.costs import n_parameters
 from rt_scratch.workers import start_workers
@@ -155,7 +155,7 @@ def report(sizes, found, note):
 def main():
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=number(int, 1), default=3)
     parser.add_argument("--note", default="", help="a sentence on the state of the machine")
     parser.add_argument("--out", type=Path, help="write the table here as well")
     parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)

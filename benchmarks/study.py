@@ -26,7 +26,7 @@ from race import THREADS, start_ours
 from studies import Study
 
 from rt_scratch import UserError
-from rt_scratch.console import Parser, script
+from rt_scratch.console import Parser, number, script
 
 PARTS = ("crossover", "throughput", "worth", "ablation", "images", "lookahead", "divergence")
 
@@ -39,16 +39,17 @@ def main(argv=None):
                                  "benchmarks/results/study, with --quick runs/study-quick)")
     add("--runs", type=Path, default=Path("runs/study"), help="run folders, which may be large")
     add("--text", default="stdlib", help="stdlib or a text file")
-    add("--seq-len", type=int, help="T of the text models (default 512, with --quick 64)")
-    add("--steps", type=int, help="of every training run (default 1000, with --quick 4)")
-    add("--seeds", type=int, help="of the part `worth` (default 3, with --quick 2)")
-    add("--rounds", type=int, help="turns of every timing (default 3, with --quick 1)")
-    add("--patience", type=float, default=60, metavar="SECONDS",
+    add("--seq-len", type=number(int, 1),
+        help="T of the text models (default 512, with --quick 64)")
+    add("--steps", type=number(int, 1), help="of every training run (default 1000, with --quick 4)")
+    add("--seeds", type=number(int, 1), help="of the part `worth` (default 3, with --quick 2)")
+    add("--rounds", type=number(int, 1), help="turns of every timing (default 3, with --quick 1)")
+    add("--patience", type=number(float, 0), default=60, metavar="SECONDS",
         help="of the part `crossover`: what two passes of a window may be expected to take; "
              "longer ones are not tried (default 60)")
-    add("--windows", type=int, help="of validation text per score; 0: the whole split (default "
-                                    "0, with --quick 2)")
-    add("--threads", type=int, default=THREADS)
+    add("--windows", type=number(int, 0),
+        help="of validation text per score; 0: the whole split (default 0, with --quick 2)")
+    add("--threads", type=number(int, 1), default=THREADS)
     add("--cpu-time", action="store_true",
         help="time by the processor's clock: with --threads 1, on a machine that others use too")
     add("--cifar10", type=Path, metavar="FOLDER", help="with the official binary files")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import math
 import os
 import re
 import signal
@@ -41,6 +42,19 @@ def a_text(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("is empty")
     return text
+
+
+def number(kind: type, least: float):
+    """The type of arguments that are numbers of that kind, finite and at least so large."""
+    def read(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text}: must be a number of at least {least}")
+        return value
+    return read
 
 
 def a_path(text: str) -> Path:

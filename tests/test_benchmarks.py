@@ -29,6 +29,20 @@ def test_wrong_flag_is_one_line(script, monkeypatch, capsys):
     assert err.endswith(f"; see {script}.py --help\n")
 
 
+@pytest.mark.parametrize("script, flags, line", [
+    ("profile_step", ["--steps", "0"], "argument --steps: 0: must be a number of at least 1"),
+    ("learning", ["--minutes", "nan"], "argument --minutes: nan: must be a number of at least 0"),
+    ("race", ["--rounds", "x"], "argument --rounds: x: must be a number of at least 1"),
+    ("recall", ["--only", "nothing"], "--only nothing: no piece begins so; there are "),
+])
+def test_wrong_values_are_one_line(script, flags, line, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="__main__")
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and err.startswith(f"error: {line}") and err.count("\n") == 1
+
+
 def test_share_of_sgemm(monkeypatch):
     """FLOPs of a step / its median seconds / the rate of sgemm; for our own model alone."""
     monkeypatch.setattr(race, "flops_per_token", lambda cfg: 5e6)

@@ -134,7 +134,7 @@ def test_bad_input(text_run, image_run, tmp_path):
             ([text_run, "--prompt-file", "missing.txt"], "no such file"),
             ([text_run, "--temperature", "nan"], "must be a number"),
             ([text_run, "--top-p", "1.5"], "at most 1"),
-            ([text_run, "--tokens", "many"], "invalid int"),
+            ([text_run, "--tokens", "many"], "many: must be a number"),
             ([str(tmp_path / "nothing")], "no checkpoint")):
         with pytest.raises(UserError, match=word) as error:
             sample.main([*argv, "--device", "cpu"])
