@@ -169,7 +169,7 @@ def parse(argv=None):
         help=f"{', '.join(DATASETS)}, or text: a file, or several and folders of them, of which "
              "whole files are held out (default: stdlib)")
     add("--preset", help="small (default), released, paper: see presets.py")
-    add("--data-dir", help="folder with the dataset's official files")
+    add("--data-dir", type=a_text, help="folder with the dataset's official files")
     add("--download", action="store_true", help="get the dataset first")
     add("--out", type=a_path, help="run folder (default: runs/DATASET)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU, if any")

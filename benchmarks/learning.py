@@ -227,6 +227,7 @@ def main():
         return
     if args.out is None:
         parser.error("--out FOLDER is needed")
+    args.out.mkdir(parents=True, exist_ok=True)
     head = machine_and_rivals()
     text, length = data.load(args.data or "stdlib"), size_model(args.size)[0].seq_len
     if (n_windows := min(WINDOWS, len(text.splits["valid"]) // length)) < 1:
@@ -237,7 +238,6 @@ def main():
              f"{n_windows} windows of {length} bytes of its validation split.\n")
     curves, prefixes = race(args.names, [args.size, args.data, args.minutes, args.lr],
                             args.minutes, args.turns)
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "learning.md").write_text(report(curves, prefixes, head))
     with (args.out / "learning.csv").open("w", newline="") as file:
         writer = csv.writer(file)

@@ -130,7 +130,11 @@ def main():
     limit(1)  # the arrays are so small that threads cost more than they bring
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "results.jsonl"
-    done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    text = file.read_text() if file.exists() else ""
+    if not text.endswith("\n"):  # a line that was being written when the run was stopped
+        text = text[: text.rfind("\n") + 1]
+        file.write_text(text)
+    done = [json.loads(line) for line in text.splitlines()]
     done = {(row["name"], row["seed"]) for row in done}
     for name in PIECES:
         if name.startswith(args.only) and (name, args.seed) not in done:

@@ -36,7 +36,7 @@ def main(argv=None):
     add = parser.add_argument
     add("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
     add("--out", type=Path, help="csv files, reports and figures (default: "
-                                 "benchmarks/results/study, with --quick runs/study-quick)")
+                                 "benchmarks/results/study, with --quick RUNS/quick)")
     add("--runs", type=Path, default=Path("runs/study"), help="run folders, which may be large")
     add("--text", default="stdlib", help="stdlib or a text file")
     add("--seq-len", type=number(int, 1),

@@ -22,6 +22,8 @@ def select_device(name: str = "auto", world: World = SINGLE):
     back: it raises UserError. On a CPU the work is cut into pieces above BLAS, which therefore gets
     one thread per piece. Of several processes each takes a GPU of its own.
     """
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device {name!r}: choose auto, cpu or cuda")
     if name != "cpu":
         try:
             return _select_cuda(world)

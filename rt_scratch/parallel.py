@@ -111,8 +111,9 @@ def start() -> World:
 def launched() -> tuple[int, int]:
     """(rank, number of processes) according to the launcher; (0, 1) without one."""
     for rank, size in LAUNCHERS:
-        if rank in os.environ and os.environ.get(size, "").isdigit():
-            return int(os.environ[rank]), int(os.environ[size])
+        values = os.environ.get(rank, ""), os.environ.get(size, "")
+        if all(value.isdecimal() for value in values):
+            return int(values[0]), int(values[1])
     return 0, 1
 
 

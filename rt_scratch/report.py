@@ -23,7 +23,7 @@ import numpy as np
 
 from rt_scratch import data
 from rt_scratch.config import ModelConfig, flag
-from rt_scratch.console import Parser, a_path, say, script
+from rt_scratch.console import Parser, a_path, a_text, say, script
 from rt_scratch.errors import UserError
 from rt_scratch.run import costs, log
 from rt_scratch.run.attention_maps import attention_maps, strongest
@@ -355,7 +355,7 @@ def parse(argv=None):
     add("--label", type=int, help="with --image: its class, where the model knows classes")
     add("--layers", type=layer_list, metavar="I,J,...",
         help="layers to explore (default: as many as fit in 5 MB)")
-    add("--data-dir", help="folder with the dataset's official files")
+    add("--data-dir", type=a_text, help="folder with the dataset's official files")
     args = parser.parse_args(argv)
     if args.prompt is not None and args.prompt_file:
         raise UserError("--prompt and --prompt-file: give one of them")

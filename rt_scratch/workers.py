@@ -61,7 +61,8 @@ class Workers(Threads):
         self.state = state._replace(
             flat=_shared(state.flat),
             centroids={i: Centroids(*map(_shared, c)) for i, c in state.centroids.items()})
-        self._buffers = [_shared(state.flat) for _ in range(train.parts)]
+        most = min(train.parts, train.batch * train.accumulate)
+        self._buffers = [_shared(state.flat) for _ in range(most)]
         self._pipes, self.pids = [], []
         try:
             for _ in range(1, n):

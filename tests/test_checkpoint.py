@@ -3,6 +3,7 @@
 import json
 import os
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,3 +126,17 @@ def test_other_configurations_are_named():
     with pytest.raises(UserError, match="x.npz has another configuration: width 8 there, 16 here"):
         checkpoint.check_matches(cfg, ModelConfig(width=16), "x.npz")
     checkpoint.check_matches(cfg, ModelConfig(width=8), "x.npz")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no such files there")
+def test_what_is_no_ordinary_file_is_not_replaced(tmp_path):
+    """A pipe or a device among the outputs stays what it is."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="is no ordinary file"), folder.whole(tmp_path / "pipe"):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["pipe"] and (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("text, name", [("a.txt", "a"), ("..txt", "text"), (".txt", "txt")])
+def test_default_folder_is_below_runs(text, name):
+    assert folder.default_folder(text) == Path("runs") / name

@@ -143,6 +143,31 @@ def test_folder_of_next_to_no_files(tmp_path, n):
         load(str(tmp_path / "mine"))
 
 
+def test_folder_with_runs_in_it(tmp_path):
+    """Of a training on this very folder: it can be resumed."""
+    write_folder(tmp_path / "mine")
+    before = load(str(tmp_path / "mine")).protocol
+    run = tmp_path / "mine" / "runs" / "mine"
+    (run / "deeper").mkdir(parents=True)
+    for name in ("last.npz", "log.csv", "deeper/notes.txt"):
+        (run / name).write_bytes(b"PK\x03\x04")
+    assert load(str(tmp_path / "mine")).protocol == before
+
+
+def test_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    write_folder(tmp_path / "mine")
+    scandir, closed = os.scandir, str(tmp_path / "mine" / "part0")
+
+    def scan(path):
+        if os.fspath(path) == closed:
+            raise PermissionError(13, "Permission denied", closed)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    with pytest.raises(UserError, match="part0: cannot be read"):
+        load(str(tmp_path / "mine"))
+
+
 def test_folder_with_a_pipe_in_it(tmp_path):
     write_folder(tmp_path / "mine")
     before = load(str(tmp_path / "mine")).protocol

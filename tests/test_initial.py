@@ -64,6 +64,12 @@ def test_only_centroids_that_learn_are_taken_over_or_drawn(source, text, tmp_pat
     np.testing.assert_array_equal(state.centroids[0].count.sum(-1), 2 * 2 * 16)
 
 
+def test_text_does_not_begin_a_model_of_images(source, tmp_path):  # noqa: F811
+    with pytest.raises(UserError, match="a model of text, and cifar10 is images"):
+        plan_run(train.parse(["cifar10", "--dry-run", "--data-dir", str(tmp_path / "nothing"),
+                              "--init-from", str(source)]))
+
+
 @pytest.mark.parametrize("flags", [[], ["--share-qk"]])
 def test_centroids_are_drawn_where_k_changes(source, text, tmp_path, capsys, flags):  # noqa: F811
     """From queries and keys of the first batch, in the model with one cluster; means of theirs."""

@@ -247,6 +247,8 @@ def test_launched(monkeypatch, rank, size):
     assert parallel.launched() == (0, 1)
     monkeypatch.setenv(size, "4")
     assert parallel.launched() == (2, 4)
+    monkeypatch.setenv(rank, "")
+    assert parallel.launched() == (0, 1)
 
 
 def test_mpiexec_without_mpi4py(tmp_path):

@@ -147,6 +147,13 @@ def test_parts_and_results_that_no_pipe_holds(three_cores, monkeypatch):
     assert [part[0] for part, *_ in found] == list(range(7))
 
 
+def test_no_more_buffers_than_windows(three_cores):
+    train = TrainConfig(batch=2, accumulate=2, parts=400)
+    with contextlib.closing(workers.Workers(step.new_state(SMALL, train, np), SMALL, train,
+                                            2)) as crew:
+        assert len(crew.spare(None, 400)) == 4
+
+
 def children(pid):
     found = set()
     with contextlib.suppress(OSError):

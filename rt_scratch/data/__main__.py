@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rt_scratch.console import Parser, script
+from rt_scratch.console import Parser, a_text, script
 from rt_scratch.data.table import DATASETS, fetch, load
 
 
@@ -11,9 +11,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser(
         "Fetch, check and encode a dataset.", prog="python -m rt_scratch.data",
         epilog="\n".join(f"  {name:12} {row.about}" for name, row in DATASETS.items()))
-    parser.add_argument("name", nargs="+",
+    parser.add_argument("name", nargs="+", type=a_text,
                         help="a dataset of the list below, or text files and folders of them")
-    parser.add_argument("--data-dir", metavar="DIR",
+    parser.add_argument("--data-dir", metavar="DIR", type=a_text,
                         help="folder of the official files (default: data/NAME)")
     parser.add_argument("--download", action="store_true",
                         help="fetch the official files into that folder first")

@@ -96,7 +96,11 @@ def _load_several(given):
     for one in given:
         if not one.is_dir():
             paths.append(one)
-        for parent, below, files in os.walk(one):
+            continue
+        for parent, below, files in os.walk(one, onerror=_raise):
+            if {"last.npz", "best.npz"} & set(files):  # a run, perhaps on this very text
+                below.clear()
+                continue
             below[:] = [d for d in below if not d.startswith(".") and d != "rt_cache"]
             paths += [path for path in (Path(parent) / f for f in files if not f.startswith("."))
                       if path.is_file()]
@@ -114,6 +118,10 @@ def _load_several(given):
              "test": sorted(names[k : 2 * k])}
     return whole_files(folder.resolve().name or "text", folder, parts,
                        "a folder" if len(given) == 1 else "several texts")
+
+
+def _raise(error):
+    raise error
 
 
 def _join(root, parts, new):

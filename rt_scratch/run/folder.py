@@ -33,7 +33,7 @@ LOCKED_BYTE = 1 << 20  # Windows locks bytes, and a locked one cannot be read
 def default_folder(dataset: str | tuple[str, ...]) -> Path:
     """Where a run on this dataset, text file or files goes by default."""
     path = Path(dataset).resolve() if isinstance(dataset, str) else common_folder(dataset)
-    return Path("runs") / (path.stem or "text")
+    return Path("runs") / (path.stem.strip(".") or "text")
 
 
 def newest_run(root: Path) -> Path:
@@ -148,6 +148,8 @@ def whole(path: Path):
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():  # a device would become a file
+        raise OSError(errno.EINVAL, "is no ordinary file", str(path))
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:  # x: O_CREAT and O_EXCL, which a link fails too

@@ -127,6 +127,10 @@ def _new(args, given):
     known = not args.dry_run or data.present(name, location)
     dataset = (data.load(name, location, vocab_size, codec, seq_len) if known
                else data.outline(name, vocab_size))
+    if source and source.model.kind != dataset.kind:
+        what = {"text": "text", "image": "images"}
+        raise UserError(f"--init-from {args.init_from}: a model of {what[source.model.kind]}, and "
+                        f"{shown} is {what[dataset.kind]}")
     values |= {"kind": dataset.kind, "vocab_size": dataset.vocab_size, "pad_id": dataset.pad_id}
     if dataset.kind == "image":
         values.setdefault("image_size", dataset.image_shape[0])
