@@ -102,7 +102,8 @@ class Workers(Threads):
         slots = {id(buffer): slot for slot, buffer in enumerate(self._buffers)}
         found = []
         try:
-            for first in range(0, len(parts), size):  # one part each: pipes hold less than two
+            # One part each at a time: with more, both ends of a pipe could wait, their sides full.
+            for first in range(0, len(parts), size):
                 others = list(zip(self._pipes, range(first + 1, len(parts)), strict=False))
                 for pipe, i in others:
                     pipe.send((slots[id(buffers[i])], state.step, state.scale, parts[i]))
